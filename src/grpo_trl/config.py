@@ -1,0 +1,329 @@
+"""Every option once, and every check that needs no model and no data.
+
+Options keep the names, meanings and defaults of TRL 1.16's `GRPOConfig`; `docs/options.md` lists the differences.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from .data import OVERFLOW_POLICIES
+from .objective import LOSS_LEVELS
+from .objective.advantages import SCALES
+from .rollout import SamplingOptions
+
+
+OWN_SAMPLING_OPTIONS = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "num_return_sequences",
+)
+
+
+@dataclass
+class GRPOConfig(TrainingArguments):
+    r"""All options of `GRPOTrainer`: those of `transformers.TrainingArguments` and the ones below.
+
+    `per_device_train_batch_size` counts completions. `per_device_train_batch_size * steps_per_generation` must be a
+    multiple of `num_generations`, so that a rank owns whole groups; the batch size alone need not be.
+
+    Raises:
+        ValueError: An option has a value that cannot work; the message names the option, its value and one that would.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - transformers reads it from the class
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    # Defaults of TrainingArguments that GRPO changes
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of the optimizer."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass: less memory, slower training. Default: True."},
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Train in bfloat16 mixed precision. Default: where the GPU supports it, unless fp16 is set."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Show reward functions the column 'prompt' alone."}
+    )
+
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace a loss that is not finite by the mean of those before it in the log."}
+    )
+
+    # The objective
+    loss_level: str = field(
+        default="token",
+        metadata={
+            "help": "The published objective: 'token' is DeepSeekMath's (arXiv 2402.03300), a ratio and a KL per token; "
+            "'sequence' is that of DeepSeek-V2 and V3 (arXiv 2405.04434, 2412.19437), a ratio and a KL per completion.",
+            "choices": list(LOSS_LEVELS),
+        },
+    )
+    beta: float = field(
+        default=0.0, metadata={"help": "Weight of the KL term to the reference. 0: no reference is kept or evaluated."}
+    )
+    epsilon: float = field(default=0.2, metadata={"help": "The ratio is clipped below 1 - epsilon."})
+    epsilon_high: float | None = field(
+        default=None, metadata={"help": "The ratio is clipped above 1 + epsilon_high. Default: epsilon."}
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={
+            "help": "What advantages are divided by: the standard deviation of the 'group', of the 'batch' (the whole "
+            "window on all ranks), or nothing ('none').",
+            "choices": list(SCALES),
+        },
+    )
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward function. Default: all 1."}
+    )
+
+    # Geometry
+    num_generations: int = field(default=8, metadata={"help": "Completions per prompt, at least 2."})
+    num_iterations: int = field(default=1, metadata={"help": "How often each window is trained on."})
+    steps_per_generation: int | None = field(
+        default=None,
+        metadata={"help": "Micro-steps that one window of completions lasts. Default: gradient_accumulation_steps."},
+    )
+    generation_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Completions of a window over all ranks; the other way to say steps_per_generation. Default: "
+            "per_device_train_batch_size * world size * steps_per_generation."
+        },
+    )
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts in each epoch."})
+
+    # Sampling
+    max_completion_length: int = field(default=512, metadata={"help": "Tokens that a completion has at most."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Sampling temperature, above 0; log-probabilities are taken at it too."}
+    )
+    top_p: float = field(
+        default=1.0, metadata={"help": "Sample among the likeliest tokens that hold this probability."}
+    )
+    top_k: int = field(default=0, metadata={"help": "Sample among this many likeliest tokens. 0: among all."})
+    min_p: float | None = field(
+        default=None, metadata={"help": "Sample among tokens at least this likely, relative to the likeliest."}
+    )
+    repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1: repeated tokens get less likely."})
+    generation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further options of transformers.GenerationConfig, as JSON."}
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further arguments of apply_chat_template, as JSON."}
+    )
+    prompt_overflow: str = field(
+        default="error",
+        metadata={
+            "help": "What happens to a prompt that leaves no room for max_completion_length tokens in the model's context: "
+            "'error' stops before training, 'drop' leaves it out, 'truncate_left' keeps its end.",
+            "choices": list(OVERFLOW_POLICIES),
+        },
+    )
+
+    # Model and reference
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Arguments of from_pretrained for a model given as a path, as JSON."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run the code that comes with a model or tokenizer given as a path."}
+    )
+    disable_dropout: bool = field(default=False, metadata={"help": "Set the policy's dropout to 0."})
+    sync_ref_model: bool = field(
+        default=False, metadata={"help": "Move the reference towards the policy every ref_model_sync_steps steps."}
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6,
+        metadata={"help": "Share of the policy in the reference after a sync; the rest is the old reference."},
+    )
+    ref_model_sync_steps: int = field(default=512, metadata={"help": "Optimizer steps between two syncs."})
+
+    # Evaluation and logging
+    num_generations_eval: int | None = field(
+        default=None, metadata={"help": "Completions per prompt in evaluation. Default: num_generations."}
+    )
+    log_completions: bool = field(
+        default=False,
+        metadata={"help": "Print a table of completions at every log, and write it to output_dir/completions."},
+    )
+    num_completions_to_print: int | None = field(
+        default=None, metadata={"help": "Rows of that table, drawn at random. Default: all."}
+    )
+    log_unique_prompts: bool = field(default=False, metadata={"help": "One row per prompt in that table."})
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = (
+                not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            )
+        if self.gradient_checkpointing is None and getattr(self, "activation_checkpointing", None) is None:
+            # transformers renames the option; setting the old name where the new one exists warns at every start.
+            renamed = hasattr(self, "activation_checkpointing")
+            setattr(self, "activation_checkpointing" if renamed else "gradient_checkpointing", True)
+        if self.metric_for_best_model is None and self.load_best_model_at_end:
+            self.metric_for_best_model = "eval_reward"
+        super().__post_init__()
+        self._check_choices()
+        self._check_ranges()
+        given = "per_device_train_batch_size" if self.generation_batch_size is None else "generation_batch_size"
+        self._resolve_window()
+        self._check_geometry(given)
+
+    @property
+    def epsilon_bounds(self) -> tuple[float, float]:
+        """How far the ratio may go below and above 1."""
+        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def eval_generations(self) -> int:
+        """Completions per prompt in evaluation."""
+        return self.num_generations if self.num_generations_eval is None else self.num_generations_eval
+
+    def sampling_options(self, pad_token_id: int, eos_token_ids: tuple[int, ...]) -> SamplingOptions:
+        """The options of sampling, for a tokenizer's ids."""
+        return SamplingOptions(
+            max_completion_length=self.max_completion_length,
+            pad_token_id=pad_token_id,
+            eos_token_ids=eos_token_ids,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            generation_kwargs=self.generation_kwargs or {},
+        )
+
+    def _check_choices(self) -> None:
+        for name, choices in (
+            ("loss_level", tuple(LOSS_LEVELS)),
+            ("scale_rewards", SCALES),
+            ("prompt_overflow", OVERFLOW_POLICIES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(map(repr, choices))}."
+                )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True would cut groups in two when it shrinks the batch; set it to False and lower "
+                "per_device_train_batch_size."
+            )
+        if self.sync_ref_model and not self.beta:
+            raise ValueError("sync_ref_model=True needs a reference, and beta=0.0 keeps none; set beta, e.g. to 0.04.")
+        clash = sorted(set(self.generation_kwargs or {}) & set(OWN_SAMPLING_OPTIONS))
+        if clash:
+            raise ValueError(
+                f"generation_kwargs={self.generation_kwargs} sets {', '.join(clash)}, which the trainer sets itself; use "
+                "the options max_completion_length, temperature, top_p, top_k, min_p, repetition_penalty and "
+                "num_generations."
+            )
+
+    def _check_ranges(self) -> None:
+        def check(name: str, ok: bool, remedy: str) -> None:
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)} cannot work; {remedy}.")
+
+        check("learning_rate", math.isfinite(self.learning_rate), "it must be a finite number such as 1e-6")
+        check("num_generations", self.num_generations >= 2, "a group needs at least 2 completions to compare, e.g. 8")
+        check("num_iterations", self.num_iterations >= 1, "use at least 1")
+        check("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "use at least 1, e.g. 8")
+        check("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "use at least 1")
+        for name in ("steps_per_generation", "generation_batch_size"):
+            check(name, getattr(self, name) is None or getattr(self, name) >= 1, "use at least 1")
+        check("max_completion_length", (self.max_completion_length or 0) >= 1, "use at least 1, e.g. 512")
+        check("temperature", 0 < self.temperature < math.inf, "it must be above 0, e.g. 1.0")
+        check("top_p", 0 < self.top_p <= 1, "it must be above 0 and at most 1")
+        check("top_k", self.top_k >= 0, "use 0 (all tokens) or more")
+        check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "it must be between 0 and 1")
+        check("repetition_penalty", self.repetition_penalty > 0, "it must be above 0; 1.0 changes nothing")
+        check("beta", 0 <= self.beta < math.inf, "it must be 0 or more, e.g. 0.04")
+        check("epsilon", 0 < self.epsilon < 1, "it must be between 0 and 1, e.g. 0.2")
+        check("epsilon_high", self.epsilon_high is None or self.epsilon_high > 0, "it must be above 0, e.g. 0.28")
+        check("num_generations_eval", self.eval_generations >= 1, "use at least 1")
+        check("ref_model_sync_steps", self.ref_model_sync_steps >= 1, "use at least 1")
+        check("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "it must be between 0 and 1")
+
+    def _resolve_window(self) -> None:
+        """Derive `steps_per_generation` and `generation_batch_size` from each other."""
+        step = self.per_device_train_batch_size * self.world_size
+        if self.generation_batch_size is not None:
+            if self.steps_per_generation is not None and self.generation_batch_size != step * self.steps_per_generation:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} and "
+                    f"steps_per_generation={self.steps_per_generation} contradict each other (a micro-step has {step} "
+                    "completions); set only one of them."
+                )
+            if self.generation_batch_size % step:
+                raise ValueError(
+                    f"generation_batch_size={self.generation_batch_size} must be a multiple of the {step} completions "
+                    f"of a micro-step (per_device_train_batch_size={self.per_device_train_batch_size} x "
+                    f"{self.world_size} ranks), e.g. {self._nearest_window()}."
+                )
+            self.steps_per_generation = self.generation_batch_size // step
+        if self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps
+        self.generation_batch_size = step * self.steps_per_generation
+
+    def _check_geometry(self, given: str) -> None:
+        """Refuse windows that split an optimizer step or a group; `given` is the option that the window came from."""
+        batch, group = self.per_device_train_batch_size, self.num_generations
+        steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
+        assert steps is not None
+        if not self._holds_whole_steps(steps):
+            rule = "a multiple of it" + (", or a divisor of it" if self.num_iterations == 1 else "")
+            remedy = _nearest(steps, lambda n: self._holds_whole_steps(n) and batch * n % group == 0)
+            if given == "generation_batch_size":
+                remedy += f" (generation_batch_size={self._nearest_window()})"
+            raise ValueError(
+                f"steps_per_generation={steps} does not go with gradient_accumulation_steps={accumulation}: with "
+                f"num_iterations={self.num_iterations} it must be {rule}, e.g. {remedy}."
+            )
+        if batch * steps % group:
+            by_window = given == "generation_batch_size"
+            batches = self._nearest_window() if by_window else _nearest(batch, lambda n: n * steps % group == 0)
+            groups = _nearest(group, lambda n: batch * steps % n == 0, least=2, most=batch * steps)
+            raise ValueError(
+                f"per_device_train_batch_size={batch} x steps_per_generation={steps} is {batch * steps} completions "
+                f"per rank, which holds no whole number of groups of num_generations={group}; use {given}={batches}"
+                + (f", or num_generations={groups}." if groups else ".")
+            )
+
+    def _holds_whole_steps(self, steps: int) -> bool:
+        """Whether a window of `steps` micro-steps is a number of optimizer steps, or lies within one."""
+        accumulation = self.gradient_accumulation_steps
+        return steps % accumulation == 0 or (self.num_iterations == 1 and accumulation % steps == 0)
+
+    def _nearest_window(self) -> str:
+        """The values of `generation_batch_size` next to the one given that work with the other options."""
+        assert self.generation_batch_size is not None
+        step = self.per_device_train_batch_size * self.world_size
+
+        def works(n: int) -> bool:
+            whole_groups = n // self.world_size % self.num_generations == 0
+            return n % step == 0 and self._holds_whole_steps(n // step) and whole_groups
+
+        return _nearest(self.generation_batch_size, works)
+
+
+def _nearest(value: int, works: Callable[[int], bool], least: int = 1, most: int = 1_000_000) -> str:
+    """The values next to `value`, below and above, that work, as "A or B"; empty if there are none."""
+    below = next((n for n in range(value - 1, least - 1, -1) if works(n)), None)
+    above = next((n for n in range(value + 1, most + 1) if works(n)), None)
+    return " or ".join(str(n) for n in (below, above) if n is not None)

@@ -1,0 +1,252 @@
+"""Prompts: how a row becomes tokens, which rows fit, and which rows each window has.
+
+Words: a window is the groups of one generation round over all ranks; a micro-step is one item of Trainer's accumulation
+loop, `per_device_train_batch_size` completions per rank.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .rollout.round import Prompt
+from .state import derive_seed
+
+
+logger = logging.getLogger(__name__)
+
+OVERFLOW_POLICIES = ("error", "drop", "truncate_left")
+TOKENIZE_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class PromptLimit:
+    """How long a prompt may be, and what happens to a longer one.
+
+    `max_length` is the model's context less `max_completion_length`; None where the model names no context.
+    """
+
+    max_length: int | None
+    max_completion_length: int
+    policy: str
+
+
+class PromptSet:
+    """The rows of a dataset that serve as prompts.
+
+    Every row is rendered once at the start, so that a prompt which does not fit is found then and not hours later; its
+    tokens are not kept.
+
+    Args:
+        dataset: Has a column `"prompt"` of strings, or of lists of messages.
+        tokenizer: Renders and tokenizes.
+        limit: What fits.
+        chat_template_kwargs: Passed to `apply_chat_template` for conversational prompts.
+        prompt_only: Drop all other columns.
+        name: The argument that the dataset came in, for messages.
+
+    Raises:
+        TypeError: `dataset` is not a map-style `datasets.Dataset`.
+        ValueError: The dataset is empty or has no column `"prompt"`; a prompt is empty; a prompt is too long and the
+            policy is `"error"`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        limit: PromptLimit,
+        *,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        prompt_only: bool = False,
+        name: str = "train_dataset",
+    ):
+        _check_dataset(dataset, name)
+        self.dataset = dataset.select_columns(["prompt"]) if prompt_only else dataset
+        self.tokenizer = tokenizer
+        self.limit = limit
+        self.chat_template_kwargs = chat_template_kwargs or {}
+        self.name = name
+        self.rows = self._fitting_rows()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def prompts(self, indices: Sequence[int]) -> list[Prompt]:
+        """The prompts at `indices`, each in `range(len(self))`."""
+        examples = [self.dataset[self.rows[i]] for i in indices]
+        ids = self._tokenize([example["prompt"] for example in examples]) if examples else []
+        if self.limit.policy == "truncate_left" and self.limit.max_length is not None:
+            ids = [tokens[-self.limit.max_length :] for tokens in ids]
+        return [Prompt(example, tokens) for example, tokens in zip(examples, ids, strict=True)]
+
+    def _tokenize(self, prompts: list[Any]) -> list[list[int]]:
+        if isinstance(prompts[0], str):
+            return self.tokenizer(prompts)["input_ids"]
+        return [self._tokenize_messages(messages) for messages in prompts]
+
+    def _tokenize_messages(self, messages: list[dict[str, Any]]) -> list[int]:
+        if not messages:
+            return []
+        continued = messages[-1]["role"] == "assistant"
+        rendered = self.tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            tokenize=True,
+            return_dict=True,
+            **self.chat_template_kwargs,
+        )
+        return rendered["input_ids"]
+
+    def _fitting_rows(self) -> Sequence[int]:
+        lengths: list[int] = []
+        column = self.dataset["prompt"]
+        for start in range(0, len(self.dataset), TOKENIZE_BATCH):
+            lengths += map(len, self._tokenize(list(column[start : start + TOKENIZE_BATCH])))
+        if 0 in lengths:
+            raise ValueError(
+                f"{self.name}[{lengths.index(0)}]['prompt'] has no tokens; a completion needs at least one to start from."
+            )
+        limit = self.limit.max_length if self.limit.max_length is not None else math.inf
+        too_long = [row for row, length in enumerate(lengths) if length > limit]
+        if not too_long:
+            return range(len(lengths))
+        longest = max(too_long, key=lengths.__getitem__)
+        facts = (
+            f"{len(too_long)} of {len(lengths)} prompts of {self.name} leave no room for "
+            f"max_completion_length={self.limit.max_completion_length} tokens (the longest, row {longest}, has "
+            f"{lengths[longest]} tokens, and {limit} fit)"
+        )
+        if self.limit.policy == "error":
+            context = self.limit.max_completion_length + int(limit)
+            remedy = (
+                f"set max_completion_length={context - lengths[longest]} or less, or "
+                if lengths[longest] < context
+                else f"the model's context is {context}: "
+            )
+            raise ValueError(f"{facts}; {remedy}set prompt_overflow='drop' or 'truncate_left'.")
+        logger.warning("%s; prompt_overflow=%r takes care of them.", facts, self.limit.policy)
+        if self.limit.policy == "truncate_left":
+            return range(len(lengths))
+        dropped = set(too_long)
+        kept = [row for row in range(len(lengths)) if row not in dropped]
+        if not kept:
+            raise ValueError(f"{facts}; prompt_overflow='drop' leaves none. Lower max_completion_length.")
+        return kept
+
+
+def _check_dataset(dataset: Any, name: str) -> None:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} is a {type(dataset).__name__}; it must be a datasets.Dataset (a streamed one has no length, which "
+            "windows need: load it with streaming=False, or take a part of it with Dataset.from_list)."
+        )
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has the columns {dataset.column_names}, and none is named 'prompt'; rename one with "
+            "dataset.rename_column(OLD, 'prompt')."
+        )
+    if not len(dataset):
+        raise ValueError(f"{name} is empty; it must have at least one row.")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an item of the dataloader stands: its window, and the micro-step of that window which it trains on."""
+
+    window: int
+    micro_step: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which prompts each window has, and which micro-steps each optimizer step.
+
+    All of it follows from these numbers and the count of optimizer steps so far; nothing is carried.
+
+    >>> s = Schedule(num_prompts=10, num_generations=2, batch_size=4, accumulation=2, steps_per_generation=2,
+    ...              num_iterations=1, world_size=1, seed=0, shuffle=False)
+    >>> s.windows_per_epoch, s.items_per_epoch, s.rows(1, rank=0)
+    (2, 4, [4, 5, 6, 7])
+    """
+
+    num_prompts: int
+    num_generations: int
+    batch_size: int
+    """Completions per rank and micro-step."""
+    accumulation: int
+    """Micro-steps per optimizer step."""
+    steps_per_generation: int
+    num_iterations: int
+    world_size: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def prompts_per_window(self) -> int:
+        return self.batch_size * self.steps_per_generation * self.world_size // self.num_generations
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """The last, incomplete window of an epoch is dropped."""
+        return self.num_prompts // self.prompts_per_window
+
+    @property
+    def items_per_epoch(self) -> int:
+        return self.windows_per_epoch * self.steps_per_generation * self.num_iterations
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every use of a window lies in the one optimizer step that follows its sampling."""
+        return self.num_iterations == 1 and self.steps_per_generation <= self.accumulation
+
+    def check(self) -> None:
+        """Refuse a dataset that does not fill a window, and say what is left out of each epoch.
+
+        Raises:
+            ValueError: The dataset has fewer prompts than a window.
+        """
+        need = self.prompts_per_window
+        if not self.windows_per_epoch:
+            raise ValueError(
+                f"train_dataset has {self.num_prompts} prompts and a window needs {need} (generation_batch_size="
+                f"{need * self.num_generations} completions / num_generations={self.num_generations}); use at least {need} "
+                f"prompts, or generation_batch_size={self.num_prompts * self.num_generations} or less."
+            )
+        if left := self.num_prompts % need:
+            logger.info(
+                "%d of %d prompts do not fill a window of %d and are left out of each epoch.",
+                left,
+                self.num_prompts,
+                need,
+            )
+
+    def place(self, optimizer_step: int, item: int) -> Place:
+        """The place of item `item` of the epoch that optimizer step `optimizer_step` (from 0, over the run) lies in."""
+        epoch = optimizer_step // math.ceil(self.items_per_epoch / self.accumulation)
+        window, use = divmod(item, self.steps_per_generation * self.num_iterations)
+        return Place(epoch * self.windows_per_epoch + window, use % self.steps_per_generation)
+
+    def rows(self, window: int, rank: int) -> list[int]:
+        """The prompts of `window` that `rank` owns, in the order in which its micro-steps use them.
+
+        They are dealt to the ranks optimizer step by optimizer step, so that a step has the same prompts for any number
+        of ranks wherever it holds whole groups.
+        """
+        epoch, place = divmod(window, self.windows_per_epoch)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "prompts", epoch))
+            order = torch.randperm(self.num_prompts, generator=generator).tolist()
+        else:
+            order = list(range(self.num_prompts))
+        rows = order[place * self.prompts_per_window : (place + 1) * self.prompts_per_window]
+        step = self.batch_size * min(self.accumulation, self.steps_per_generation)
+        deal = math.lcm(step, self.num_generations) // self.num_generations
+        starts = range(rank * deal, len(rows), deal * self.world_size)
+        return [row for start in starts for row in rows[start : start + deal]]

@@ -1,0 +1,54 @@
+"""Evaluation: sampling and rewarding held-out prompts, each once, and nothing of the training's state."""
+
+from collections.abc import Callable
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .data import PromptSet
+from .metrics import MetricLog
+from .rollout import RoundRunner
+from .state import derive_seed
+
+
+def evaluate_prompts(
+    runner: RoundRunner,
+    prompts: PromptSet,
+    *,
+    num_generations: int,
+    batch_size: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    trainer_state: Any,
+    gather: Callable[[list[Any]], list[Any]],
+    show_progress: bool = False,
+) -> dict[str, float]:
+    """Sample `num_generations` completions of each prompt once, over all ranks, and reduce their metrics.
+
+    The noise follows from `seed` and the prompts alone, so that two evaluations of one run draw the same.
+
+    Args:
+        runner: Samples and rewards.
+        prompts: What is evaluated; rank r takes the prompts r, r + world_size, ...
+        num_generations: Completions per prompt.
+        batch_size: Completions that are sampled at a time (one group at least).
+        seed: Of the run.
+        rank: Of this process.
+        world_size: How many there are.
+        trainer_state: Shown to reward functions.
+        gather: See `MetricLog.reduce`.
+        show_progress: Draw a bar.
+
+    Returns:
+        TRL's metrics, without a prefix.
+    """
+    metrics = MetricLog()
+    own = range(rank, len(prompts), world_size)
+    step = max(1, batch_size // num_generations)
+    for start in tqdm(range(0, len(own), step), desc="evaluation", leave=False, disable=not show_progress):
+        batch = own[start : start + step]
+        batch_seed = derive_seed(seed, "eval", batch[0])
+        batch_round = runner.run(prompts.prompts(batch), num_generations, batch_seed, trainer_state, metrics)
+        metrics.add_all(batch_round.metrics())
+    return metrics.reduce(gather)

@@ -1,0 +1,232 @@
+"""Values that know how to reduce themselves, over the calls between two logs and over ranks.
+
+Metrics of one kind add up with `+` and have a `value`. Tensors stay on their device until the reduction, so that counting
+does not wait for the accelerator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .objective import LossOutput
+from .policy import Piece, Scores
+
+
+Number = float | Tensor
+
+
+class Metric(Protocol):
+    """One running value."""
+
+    def __add__(self, other: Any) -> Any: ...
+
+    def on_cpu(self) -> Metric:
+        """The same with Python numbers in place of tensors."""
+        ...
+
+    @property
+    def value(self) -> float | None:
+        """The reduced value; None where there was nothing to reduce."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mean:
+    """`total / count`."""
+
+    total: Number
+    count: Number = 1.0
+
+    @classmethod
+    def of(cls, values: Tensor, mask: Tensor | None = None) -> Mean:
+        """Mean of `values` over the places where `mask` (of the same shape) is True; over all of them without one."""
+        mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
+        return cls(torch.where(mask, values.detach(), 0).double().sum(), mask.sum())
+
+    def __add__(self, other: Mean) -> Mean:
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def on_cpu(self) -> Mean:
+        return Mean(float(self.total), float(self.count))
+
+    @property
+    def value(self) -> float | None:
+        return float(self.total / self.count) if self.count else None
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum."""
+
+    total: Number
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(self.total + other.total)
+
+    def on_cpu(self) -> Sum:
+        return Sum(float(self.total))
+
+    @property
+    def value(self) -> float:
+        return float(self.total)
+
+
+@dataclass(frozen=True)
+class Max:
+    """The largest; -inf stands for nothing."""
+
+    largest: Number
+
+    @classmethod
+    def of(cls, values: Tensor, mask: Tensor) -> Max:
+        """The largest of `values` over the places where `mask` is True."""
+        values = torch.where(mask, values.detach(), -torch.inf).double().flatten()
+        return cls(torch.cat([values, values.new_tensor([-torch.inf])]).max())
+
+    def __add__(self, other: Max) -> Max:
+        return Max(torch.maximum(_float64(self.largest), _float64(other.largest)))
+
+    def on_cpu(self) -> Max:
+        return Max(float(self.largest))
+
+    @property
+    def value(self) -> float | None:
+        return float(self.largest) if math.isfinite(self.largest) else None
+
+
+@dataclass(frozen=True)
+class Min:
+    """The smallest; inf stands for nothing."""
+
+    smallest: Number
+
+    @classmethod
+    def of(cls, values: Tensor, mask: Tensor) -> Min:
+        """The smallest of `values` over the places where `mask` is True."""
+        return cls(-Max.of(-values, mask).largest)
+
+    def __add__(self, other: Min) -> Min:
+        return Min(torch.minimum(_float64(self.smallest), _float64(other.smallest)))
+
+    def on_cpu(self) -> Min:
+        return Min(float(self.smallest))
+
+    @property
+    def value(self) -> float | None:
+        return float(self.smallest) if math.isfinite(self.smallest) else None
+
+
+@dataclass(frozen=True)
+class Std:
+    """Sample standard deviation of everything added up (Chan's parallel update of mean and squared deviations)."""
+
+    count: float
+    mean: float
+    squares: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Std:
+        """Of all values that are not NaN."""
+        values = values.detach().double()
+        values = values[~values.isnan()]
+        if not len(values):
+            return cls(0.0, 0.0, 0.0)
+        return cls(len(values), float(values.mean()), float((values - values.mean()).square().sum()))
+
+    def __add__(self, other: Std) -> Std:
+        count = self.count + other.count
+        if not count:
+            return self
+        delta = other.mean - self.mean
+        return Std(
+            count,
+            self.mean + delta * other.count / count,
+            self.squares + other.squares + delta**2 * self.count * other.count / count,
+        )
+
+    def on_cpu(self) -> Std:
+        return self
+
+    @property
+    def value(self) -> float | None:
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else None
+
+
+def _float64(number: Number) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float64)
+
+
+def loss_metrics(output: LossOutput, scores: Scores, piece: Piece) -> dict[str, Metric]:
+    """What a piece's loss says of itself, under TRL's names where TRL has one.
+
+    `policy_signal` explains a loss that is near 0 on policy by construction: the mean over completions of
+    `LossOutput.signal_B`, 0 where nothing can be learned.
+    """
+    counts_BU = output.counts_BU
+    metrics: dict[str, Metric] = {
+        "policy_signal": Mean.of(output.signal_B),
+        "entropy": Mean.of(scores.entropy_BT, piece.mask_BT),
+        "log_ratio_tail": Mean.of(output.tail_BU.double(), counts_BU),
+        "clip_ratio/region_mean": Mean.of((output.clipped_low_BU | output.clipped_high_BU).double(), counts_BU),
+    }
+    units_B = counts_BU.sum(1)
+    for side, clipped_BU, extreme in (("low", output.clipped_low_BU, Min), ("high", output.clipped_high_BU, Max)):
+        share_B = clipped_BU.sum(1).double() / units_B.clamp(min=1)
+        metrics[f"clip_ratio/{side}_mean"] = Mean.of(clipped_BU.double(), counts_BU)
+        metrics[f"clip_ratio/{side}_{extreme.__name__.lower()}"] = extreme.of(share_B, units_B > 0)
+    if output.kl_BU is not None:
+        metrics["kl"] = Mean.of(output.kl_BU, counts_BU)
+    if piece.sampler_logps_BT is not None:
+        old_BT = scores.logps_BT.detach() if piece.old_logps_BT is None else piece.old_logps_BT
+        difference_BT = (old_BT - piece.sampler_logps_BT).abs()
+        known_BT = piece.mask_BT & ~difference_BT.isnan()
+        metrics["sampling/sampling_logp_difference/mean"] = Mean.of(difference_BT, known_BT)
+        metrics["sampling/sampling_logp_difference/max"] = Max.of(difference_BT, known_BT)
+    return metrics
+
+
+class MetricLog:
+    """Metrics by name, since the last reduction."""
+
+    def __init__(self) -> None:
+        self._metrics: dict[str, Metric] = {}
+
+    def add(self, name: str, metric: Metric) -> None:
+        """Add to what `name` holds."""
+        self._metrics[name] = self._metrics[name] + metric if name in self._metrics else metric
+
+    def add_all(self, metrics: dict[str, Metric]) -> None:
+        for name, metric in metrics.items():
+            self.add(name, metric)
+
+    @contextlib.contextmanager
+    def timed(self, *names: str) -> Iterator[None]:
+        """Add the seconds that the block takes to the `Mean` of each name, without counting one: `count_step` does."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            for name in names:
+                self.add(name, Mean(time.perf_counter() - start, 0.0))
+
+    def reduce(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
+        """Values over all ranks, by name, without those that had nothing to reduce; then start anew.
+
+        Args:
+            gather: From a list of objects on this rank to the concatenated lists of all ranks. Called once, on every
+                rank; the names may differ between ranks.
+        """
+        merged = MetricLog()
+        for metrics in gather([{name: metric.on_cpu() for name, metric in self._metrics.items()}]):
+            merged.add_all(metrics)
+        self._metrics = {}
+        values = {name: metric.value for name, metric in merged._metrics.items()}
+        return {name: value for name, value in values.items() if value is not None}

@@ -1,0 +1,155 @@
+"""Policy, adapter and reference: loading, freezing, checking."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+REF_ADAPTER = "ref"
+
+
+def load_policy(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict[str, Any]) -> Any:
+    """The policy: `model` itself, or what `from_pretrained` makes of a path or hub name (float32 unless told).
+
+    Raises:
+        TypeError: `model` is neither.
+        ValueError: `model_init_kwargs` came with a model that is loaded already.
+        OSError: No model at the path, and no hub that has it.
+    """
+    if isinstance(model, str):
+        settings = {"dtype": "float32"} | model_init_kwargs
+        try:
+            return AutoModelForCausalLM.from_pretrained(model, **settings)
+        except OSError as error:
+            raise OSError(
+                f"model={model!r} could not be loaded: it is no folder with a model, and no hub answers with one. Pass the "
+                f"path of a local model. ({error})"
+            ) from error
+    if model_init_kwargs:
+        raise ValueError(
+            f"model_init_kwargs={model_init_kwargs} has no effect on a model that is loaded already; pass its path as "
+            "model, or give these arguments to from_pretrained yourself."
+        )
+    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        raise TypeError(f"model is a {type(model).__name__}; pass a path, a PreTrainedModel or a PeftModel.")
+    return model
+
+
+def load_tokenizer(
+    processing_class: PreTrainedTokenizerBase | None, model: Any, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    """The tokenizer: the one given, or the one that lies beside the model.
+
+    Raises:
+        TypeError: `processing_class` is not a tokenizer.
+        ValueError: It has no pad or no eos token, or no tokenizer lies beside the model.
+    """
+    if processing_class is None:
+        path = model.config._name_or_path
+        if not path:
+            raise ValueError(
+                "processing_class=None, and the model does not know where it was loaded from; pass a tokenizer."
+            )
+        processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if len(processing_class) <= len(processing_class.all_special_ids):  # made up where there are no files
+            raise ValueError(f"processing_class=None, and no tokenizer lies beside the model in {path}; pass one.")
+    if not isinstance(processing_class, PreTrainedTokenizerBase):
+        raise TypeError(f"processing_class is a {type(processing_class).__name__}; pass a tokenizer.")
+    if processing_class.eos_token_id is None:
+        raise ValueError(
+            "The tokenizer has eos_token=None, so that no completion could end; set it, e.g. tokenizer.eos_token = '</s>'."
+        )
+    if processing_class.pad_token_id is None:
+        raise ValueError(
+            "The tokenizer has pad_token=None; set it, e.g. tokenizer.pad_token = tokenizer.eos_token (padding is never "
+            "trained on)."
+        )
+    return processing_class
+
+
+def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """All tokens that end a completion: the tokenizer's and those of the model's generation settings."""
+    declared = model.generation_config.eos_token_id if model.generation_config is not None else None
+    declared = [] if declared is None else [declared] if isinstance(declared, int) else list(declared)
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *declared]))
+
+
+def context_length(model: Any) -> int | None:
+    """The number of positions that the model declares; None where it declares none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def add_adapter(model: Any, peft_config: PeftConfig | None) -> Any:
+    """The policy with a new adapter; unchanged without `peft_config`.
+
+    Raises:
+        TypeError: `peft_config` is not a `peft.PeftConfig`.
+        ValueError: The model carries an adapter already.
+    """
+    if peft_config is None:
+        return model
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"peft_config is a {type(peft_config).__name__}; pass a peft.PeftConfig such as LoraConfig().")
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "peft_config came with a PeftModel, which has an adapter already; pass peft_config=None to continue it, or "
+            "model.merge_and_unload() as the model to start a new one on top of it."
+        )
+    return get_peft_model(model, peft_config)
+
+
+class Reference:
+    """The frozen policy that the KL term measures against.
+
+    - full fine-tuning: a frozen copy;
+    - a new adapter: the base weights, by switching the adapter off;
+    - an adapter that was trained before: a frozen copy of that adapter.
+
+    Args:
+        policy: The policy before it is trained, with its adapter.
+        new_adapter: Whether the adapter was made for this run.
+    """
+
+    def __init__(self, policy: Any, new_adapter: bool):
+        self.model: nn.Module | None = None
+        self._policy = policy
+        self._adapter: str | None = None
+        if not isinstance(policy, PeftModel):
+            self.model = copy.deepcopy(policy).requires_grad_(False).eval()
+        elif not new_adapter:
+            self._adapter = _freeze_adapter(policy)
+
+    @contextmanager
+    def evaluating(self, wrapped_policy: nn.Module) -> Iterator[nn.Module]:
+        """The model to call; the policy's adapter is switched inside and back after."""
+        if self.model is not None:
+            yield self.model
+        elif self._adapter is None:
+            with self._policy.disable_adapter():
+                yield wrapped_policy
+        else:
+            active = self._policy.active_adapter
+            try:
+                self._policy.set_adapter(self._adapter)
+                yield wrapped_policy
+            finally:
+                self._policy.set_adapter(active)
+
+
+def _freeze_adapter(policy: PeftModel) -> str:
+    active = policy.active_adapter
+    policy.add_adapter(REF_ADAPTER, policy.peft_config[active])
+    parameters = dict(policy.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parts = name.split(".")
+            if active in parts:
+                parameters[".".join(REF_ADAPTER if part == active else part for part in parts)].copy_(parameter)
+    policy.set_adapter(active)
+    return REF_ADAPTER

@@ -1,0 +1,22 @@
+"""A completion: what sampling writes, rewards judge, and training reads."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion and what is known of it, e.g. `Completion([1, 5], [7, 2], mask=[True, True])`."""
+
+    prompt_ids: list[int]
+    ids: list[int]
+    mask: list[bool]
+    """True for the tokens that the model wrote and is trained on; False for what an environment inserted."""
+    sampler_logps: list[float] | None = None
+    """Log-probabilities (nats) that the sampler reports, one per token. They describe the sampler, not the old policy."""
+    advantage: float = 0.0
+    old_logps: Tensor | None = None
+    """Log-probabilities under the policy that sampled, evaluated by the trainer, of shape (len(ids),); None on policy."""
+    ref_logps: Tensor | None = None
+    """Log-probabilities under the reference, of shape (len(ids),); None without a reference."""

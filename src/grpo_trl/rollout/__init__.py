@@ -1,0 +1,18 @@
+"""How completions are written: one protocol, its engines, and the round that rewards what they write."""
+
+from .base import Rollout, RolloutEngine, RolloutRequest, SamplingOptions
+from .custom import RolloutFuncEngine
+from .generate import GenerateEngine
+from .round import Round, RoundRunner
+
+
+__all__ = [
+    "GenerateEngine",
+    "Rollout",
+    "RolloutEngine",
+    "RolloutFuncEngine",
+    "RolloutRequest",
+    "Round",
+    "RoundRunner",
+    "SamplingOptions",
+]

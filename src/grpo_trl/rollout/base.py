@@ -1,0 +1,54 @@
+"""What every rollout engine takes and gives.
+
+Rows come group after group: with G completions per prompt, rows 0..G-1 belong to the first prompt.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from ..policy import Completion
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a token is drawn. Names and meanings are those of `transformers.GenerationConfig`.
+
+    `eos_token_ids` all end a completion; the one that did belongs to it.
+    """
+
+    max_completion_length: int
+    pad_token_id: int
+    eos_token_ids: tuple[int, ...]
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    generation_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RolloutRequest:
+    """What an engine is asked for: `num_generations` completions of each prompt.
+
+    `prompts` are the dataset's (strings or lists of messages), `prompt_ids` their tokens; `seed` fixes the noise.
+    """
+
+    prompts: list[Any]
+    prompt_ids: list[list[int]]
+    num_generations: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """`num_generations` completions per prompt, group after group, and further columns with one value per row."""
+
+    completions: list[Completion]
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+
+
+class RolloutEngine(Protocol):
+    """Anything that writes completions. It leaves the model, its mode and the global random state as they were."""
+
+    def rollout(self, request: RolloutRequest) -> Rollout: ...

@@ -1,0 +1,149 @@
+"""A round: prompts in, rewarded completions out.
+
+Axes: P prompts, G completions per prompt, B = P*G completions, F reward functions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..metrics import Max, Mean, Metric, MetricLog, Min, Std
+from ..policy import Completion
+from ..rewards import RewardBatch, Rewards, RewardTable
+from .base import RolloutEngine, RolloutRequest
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of a dataset as a prompt: the row, what it reads, its tokens."""
+
+    example: dict[str, Any]
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Round:
+    """G completions of each prompt, group after group, and what they earned."""
+
+    num_generations: int
+    prompts: list[Any]
+    """What each row was prompted with, as in the dataset."""
+    completions: list[Completion]
+    texts: list[Any]
+    """What each row reads: a string, or a list with one assistant message for a conversational prompt."""
+    rewards: RewardTable
+    eos_token_ids: tuple[int, ...]
+    """The tokens that end a completion."""
+
+    @property
+    def total_PG(self) -> Tensor:
+        """Rewards by group, float64, NaN where undefined."""
+        return self.rewards.total_B.view(-1, self.num_generations)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, the prompt counted with each of its completions."""
+        return sum(len(c.prompt_ids) + len(c.ids) for c in self.completions)
+
+    def metrics(self) -> dict[str, Metric]:
+        """TRL's metrics of rewards and lengths, under TRL's names."""
+        return self._reward_metrics() | self._length_metrics()
+
+    def table(self) -> dict[str, list[Any]]:
+        """Prompts, completions, rewards and what reward functions noted, by column, one entry per completion.
+
+        Raises:
+            ValueError: A reward function gave `log_extra` another number of values than completions.
+        """
+        rewards = dict(zip(self.rewards.names, self.rewards.values_BF.T.tolist(), strict=True))
+        for name, values in self.rewards.notes.columns.items():
+            if len(values) != len(self.texts):
+                raise ValueError(
+                    f"log_extra({name!r}, ...) got {len(values)} values for {len(self.texts)} completions; give one each."
+                )
+        return {"prompt": self.prompts, "completion": self.texts} | rewards | dict(self.rewards.notes.columns)
+
+    def _reward_metrics(self) -> dict[str, Metric]:
+        total_B = self.rewards.total_B
+        spread_P = self.total_PG.nan_to_num(-torch.inf).amax(1) > self.total_PG.nan_to_num(torch.inf).amin(1)
+        metrics: dict[str, Metric] = {
+            "reward": Mean.of(total_B, ~total_B.isnan()),
+            "reward_std": Std.of(total_B),
+            "frac_reward_zero_std": Mean.of((~spread_P).double()),
+        }
+        for f, name in enumerate(self.rewards.names):
+            values_B = self.rewards.values_BF[:, f]
+            metrics[f"rewards/{name}/mean"] = Mean.of(values_B, ~values_B.isnan())
+            metrics[f"rewards/{name}/std"] = Std.of(values_B)
+        for name, values in self.rewards.notes.metrics.items():
+            metrics[name] = Mean(sum(values), len(values))
+        return metrics
+
+    def _length_metrics(self) -> dict[str, Metric]:
+        length_B = torch.tensor([sum(c.mask) for c in self.completions], dtype=torch.float64)
+        ended_B = torch.tensor([bool(c.ids) and c.ids[-1] in self.eos_token_ids for c in self.completions])
+        metrics: dict[str, Metric] = {"completions/clipped_ratio": Mean.of((~ended_B).double())}
+        for suffix, mask_B in (("", torch.ones_like(ended_B)), ("terminated_", ended_B)):
+            metrics[f"completions/mean_{suffix}length"] = Mean.of(length_B, mask_B)
+            metrics[f"completions/min_{suffix}length"] = Min.of(length_B, mask_B)
+            metrics[f"completions/max_{suffix}length"] = Max.of(length_B, mask_B)
+        return metrics
+
+
+class RoundRunner:
+    """Samples with an engine, decodes, and rewards.
+
+    Args:
+        engine: Writes the completions.
+        rewards: Judges them.
+        tokenizer: Decodes them, without special tokens.
+        eos_token_ids: The tokens that end a completion.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rewards: Rewards,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: tuple[int, ...],
+    ):
+        self.engine = engine
+        self.rewards = rewards
+        self.tokenizer = tokenizer
+        self.eos_token_ids = eos_token_ids
+
+    def run(
+        self, prompts: list[Prompt], num_generations: int, seed: int, trainer_state: Any, metrics: MetricLog
+    ) -> Round:
+        """`num_generations` rewarded completions of each prompt; the time of both phases goes to `metrics`."""
+        raw = [prompt.example["prompt"] for prompt in prompts]
+        request = RolloutRequest(raw, [prompt.ids for prompt in prompts], num_generations, seed)
+        with metrics.timed("time/sampling"):
+            rollout = self.engine.rollout(request)
+        with metrics.timed("time/rewards"):
+            rows = [prompt for prompt in prompts for _ in range(num_generations)]
+            texts = self._texts(rows, rollout.completions)
+            batch = RewardBatch(
+                prompts=[row.example["prompt"] for row in rows],
+                completions=texts,
+                completion_ids=[c.ids for c in rollout.completions],
+                columns=_columns(rows) | rollout.columns,
+                trainer_state=trainer_state,
+            )
+            rewards = self.rewards(batch)
+        return Round(num_generations, batch.prompts, rollout.completions, texts, rewards, self.eos_token_ids)
+
+    def _texts(self, rows: list[Prompt], completions: list[Completion]) -> list[Any]:
+        texts = self.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        return [
+            text if isinstance(row.example["prompt"], str) else [{"role": "assistant", "content": text}]
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
+
+def _columns(rows: list[Prompt]) -> dict[str, list[Any]]:
+    names = [name for name in rows[0].example if name not in ("prompt", "completion", "completion_ids")]
+    return {name: [row.example[name] for row in rows] for name in names}

@@ -1,0 +1,422 @@
+"""The training loop: which piece Trainer gets when, and what the loss of a piece is. Everything else has its own room."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import speed_metrics
+from trl.trainer.callbacks import SyncRefModelCallback
+from trl.trainer.utils import disable_dropout_in_model
+
+from .config import GRPOConfig
+from .data import PromptLimit, PromptSet, Schedule
+from .evaluation import evaluate_prompts
+from .launch import check_launch
+from .metrics import Mean, MetricLog, Sum, loss_metrics
+from .models import Reference, add_adapter, context_length, eos_token_ids, load_policy, load_tokenizer
+from .objective import group_advantages, grpo_loss
+from .policy import Completion, Piece, make_piece, score, score_completions
+from .report import print_completions, write_completions
+from .rewards import Rewards
+from .rollout import GenerateEngine, RolloutFuncEngine, Round, RoundRunner
+from .state import Window, derive_seed
+
+
+PHASES = ("time/sampling", "time/rewards", "time/scoring", "time/update")
+PAPERS = {"token": ["2402.03300"], "sequence": ["2405.04434", "2412.19437"]}
+
+
+class GRPOTrainer(Trainer):
+    """Trains a language model with Group Relative Policy Optimization.
+
+    For each prompt it samples a group of completions, rewards them, and moves the model towards those that were better
+    than their group. `args.loss_level` names the published objective; see `grpo_trl.objective.grpo_loss`.
+
+    Args:
+        model: The policy: a path or hub name, a `PreTrainedModel`, or a `PeftModel` whose adapter is trained on.
+        reward_funcs: One or several reward functions. Each is a callable (sync or async) that takes what it names of
+            `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`, `log_metric` and the dataset's
+            columns (all of it with `**kwargs`), and returns one number per completion, or None where it does not apply;
+            or a sequence-classification model, or the path of one.
+        args: The options; those of `GRPOConfig` by default.
+        train_dataset: Has a column `"prompt"` of strings, or of lists of messages.
+        eval_dataset: The same for `evaluate()`; or several by name.
+        processing_class: The tokenizer, with a pad and an eos token; the one beside the model by default.
+        reward_processing_classes: The tokenizers of reward models, in the order of `reward_funcs`.
+        callbacks: As in `transformers.Trainer`.
+        optimizers: As in `transformers.Trainer`.
+        peft_config: Train a new adapter instead of the weights.
+        rollout_func: Writes the completions instead of the trainer: `rollout_func(prompts, trainer)` gets every prompt
+            `num_generations` times in a row and returns a dict of `"prompt_ids"`, `"completion_ids"`, `"logprobs"` and
+            further columns for the rewards, with one entry per row.
+
+    Raises:
+        ValueError: An option, a dataset, a model or the launch cannot work; the message names what would.
+        TypeError: An argument has the wrong type.
+    """
+
+    loss_is_scaled_for_ga = True  # the loss of a piece is divided by the count of the whole optimizer step
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        rollout_func: Callable[[list[Any], Any], dict[str, Any]] | None = None,
+    ):
+        args = GRPOConfig() if args is None else args
+        check_launch(args.n_gpu, args.world_size)
+        set_seed(args.seed)  # a new adapter starts from random weights
+        policy = load_policy(model, _init_kwargs(args) if isinstance(model, str) else args.model_init_kwargs or {})
+        tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+        policy = add_adapter(policy, peft_config)
+        if isinstance(policy, PeftModel) and args.gradient_checkpointing:
+            policy.enable_input_require_grads()
+        rewards = Rewards(
+            reward_funcs,
+            args.reward_weights,
+            reward_processing_classes,
+            model_init_kwargs=_init_kwargs(args),
+            chat_template_kwargs=args.chat_template_kwargs,
+            batch_size=args.per_device_train_batch_size,
+        )
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=_only,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if args.disable_dropout:
+            disable_dropout_in_model(self.model)
+        self.model.add_model_tags(["grpo_trl", "grpo"])
+
+        self._metrics = MetricLog()
+        self._window: Window | None = None
+        self._timer = _StepTimer(self._metrics)
+        self.add_callback(self._timer)
+        self._prepare_reference(new_adapter=peft_config is not None)
+        self._prepare_prompts(writes_prompts=rollout_func is not None)
+        rewards.prepare_models(lambda m: self.accelerator.prepare_model(m, device_placement=True, evaluation_mode=True))
+        self._runner = self._make_runner(rewards, rollout_func)
+        set_seed(args.seed, device_specific=True)  # dropout differs between ranks
+
+    # ---- Construction ----
+    def _prepare_reference(self, new_adapter: bool) -> None:
+        self._reference: Reference | None = None
+        if not self.args.beta:
+            return
+        self._reference = Reference(self.model, new_adapter)
+        if self._reference.model is not None:
+            self._reference.model = self.accelerator.prepare_model(self._reference.model, evaluation_mode=True)
+        if self.args.sync_ref_model:
+            if self._reference.model is None:
+                raise ValueError(
+                    "sync_ref_model=True works on a copy of all weights, which an adapter does not have; set "
+                    "sync_ref_model=False, or train without LoRA."
+                )
+            self.add_callback(SyncRefModelCallback(ref_model=self._reference.model, accelerator=self.accelerator))
+
+    def _prepare_prompts(self, writes_prompts: bool) -> None:
+        context = None if writes_prompts else context_length(self.model)
+        length = self.args.max_completion_length
+        if context is not None and length >= context:
+            raise ValueError(
+                f"max_completion_length={length} leaves no room for a prompt in the model's context of {context} tokens; "
+                f"use at most {context - 1}, less the length of the prompts."
+            )
+        self._limit = PromptLimit(None if context is None else context - length, length, self.args.prompt_overflow)
+        self._eval_prompts = {} if self.eval_dataset is None else self._eval_prompt_sets(self.eval_dataset)
+        if self.train_dataset is None:
+            return
+        self._prompts = self._prompt_set(self.train_dataset, "train_dataset")
+        self._schedule = Schedule(
+            num_prompts=len(self._prompts),
+            num_generations=self.args.num_generations,
+            batch_size=self.args.per_device_train_batch_size,
+            accumulation=self.args.gradient_accumulation_steps,
+            steps_per_generation=self.args.steps_per_generation,
+            num_iterations=self.args.num_iterations,
+            world_size=self.args.world_size,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            shuffle=self.args.shuffle_dataset,
+        )
+        self._schedule.check()
+
+    def _prompt_set(self, dataset: Dataset, name: str) -> PromptSet:
+        return PromptSet(
+            dataset,
+            self.processing_class,
+            self._limit,
+            chat_template_kwargs=self.args.chat_template_kwargs,
+            prompt_only=self.args.remove_unused_columns,
+            name=name,
+        )
+
+    def _eval_prompt_sets(self, dataset: Dataset | dict[str, Dataset]) -> dict[str, PromptSet]:
+        if not isinstance(dataset, dict):
+            return {"": self._prompt_set(dataset, "eval_dataset")}
+        return {name: self._prompt_set(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
+
+    def _make_runner(self, rewards: Rewards, rollout_func: Callable[..., dict[str, Any]] | None) -> RoundRunner:
+        ends = eos_token_ids(self.model, self.processing_class)
+        engine = (
+            RolloutFuncEngine(rollout_func, self)
+            if rollout_func is not None
+            else GenerateEngine(
+                self.model,
+                self.args.sampling_options(self.processing_class.pad_token_id, ends),
+                context=self.accelerator.autocast,
+                show_progress=self._shows_progress,
+            )
+        )
+        return RoundRunner(engine, rewards, self.processing_class, ends)
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self.args.disable_tqdm and self.is_world_process_zero()
+
+    # ---- What Trainer iterates over ----
+    def get_train_dataloader(self) -> DataLoader:
+        """One item per micro-step: its number within the epoch, the same on every rank."""
+        if self.train_dataset is None:
+            raise ValueError("train_dataset=None; pass a dataset with a column 'prompt' to train.")
+        self._window = None
+        return DataLoader(range(self._schedule.items_per_epoch), batch_size=1, collate_fn=_only)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Prompts of an epoch."""
+        return self._schedule.windows_per_epoch * self._schedule.prompts_per_window
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
+    ) -> tuple[list[Piece], None]:
+        """The pieces of the next optimizer step; samples the windows that they need. Called once per optimizer step."""
+        self._timer.start_step()
+        items = list(itertools.islice(epoch_iterator, num_batches))
+        num_completions = len(items) * self.args.per_device_train_batch_size * self.args.world_size
+        pieces = []
+        for item in items:
+            place = self._schedule.place(self.state.global_step, item)
+            if self._window is None or self._window.index != place.window:
+                self._window = self._sample_window(place.window)
+            first = place.micro_step * self.args.per_device_train_batch_size
+            pieces.append(
+                make_piece(
+                    self._window.completions[first : first + self.args.per_device_train_batch_size],
+                    num_completions=num_completions,
+                    pad_token_id=self.processing_class.pad_token_id,
+                    device=device,
+                )
+            )
+        self._timer.start_update()
+        return pieces, None
+
+    def _sample_window(self, index: int) -> Window:
+        """Sample, reward and score this rank's share of window `index`."""
+        rank = self.args.process_index
+        prompts = self._prompts.prompts(self._schedule.rows(index, rank))
+        seed = derive_seed(self.args.seed, "window", index, rank)
+        sampled = self._runner.run(prompts, self.args.num_generations, seed, self.state, self._metrics)
+        self._metrics.add_all(sampled.metrics())
+        self._metrics.add("num_tokens", Sum(sampled.num_tokens))
+        advantages = self._advantages(sampled).flatten().tolist()
+        completions = [replace(c, advantage=a) for c, a in zip(sampled.completions, advantages, strict=True)]
+        with self._metrics.timed("time/scoring"):
+            if not self._schedule.on_policy:
+                completions = self._scored(completions, self.model_wrapped, "old_logps")
+            if self._reference is not None:
+                with self._reference.evaluating(self.model_wrapped) as reference:
+                    completions = self._scored(completions, reference, "ref_logps")
+        return Window(index, completions, sampled.table() | {"advantage": advantages})
+
+    def _advantages(self, sampled: Round) -> Tensor:
+        """Advantages by group, of shape (P, G)."""
+        window_rewards = None
+        if self.args.scale_rewards == "batch":
+            window_rewards = self.accelerator.gather(sampled.rewards.total_B.to(self.args.device)).cpu()
+        return group_advantages(sampled.total_PG, self.args.scale_rewards, window_rewards)
+
+    def _scored(self, completions: Sequence[Completion], model: nn.Module, name: str) -> list[Completion]:
+        """`completions` with their log-probabilities under `model` in the field `name`."""
+        logps = score_completions(
+            model,
+            completions,
+            temperature=self.args.temperature,
+            batch_size=self.args.per_device_train_batch_size,
+            pad_token_id=self.processing_class.pad_token_id,
+        )
+        return [replace(c, **{name: values}) for c, values in zip(completions, logps, strict=True)]
+
+    # ---- The loss ----
+    def compute_loss(
+        self, model: nn.Module, inputs: Piece, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """The piece's share of the optimizer step's loss; its gradient averages over ranks, as DDP and ZeRO do."""
+        scores = score(model, inputs, self.args.temperature)
+        epsilon, epsilon_high = self.args.epsilon_bounds
+        output = grpo_loss(
+            scores.logps_BT,
+            scores.logps_BT.detach() if inputs.old_logps_BT is None else inputs.old_logps_BT,
+            inputs.advantages_B,
+            inputs.mask_BT,
+            loss_level=self.args.loss_level,
+            epsilon=epsilon,
+            epsilon_high=epsilon_high,
+            beta=self.args.beta,
+            ref_logps_BT=inputs.ref_logps_BT,
+        )
+        self._metrics.add_all(loss_metrics(output, scores, inputs))
+        return output.loss * self.args.world_size / inputs.num_completions
+
+    def _prepare_inputs(self, inputs: Piece) -> Piece:
+        return inputs  # on the device already, in the precision that it needs
+
+    def _track_num_input_tokens(self, inputs: Piece) -> None:
+        """Tokens are counted when a window is sampled."""
+
+    def floating_point_ops(self, inputs: Piece) -> int:
+        return super().floating_point_ops({"input_ids": inputs.input_ids_BS})
+
+    # ---- What one sees ----
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log `logs`; to those of training, add the metrics since the last time, over all ranks."""
+        training = "loss" in logs
+        if training:
+            metrics = self._metrics.reduce(gather_object)
+            self.state.num_input_tokens_seen += int(metrics.get("num_tokens", 0))
+            logs = logs | metrics | {"num_tokens": self.state.num_input_tokens_seen}
+        super().log(logs, start_time)
+        if training and self.args.log_completions and self._window is not None:
+            self._log_completions(self._window)
+
+    def _log_completions(self, window: Window) -> None:
+        parts = gather_object([window.table])
+        if not self.is_world_process_zero():
+            return
+        table = {name: [value for part in parts for value in part.get(name, [])] for name in parts[0]}
+        if self.args.log_unique_prompts:
+            first = {str(prompt): row for row, prompt in reversed(list(enumerate(table["prompt"])))}
+            table = {name: [values[row] for row in sorted(first.values())] for name, values in table.items()}
+        print_completions(table, self.state.global_step, self.args.num_completions_to_print)
+        path = Path(self.args.output_dir) / "completions" / f"completions_{self.state.global_step:05d}.parquet"
+        write_completions({"step": [self.state.global_step] * len(table["prompt"])} | table, path)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Sample `num_generations_eval` completions of each prompt once and reward them; training is left as it is.
+
+        Args:
+            eval_dataset: Has a column `"prompt"`; or several by name, each of which gets a prefix of its own. The
+                constructor's by default.
+            ignore_keys: Not used.
+            metric_key_prefix: Stands before each metric's name.
+
+        Returns:
+            The metrics, `eval_reward` among them.
+        """
+        prompt_sets = self._eval_prompts if eval_dataset is None else self._eval_prompt_sets(eval_dataset)
+        if not prompt_sets:
+            raise ValueError("eval_dataset=None; pass a dataset with a column 'prompt' to evaluate.")
+        metrics: dict[str, float] = {}
+        for name, prompts in prompt_sets.items():
+            metrics |= self._evaluate_prompts(prompts, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
+        return metrics
+
+    def _evaluate_prompts(self, prompts: PromptSet, prefix: str) -> dict[str, float]:
+        self._memory_tracker.start()
+        start_time = time.time()
+        metrics = evaluate_prompts(
+            self._runner,
+            prompts,
+            num_generations=self.args.eval_generations,
+            batch_size=self.args.per_device_eval_batch_size,
+            seed=self.args.seed,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            trainer_state=self.state,
+            gather=gather_object,
+            show_progress=self._shows_progress,
+        )
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        metrics |= speed_metrics(prefix, start_time, num_samples=len(prompts))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's model card, with the objective and its papers."""
+        super().create_model_card(*args, **kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and path.exists():
+            papers = " and ".join(f"[arXiv {id}](https://arxiv.org/abs/{id})" for id in PAPERS[self.args.loss_level])
+            text = (
+                f'\n## Training objective\n\nGRPO, `loss_level="{self.args.loss_level}"` ({papers}), with grpo_trl.\n'
+            )
+            path.write_text(path.read_text() + text)
+
+
+class _StepTimer(TrainerCallback):
+    """Measures an optimizer step and the part of it that is the update; counts a step for every phase."""
+
+    def __init__(self, metrics: MetricLog):
+        self.metrics = metrics
+        self.step_start = self.update_start = 0.0
+
+    def start_step(self) -> None:
+        self.step_start = time.perf_counter()
+
+    def start_update(self) -> None:
+        self.update_start = time.perf_counter()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        now = time.perf_counter()
+        self.metrics.add("step_time", Mean(now - self.step_start))
+        self.metrics.add("time/update", Mean(now - self.update_start, 0.0))
+        for phase in PHASES:
+            self.metrics.add(phase, Mean(0.0, 1.0))
+
+
+def _init_kwargs(args: GRPOConfig) -> dict[str, Any]:
+    return {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+
+
+def _only(batch: list[Any]) -> Any:
+    """The one item of a batch of one."""
+    (item,) = batch
+    return item

@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo_trl.objective import group_advantages
+
+from .. import oracle
+
+
+REWARD = st.one_of(st.none(), st.floats(-1e3, 1e3, width=32), st.sampled_from([0.0, 1.0, 0.7]))
+GROUPS = st.integers(1, 6).flatmap(
+    lambda size: st.lists(st.lists(REWARD, min_size=size, max_size=size), min_size=1, max_size=5)
+)
+
+
+def tensor(groups):
+    return torch.tensor([[math.nan if r is None else r for r in group] for group in groups], dtype=torch.float64)
+
+
+def batch_deviation(groups):
+    known = [r for group in groups for r in group if r is not None]
+    mean = math.fsum(known) / len(known)
+    return math.sqrt(math.fsum((r - mean) ** 2 for r in known) / (len(known) - 1))
+
+
+@given(GROUPS)
+def test_group_scale_agrees_with_the_paper(groups):
+    expected = torch.tensor([oracle.advantages(g) for g in groups], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(tensor(groups)), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(GROUPS)
+def test_no_scale_leaves_the_distance_from_the_mean(groups):
+    expected = torch.tensor([oracle.advantages(g, divisor=0) for g in groups], dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(tensor(groups), "none"), expected, rtol=1e-9, atol=1e-9)
+
+
+@given(GROUPS.filter(lambda groups: sum(r is not None for g in groups for r in g) > 1))
+def test_batch_scale_divides_by_the_deviation_of_the_window_and_not_of_these_groups(groups):
+    window = [*groups, [5.0, -40.0, None]]
+    expected = torch.tensor([oracle.advantages(g, divisor=batch_deviation(window)) for g in groups])
+    window_rewards = torch.cat([tensor(groups).flatten(), tensor([[5.0, -40.0, None]]).flatten()])
+    actual = group_advantages(tensor(groups), "batch", window_rewards)
+    torch.testing.assert_close(actual, expected.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("value", [0.7, 1e-300, 1e300, -0.1, 0.0])
+@pytest.mark.parametrize("size", [2, 3, 8, 7])
+def test_equal_rewards_of_any_size_give_exactly_zero(scale, value, size):
+    rewards = torch.full((3, size), value, dtype=torch.float64)
+    other = torch.cat([rewards.flatten(), torch.tensor([1.0, 2.0], dtype=torch.float64)])
+    assert (group_advantages(rewards, scale, other) == 0).all()
+
+
+def test_equal_float32_rewards_give_exactly_zero():
+    assert (group_advantages(torch.full((2, 8), 0.7)) == 0).all()
+
+
+def test_a_group_with_fewer_than_two_rewards_gives_zero():
+    rewards = tensor([[None, 3.0, None], [None, None, None], [1.0, None, 2.0]])
+    result = group_advantages(rewards)
+    assert (result[:2] == 0).all()
+    assert result[2, 1] == 0
+    assert result[2, 0] < 0 < result[2, 2]
+
+
+def test_result_is_float64_and_never_nan():
+    result = group_advantages(tensor([[None, 1.0, 2.0]]).float())
+    assert result.dtype == torch.float64
+    assert result.isfinite().all()
+
+
+def test_order_within_the_group_does_not_matter():
+    rewards = torch.rand(4, 8, dtype=torch.float64)
+    order = torch.randperm(8)
+    torch.testing.assert_close(group_advantages(rewards)[:, order], group_advantages(rewards[:, order]))
+
+
+def test_errors_name_the_option():
+    with pytest.raises(ValueError, match=r"scale_rewards='std'.*'group', 'batch', 'none'"):
+        group_advantages(torch.zeros(1, 2), "std")
+    with pytest.raises(ValueError, match="window_rewards"):
+        group_advantages(torch.zeros(1, 2), "batch")
