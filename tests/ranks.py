@@ -1,0 +1,62 @@
+"""Trains the cases below and saves what comes of them: `torchrun --nproc_per_node 2 -m tests.ranks FILE`.
+
+The global batch is the same for any number of ranks, so the results must be too.
+"""
+
+import os
+import sys
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import TrainerCallback
+
+from .conftest import make_model
+from .training import train, weights
+
+
+INFORMATIVE = ["ab=", "f", "a", "cde12="]
+ONE_RANK_WITHOUT_SIGNAL = ["ab=", "a", "equal", "equal"]
+CASES = {
+    "token": {},
+    "sequence with reference": {"loss_level": "sequence", "beta": 0.1},
+    "two iterations": {"num_iterations": 2, "max_steps": 4, "beta": 0.1},
+    "a rank without signal": {"prompts": ONE_RANK_WITHOUT_SIGNAL},
+    "a rank without signal, sequence": {"prompts": ONE_RANK_WITHOUT_SIGNAL, "loss_level": "sequence", "max_steps": 2},
+    "windows of two steps": {"steps_per_generation": 2, "completions": 8, "max_steps": 4, "shuffle_dataset": True},
+    "windows shorter than a step": {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "completions": 8},
+    "scaled by the batch": {"scale_rewards": "batch"},
+    "accumulation": {"gradient_accumulation_steps": 4, "completions": 4},
+    "checkpointing": {"activation_checkpointing": True, "beta": 0.1},
+    "adapter": {
+        "peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+        "beta": 0.1,
+    },
+}
+
+
+class Start(TrainerCallback):
+    """Keeps the weights that training starts from."""
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.weights = weights(model)
+
+
+def run_case(prompts=INFORMATIVE, completions=16, **options):
+    """Weights before and after, log and evaluation of one case; `completions` is what a micro-step has over all ranks."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    options = {"learning_rate": 0.01, "per_device_train_batch_size": completions // world_size} | options
+    start = Start()
+    trainer = train(make_model(), prompts, callbacks=[start], **options)
+    evaluation = trainer.evaluate(Dataset.from_dict({"prompt": ["a", "bc", "def", "9", "equal"]}))
+    log = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return {"before": start.weights, "after": weights(trainer.model), "log": log, "evaluation": evaluation}
+
+
+def run_cases():
+    return {name: run_case(**case) for name, case in CASES.items()}
+
+
+if __name__ == "__main__":
+    results = run_cases()
+    torch.save(results, f"{sys.argv[1]}.{os.environ['RANK']}")
