@@ -27,7 +27,7 @@ CASES = {
     "windows shorter than a step": {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "completions": 8},
     "scaled by the batch": {"scale_rewards": "batch"},
     "accumulation": {"gradient_accumulation_steps": 4, "completions": 4},
-    "checkpointing": {"activation_checkpointing": True, "beta": 0.1},
+    "checkpointing": {"gradient_checkpointing": True, "beta": 0.1},
     "adapter": {
         "peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
         "beta": 0.1,

@@ -53,7 +53,7 @@ def test_every_architecture_with_temperature_and_gradient_checkpointing(level, a
     before = weights(model)
     expected = expected_move(model, level, beta=0.1, temperature=0.7)
     options = {"loss_level": level, "beta": 0.1, "temperature": 0.7, "per_device_train_batch_size": 16}
-    trainer = train(model, PROMPTS, activation_checkpointing=True, **options)
+    trainer = train(model, PROMPTS, gradient_checkpointing=True, **options)
     assert relative_error(before, weights(trainer.model), expected) < STEP
 
 
@@ -128,8 +128,7 @@ def test_the_token_level_agrees_with_trl_at_its_deepseekmath_settings(tmp_path, 
         save_strategy="no",
         report_to="none",
         use_cpu=True,
-        activation_checkpointing=False,
-        gradient_checkpointing=None,
+        gradient_checkpointing=False,
         disable_tqdm=True,
     )
     theirs = trl.GRPOTrainer(

@@ -49,7 +49,7 @@ def train(model, prompts, *, reward_funcs=score, rollout_func=injected, peft_con
         "max_steps": 1,
         "max_completion_length": 8,
         "shuffle_dataset": False,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

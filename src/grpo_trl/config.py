@@ -6,7 +6,8 @@ Options keep the names, meanings and defaults of TRL 1.16's `GRPOConfig`; `docs/
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from types import NoneType
+from typing import Any, cast
 
 import torch
 from transformers import TrainingArguments
@@ -54,7 +55,7 @@ class GRPOConfig(TrainingArguments):
         default=None,
         metadata={"help": "Recompute activations in the backward pass: less memory, slower training. Default: True."},
     )
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # type: ignore[assignment]  # None until the hardware is known
         default=None,
         metadata={"help": "Train in bfloat16 mixed precision. Default: where the GPU supports it, unless fp16 is set."},
     )
@@ -173,10 +174,7 @@ class GRPOConfig(TrainingArguments):
             self.bf16 = (
                 not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
             )
-        if self.gradient_checkpointing is None and getattr(self, "activation_checkpointing", None) is None:
-            # transformers renames the option; setting the old name where the new one exists warns at every start.
-            renamed = hasattr(self, "activation_checkpointing")
-            setattr(self, "activation_checkpointing" if renamed else "gradient_checkpointing", True)
+        self._resolve_checkpointing()
         if self.metric_for_best_model is None and self.load_best_model_at_end:
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
@@ -196,6 +194,16 @@ class GRPOConfig(TrainingArguments):
         """Completions per prompt in evaluation."""
         return self.num_generations if self.num_generations_eval is None else self.num_generations_eval
 
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for models given as paths."""
+        return {"trust_remote_code": self.trust_remote_code} | cast("dict[str, Any]", self.model_init_kwargs or {})
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Further arguments of `apply_chat_template`."""
+        return cast("dict[str, Any]", self.chat_template_kwargs or {})
+
     def sampling_options(self, pad_token_id: int, eos_token_ids: tuple[int, ...]) -> SamplingOptions:
         """The options of sampling, for a tokenizer's ids."""
         return SamplingOptions(
@@ -207,8 +215,18 @@ class GRPOConfig(TrainingArguments):
             top_k=self.top_k,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
-            generation_kwargs=self.generation_kwargs or {},
+            generation_kwargs=cast("dict[str, Any]", self.generation_kwargs or {}),
         )
+
+    def _resolve_checkpointing(self) -> None:
+        """On by default, under either of its names: transformers renames gradient to activation checkpointing."""
+        renamed = hasattr(self, "activation_checkpointing")
+        if renamed and self.activation_checkpointing is not None:
+            return
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = True
+        if renamed:  # else transformers warns of the old name
+            self.activation_checkpointing = self.gradient_checkpointing
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -245,8 +263,11 @@ class GRPOConfig(TrainingArguments):
         check("num_iterations", self.num_iterations >= 1, "use at least 1")
         check("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "use at least 1, e.g. 8")
         check("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "use at least 1")
-        for name in ("steps_per_generation", "generation_batch_size"):
-            check(name, getattr(self, name) is None or getattr(self, name) >= 1, "use at least 1")
+        check(
+            "steps_per_generation",
+            self.steps_per_generation is None or self.steps_per_generation >= 1,
+            "use at least 1",
+        )
         check("max_completion_length", (self.max_completion_length or 0) >= 1, "use at least 1, e.g. 512")
         check("temperature", 0 < self.temperature < math.inf, "it must be above 0, e.g. 1.0")
         check("top_p", 0 < self.top_p <= 1, "it must be above 0 and at most 1")
@@ -259,6 +280,8 @@ class GRPOConfig(TrainingArguments):
         check("num_generations_eval", self.eval_generations >= 1, "use at least 1")
         check("ref_model_sync_steps", self.ref_model_sync_steps >= 1, "use at least 1")
         check("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "it must be between 0 and 1")
+        for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+            check(name, isinstance(getattr(self, name), (dict, NoneType)), "it must be a dict, as JSON '{\"key\": 1}'")
 
     def _resolve_window(self) -> None:
         """Derive `steps_per_generation` and `generation_batch_size` from each other."""
@@ -270,7 +293,7 @@ class GRPOConfig(TrainingArguments):
                     f"steps_per_generation={self.steps_per_generation} contradict each other (a micro-step has {step} "
                     "completions); set only one of them."
                 )
-            if self.generation_batch_size % step:
+            if self.generation_batch_size < 1 or self.generation_batch_size % step:
                 raise ValueError(
                     f"generation_batch_size={self.generation_batch_size} must be a multiple of the {step} completions "
                     f"of a micro-step (per_device_train_batch_size={self.per_device_train_batch_size} x "
@@ -325,5 +348,5 @@ class GRPOConfig(TrainingArguments):
 def _nearest(value: int, works: Callable[[int], bool], least: int = 1, most: int = 1_000_000) -> str:
     """The values next to `value`, below and above, that work, as "A or B"; empty if there are none."""
     below = next((n for n in range(value - 1, least - 1, -1) if works(n)), None)
-    above = next((n for n in range(value + 1, most + 1) if works(n)), None)
+    above = next((n for n in range(max(value + 1, least), most + 1) if works(n)), None)
     return " or ".join(str(n) for n in (below, above) if n is not None)

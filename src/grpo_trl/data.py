@@ -94,7 +94,7 @@ class PromptSet:
         if not messages:
             return []
         continued = messages[-1]["role"] == "assistant"
-        rendered = self.tokenizer.apply_chat_template(
+        rendered: Any = self.tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=not continued,
             continue_final_message=continued,
@@ -217,7 +217,8 @@ class Schedule:
             raise ValueError(
                 f"train_dataset has {self.num_prompts} prompts and a window needs {need} (generation_batch_size="
                 f"{need * self.num_generations} completions / num_generations={self.num_generations}); use at least {need} "
-                f"prompts, or generation_batch_size={self.num_prompts * self.num_generations} or less."
+                f"prompts, or lower per_device_train_batch_size={self.batch_size} or steps_per_generation="
+                f"{self.steps_per_generation}."
             )
         if left := self.num_prompts % need:
             logger.info(

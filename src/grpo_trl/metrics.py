@@ -209,7 +209,7 @@ class MetricLog:
 
     @contextlib.contextmanager
     def timed(self, *names: str) -> Iterator[None]:
-        """Add the seconds that the block takes to the `Mean` of each name, without counting one: `count_step` does."""
+        """Add the seconds that the block takes to the `Mean` of each name, without counting one."""
         start = time.perf_counter()
         try:
             yield

@@ -26,7 +26,7 @@ def load_policy(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dic
         settings = {"dtype": "float32"} | model_init_kwargs
         try:
             return AutoModelForCausalLM.from_pretrained(model, **settings)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise OSError(
                 f"model={model!r} could not be loaded: it is no folder with a model, and no hub answers with one. Pass the "
                 f"path of a local model. ({error})"
@@ -114,6 +114,10 @@ class Reference:
     Args:
         policy: The policy before it is trained, with its adapter.
         new_adapter: Whether the adapter was made for this run.
+
+    Raises:
+        ValueError: The adapter trains biases of the model under it, which the reference would share; or it is a prompt
+            that was trained before, which cannot be copied.
     """
 
     def __init__(self, policy: Any, new_adapter: bool):
@@ -122,7 +126,18 @@ class Reference:
         self._adapter: str | None = None
         if not isinstance(policy, PeftModel):
             self.model = copy.deepcopy(policy).requires_grad_(False).eval()
-        elif not new_adapter:
+            return
+        config = policy.peft_config[policy.active_adapter]
+        if (bias := getattr(config, "bias", "none")) != "none":
+            raise ValueError(
+                f"The adapter has bias={bias!r}: it trains biases of the model under it, which the reference would share. "
+                "Set bias='none' in peft_config, or beta=0.0 to train without a reference."
+            )
+        if not new_adapter and config.is_prompt_learning:
+            raise ValueError(
+                f"The adapter is a trained prompt ({config.peft_type}), of which no reference can be kept; set beta=0.0."
+            )
+        if not new_adapter:
             self._adapter = _freeze_adapter(policy)
 
     @contextmanager
@@ -134,22 +149,34 @@ class Reference:
             with self._policy.disable_adapter():
                 yield wrapped_policy
         else:
-            active = self._policy.active_adapter
-            try:
-                self._policy.set_adapter(self._adapter)
+            with _adapter(self._policy, self._adapter):
                 yield wrapped_policy
-            finally:
-                self._policy.set_adapter(active)
+
+
+@contextmanager
+def _adapter(policy: PeftModel, name: str) -> Iterator[None]:
+    """Another adapter inside; the active one, and what is trainable, as they were after."""
+    active = policy.active_adapter
+    trainable = {parameter: parameter.requires_grad for parameter in policy.parameters()}
+    try:
+        policy.set_adapter(name)
+        yield
+    finally:
+        policy.set_adapter(active)
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
 
 
 def _freeze_adapter(policy: PeftModel) -> str:
+    """Copy the active adapter to one that is never trained; its name."""
     active = policy.active_adapter
-    policy.add_adapter(REF_ADAPTER, policy.peft_config[active])
+    if REF_ADAPTER not in policy.peft_config:
+        policy.add_adapter(REF_ADAPTER, policy.peft_config[active])
     parameters = dict(policy.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
             parts = name.split(".")
-            if active in parts:
-                parameters[".".join(REF_ADAPTER if part == active else part for part in parts)].copy_(parameter)
-    policy.set_adapter(active)
+            if REF_ADAPTER in parts:
+                parameter.copy_(parameters[".".join(active if part == REF_ADAPTER else part for part in parts)])
+                parameter.requires_grad_(False)
     return REF_ADAPTER

@@ -4,7 +4,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+import pyarrow
+import pyarrow.parquet
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,7 +28,7 @@ CURVES = (
 def write_completions(table: dict[str, list[Any]], path: Path) -> None:
     """Write the columns of `table` to a parquet file; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(table).to_parquet(str(path))
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
 
 
 def print_completions(

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object, set_seed
@@ -73,7 +73,9 @@ class GRPOTrainer(Trainer):
         TypeError: An argument has the wrong type.
     """
 
-    loss_is_scaled_for_ga = True  # the loss of a piece is divided by the count of the whole optimizer step
+    args: GRPOConfig
+    model: Any
+    processing_class: PreTrainedTokenizerBase
 
     def __init__(
         self,
@@ -85,14 +87,14 @@ class GRPOTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
         rollout_func: Callable[[list[Any], Any], dict[str, Any]] | None = None,
     ):
         args = GRPOConfig() if args is None else args
         check_launch(args.n_gpu, args.world_size)
         set_seed(args.seed)  # a new adapter starts from random weights
-        policy = load_policy(model, _init_kwargs(args) if isinstance(model, str) else args.model_init_kwargs or {})
+        policy = load_policy(model, args.init_kwargs if isinstance(model, str) or args.model_init_kwargs else {})
         tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
         policy = add_adapter(policy, peft_config)
         if isinstance(policy, PeftModel) and args.gradient_checkpointing:
@@ -101,14 +103,15 @@ class GRPOTrainer(Trainer):
             reward_funcs,
             args.reward_weights,
             reward_processing_classes,
-            model_init_kwargs=_init_kwargs(args),
-            chat_template_kwargs=args.chat_template_kwargs,
+            model_init_kwargs=args.init_kwargs,
+            chat_template_kwargs=args.template_kwargs,
             batch_size=args.per_device_train_batch_size,
         )
         super().__init__(
             model=policy,
             args=args,
             data_collator=_only,
+            compute_loss_func=grpo_loss,  # not called; Trainer then leaves the division of the loss to us
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=tokenizer,
@@ -153,6 +156,7 @@ class GRPOTrainer(Trainer):
                 f"max_completion_length={length} leaves no room for a prompt in the model's context of {context} tokens; "
                 f"use at most {context - 1}, less the length of the prompts."
             )
+        assert self.args.steps_per_generation is not None  # the configuration derives it
         self._limit = PromptLimit(None if context is None else context - length, length, self.args.prompt_overflow)
         self._eval_prompts = {} if self.eval_dataset is None else self._eval_prompt_sets(self.eval_dataset)
         if self.train_dataset is None:
@@ -176,7 +180,7 @@ class GRPOTrainer(Trainer):
             dataset,
             self.processing_class,
             self._limit,
-            chat_template_kwargs=self.args.chat_template_kwargs,
+            chat_template_kwargs=self.args.template_kwargs,
             prompt_only=self.args.remove_unused_columns,
             name=name,
         )
@@ -210,7 +214,8 @@ class GRPOTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset=None; pass a dataset with a column 'prompt' to train.")
         self._window = None
-        return DataLoader(range(self._schedule.items_per_epoch), batch_size=1, collate_fn=_only)
+        items = cast("torch.utils.data.Dataset[int]", range(self._schedule.items_per_epoch))
+        return DataLoader(items, batch_size=1, collate_fn=_only)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         """Prompts of an epoch."""
@@ -274,10 +279,12 @@ class GRPOTrainer(Trainer):
             batch_size=self.args.per_device_train_batch_size,
             pad_token_id=self.processing_class.pad_token_id,
         )
-        return [replace(c, **{name: values}) for c, values in zip(completions, logps, strict=True)]
+        return [
+            replace(c, **cast("dict[str, Any]", {name: values})) for c, values in zip(completions, logps, strict=True)
+        ]
 
     # ---- The loss ----
-    def compute_loss(
+    def compute_loss(  # type: ignore[override]  # what Trainer passes on is a piece
         self, model: nn.Module, inputs: Piece, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """The piece's share of the optimizer step's loss; its gradient averages over ranks, as DDP and ZeRO do."""
@@ -297,13 +304,13 @@ class GRPOTrainer(Trainer):
         self._metrics.add_all(loss_metrics(output, scores, inputs))
         return output.loss * self.args.world_size / inputs.num_completions
 
-    def _prepare_inputs(self, inputs: Piece) -> Piece:
+    def _prepare_inputs(self, inputs: Piece) -> Piece:  # type: ignore[override]
         return inputs  # on the device already, in the precision that it needs
 
     def _track_num_input_tokens(self, inputs: Piece) -> None:
         """Tokens are counted when a window is sampled."""
 
-    def floating_point_ops(self, inputs: Piece) -> int:
+    def floating_point_ops(self, inputs: Piece) -> int:  # type: ignore[override]
         return super().floating_point_ops({"input_ids": inputs.input_ids_BS})
 
     # ---- What one sees ----
@@ -327,7 +334,7 @@ class GRPOTrainer(Trainer):
             first = {str(prompt): row for row, prompt in reversed(list(enumerate(table["prompt"])))}
             table = {name: [values[row] for row in sorted(first.values())] for name, values in table.items()}
         print_completions(table, self.state.global_step, self.args.num_completions_to_print)
-        path = Path(self.args.output_dir) / "completions" / f"completions_{self.state.global_step:05d}.parquet"
+        path = Path(str(self.args.output_dir)) / "completions" / f"completions_{self.state.global_step:05d}.parquet"
         write_completions({"step": [self.state.global_step] * len(table["prompt"])} | table, path)
 
     def evaluate(
@@ -380,7 +387,7 @@ class GRPOTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's model card, with the objective and its papers."""
         super().create_model_card(*args, **kwargs)
-        path = Path(self.args.output_dir) / "README.md"
+        path = Path(str(self.args.output_dir)) / "README.md"
         if self.is_world_process_zero() and path.exists():
             papers = " and ".join(f"[arXiv {id}](https://arxiv.org/abs/{id})" for id in PAPERS[self.args.loss_level])
             text = (
@@ -410,10 +417,6 @@ class _StepTimer(TrainerCallback):
         self.metrics.add("time/update", Mean(now - self.update_start, 0.0))
         for phase in PHASES:
             self.metrics.add(phase, Mean(0.0, 1.0))
-
-
-def _init_kwargs(args: GRPOConfig) -> dict[str, Any]:
-    return {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
 
 
 def _only(batch: list[Any]) -> Any:

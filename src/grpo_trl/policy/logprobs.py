@@ -6,6 +6,7 @@ Axes: B completions, S tokens of a row, K positions whose logits are computed, T
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +93,7 @@ def _token_logps(logits_BKV: Tensor, labels_BK: Tensor, temperature: float) -> t
     return logps_BK, entropy_BK
 
 
-def _takes_logits_to_keep(model: nn.Module) -> bool:
+def _takes_logits_to_keep(model: Any) -> bool:
     """Whether some module on the way from the wrapper to the language model names `logits_to_keep` in its forward."""
     while True:
         if "logits_to_keep" in inspect.signature(model.forward).parameters:

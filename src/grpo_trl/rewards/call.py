@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 
@@ -106,7 +105,8 @@ class FunctionReward:
     def _number(self, value: Any, row: int) -> float:
         if value is None:
             return math.nan
-        value = value.item() if hasattr(value, "item") else value
+        if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
+            value = value.item()
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ValueError(
                 f"The reward function {self.name!r} returned {value!r} ({type(value).__name__}) for completion {row}; it "
@@ -129,7 +129,7 @@ class ModelReward:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
         chat_template_kwargs: dict[str, Any],
         batch_size: int,
@@ -160,7 +160,7 @@ class ModelReward:
     def _text(self, prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):
             return prompt + completion
-        return self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **self.chat_template_kwargs)
+        return str(self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **self.chat_template_kwargs))
 
 
 class EventLoop:

@@ -3,6 +3,7 @@
 Axes: B completions, F reward functions.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,8 @@ class Rewards:
         batch_size: Completions per forward of a reward model.
 
     Raises:
-        ValueError: No reward function, or another number of weights or tokenizers than of reward functions.
+        ValueError: No reward function, another number of weights or tokenizers than of reward functions, or a weight that
+            is not finite.
         TypeError: A reward function that is none of the above.
     """
 
@@ -62,6 +64,8 @@ class Rewards:
         for name, values in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
             if len(values) != len(funcs):
                 raise ValueError(f"{name} has {len(values)} entries for {len(funcs)} reward_funcs; give one for each.")
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(f"reward_weights={weights} must be finite numbers, e.g. {[1.0] * len(funcs)}.")
         self.weights_F = torch.tensor(weights, dtype=torch.float64)
         self.functions: list[FunctionReward | ModelReward] = []
         for func, tokenizer in zip(funcs, tokenizers, strict=True):
@@ -70,7 +74,9 @@ class Rewards:
                     func, num_labels=1, **(model_init_kwargs or {})
                 )
             if isinstance(func, nn.Module):
-                tokenizer = _reward_tokenizer(func, tokenizer)
+                tokenizer = _reward_tokenizer(
+                    func, tokenizer, (model_init_kwargs or {}).get("trust_remote_code", False)
+                )
                 self.functions.append(ModelReward(func, tokenizer, chat_template_kwargs or {}, batch_size))
             elif callable(func):
                 self.functions.append(FunctionReward(func))
@@ -96,7 +102,7 @@ class Rewards:
         """
         notes = RewardNotes()
         values_BF = torch.full((len(batch.prompts), len(self.functions)), torch.nan, dtype=torch.float64)
-        waiting = [(f, function) for f, function in enumerate(self.functions) if function.is_async]
+        waiting = [(f, x) for f, x in enumerate(self.functions) if isinstance(x, FunctionReward) and x.is_async]
         for f, function in enumerate(self.functions):
             if not function.is_async:
                 values_BF[:, f] = torch.tensor(function(batch, notes), dtype=torch.float64)
@@ -124,8 +130,11 @@ def _distinct(names: list[str]) -> list[str]:
     return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts, strict=True)]
 
 
-def _reward_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.config._name_or_path)
+def _reward_tokenizer(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
+) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=trust_remote_code)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     # A classification head reads the last token that is not padding, which it finds by this id.

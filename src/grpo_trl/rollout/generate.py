@@ -8,11 +8,12 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from ..policy import Completion
 from .base import Rollout, RolloutRequest, SamplingOptions
@@ -30,7 +31,7 @@ class GenerateEngine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         options: SamplingOptions,
         context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         show_progress: bool = False,
@@ -114,12 +115,12 @@ def _left_pad(rows: list[list[int]], pad_token_id: int, device: torch.device) ->
 
 
 @contextlib.contextmanager
-def _as_it_was(model: PreTrainedModel, seed: int, generation_config: GenerationConfig) -> Iterator[None]:
+def _as_it_was(model: Any, seed: int, generation_config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, a seeded random state and `generation_config` inside; all as it was after."""
     modes = {module: module.training for module in model.modules()}
     # The model's own settings would fill in whatever ours leave open: a top_p, a list of suppressed tokens. A PeftModel
     # hands its settings to the model inside, so that they are replaced wherever a module holds some.
-    settings = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
+    settings: dict[Any, Any] = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
     devices = [model.device] if model.device.type != "cpu" else []
     try:
         with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):

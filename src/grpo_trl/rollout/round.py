@@ -56,15 +56,19 @@ class Round:
         """Prompts, completions, rewards and what reward functions noted, by column, one entry per completion.
 
         Raises:
-            ValueError: A reward function gave `log_extra` another number of values than completions.
+            ValueError: A reward function gave `log_extra` another number of values than completions, or the name of
+                another column.
         """
         rewards = dict(zip(self.rewards.names, self.rewards.values_BF.T.tolist(), strict=True))
+        table = {"prompt": self.prompts, "completion": self.texts} | rewards
         for name, values in self.rewards.notes.columns.items():
             if len(values) != len(self.texts):
                 raise ValueError(
                     f"log_extra({name!r}, ...) got {len(values)} values for {len(self.texts)} completions; give one each."
                 )
-        return {"prompt": self.prompts, "completion": self.texts} | rewards | dict(self.rewards.notes.columns)
+            if name in (*table, "step", "advantage"):
+                raise ValueError(f"log_extra({name!r}, ...) names a column that the table has; choose another name.")
+        return table | self.rewards.notes.columns
 
     def _reward_metrics(self) -> dict[str, Metric]:
         total_B = self.rewards.total_B

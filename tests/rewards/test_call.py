@@ -1,0 +1,339 @@
+import asyncio
+import functools
+import math
+
+import numpy as np
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+from grpo_trl.rewards import RewardBatch, RewardNotes
+from grpo_trl.rewards.call import EventLoop, FunctionReward, ModelReward
+
+from ..conftest import SIZES, make_tokenizer
+
+
+STATE = object()
+
+
+def make_batch(**columns: list) -> RewardBatch:
+    return RewardBatch(
+        prompts=["a=", "a=", "b=", "b="],
+        completions=["1", "22", "333", "4444"],
+        completion_ids=[[6], [7, 7], [8] * 3, [9] * 4],
+        columns=columns or {"answer": ["x", "x", "y", "y"]},
+        trainer_state=STATE,
+    )
+
+
+def call(function, batch: RewardBatch | None = None, notes: RewardNotes | None = None) -> list[float]:
+    return FunctionReward(function)(batch or make_batch(), notes or RewardNotes())
+
+
+def lengths(completions):
+    return [len(text) for text in completions]
+
+
+class Lengths:
+    def __call__(self, completions):
+        return lengths(completions)
+
+
+class AsyncLengths:
+    async def __call__(self, completions):
+        return lengths(completions)
+
+
+async def async_lengths(completions):
+    return lengths(completions)
+
+
+def scaled(completions, scale):
+    return [scale * len(text) for text in completions]
+
+
+@pytest.mark.parametrize(
+    "function, name",
+    [
+        (lengths, "lengths"),
+        (Lengths(), "Lengths"),
+        (lambda completions: [len(text) for text in completions], "<lambda>"),
+        (functools.partial(scaled, scale=1), "scaled"),
+        (Lengths().__call__, "__call__"),
+    ],
+)
+def test_every_kind_of_callable_is_called_and_named(function, name):
+    reward = FunctionReward(function)
+    assert reward(make_batch(), RewardNotes()) == [1.0, 2.0, 3.0, 4.0]
+    assert reward.name == name
+    assert not reward.is_async
+
+
+@pytest.mark.parametrize("function", [async_lengths, AsyncLengths(), functools.partial(async_lengths)])
+def test_every_kind_of_coroutine_function_is_recognised(function):
+    reward = FunctionReward(function)
+    assert reward.is_async
+    assert EventLoop().run([reward.call_async(make_batch(), RewardNotes())]) == [[1.0, 2.0, 3.0, 4.0]]
+
+
+def test_a_function_gets_only_what_it_names():
+    seen = {}
+
+    def reward(answer, prompts, completion_ids, trainer_state, depth=3):
+        seen.update(locals())
+        return [0.0] * 4
+
+    batch = make_batch(answer=["x", "x", "y", "y"], other=[1, 2, 3, 4])
+    call(reward, batch)
+    del seen["seen"]
+    assert seen == {
+        "answer": ["x", "x", "y", "y"],
+        "prompts": batch.prompts,
+        "completion_ids": batch.completion_ids,
+        "trainer_state": STATE,
+        "depth": 3,
+    }
+
+
+def test_further_positional_arguments_get_nothing():
+    def reward(completions, *others):
+        return [float(len(others))] * len(completions)
+
+    assert call(reward) == [0.0] * 4
+
+
+def test_a_column_takes_the_place_of_a_default():
+    def reward(completions, answer=None):
+        return [float(a == "y") for a in answer]
+
+    assert call(reward) == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_a_function_with_kwargs_gets_everything():
+    seen = {}
+
+    def reward(completions, **kwargs):
+        seen.update(kwargs)
+        return lengths(completions)
+
+    call(reward)
+    assert set(seen) == {"prompts", "completion_ids", "trainer_state", "log_extra", "log_metric", "answer"}
+
+
+def test_a_callable_without_a_signature_gets_everything():
+    class NoSignature:
+        __signature__ = "none"  # inspect.signature raises
+
+        def __call__(self, **kwargs):
+            return lengths(kwargs["completions"])
+
+    class Builtin(NoSignature):
+        @property
+        def __signature__(self):
+            raise ValueError("no signature")
+
+    assert call(Builtin()) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_column_never_hides_an_argument_of_the_trainer():
+    batch = make_batch(trainer_state=[1, 2, 3, 4], prompts=list("wxyz"), log_metric=[0] * 4)
+    seen = {}
+
+    def reward(prompts, trainer_state, log_metric):
+        seen.update(prompts=prompts, state=trainer_state)
+        log_metric("called", 1)
+        return [0.0] * 4
+
+    notes = RewardNotes()
+    call(reward, batch, notes)
+    assert seen == {"prompts": ["a=", "a=", "b=", "b="], "state": STATE}
+    assert notes.metrics == {"called": [1.0]}
+
+
+def test_an_argument_that_nobody_has_is_named_with_its_function():
+    def picky(completions, solution, difficulty):
+        return lengths(completions)
+
+    with pytest.raises(
+        ValueError, match=r"'picky' takes solution, difficulty, .*may take answer, completion_ids, comp"
+    ):
+        call(picky)
+
+
+def test_notes_collect_columns_and_metrics():
+    def reward(completions, log_extra, log_metric):
+        log_extra("parsed", [text.upper() for text in completions])
+        log_metric("accuracy", 0.25)
+        log_metric("accuracy", torch.tensor(0.75))
+        return lengths(completions)
+
+    notes = RewardNotes()
+    call(reward, notes=notes)
+    assert notes.columns == {"parsed": ["1", "22", "333", "4444"]}
+    assert notes.metrics == {"accuracy": [0.25, 0.75]}
+    assert all(type(value) is float for value in notes.metrics["accuracy"])
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, 2.5, True, -4],
+        (1.0, 2.5, 1.0, -4.0),
+        torch.tensor([1, 2.5, 1, -4]),
+        torch.tensor([1, 2.5, 1, -4], dtype=torch.bfloat16, requires_grad=True),
+        np.array([1, 2.5, 1, -4], dtype=np.float32),
+        [torch.tensor(1.0), np.float64(2.5), np.int64(1), torch.tensor([-4.0])],
+    ],
+)
+def test_numbers_of_every_kind_are_accepted(returned):
+    values = call(lambda completions: returned)
+    assert values == [1.0, 2.5, 1.0, -4.0]
+    assert all(type(value) is float for value in values)
+
+
+def test_none_becomes_nan():
+    values = call(lambda completions: [1, None, 3, None])
+    assert [value for value in values if not math.isnan(value)] == [1.0, 3.0]
+    assert [math.isnan(value) for value in values] == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        ([1.0, 2.0], "returned 2 values for 4 completions"),
+        ([1.0] * 5, "returned 5 values for 4 completions"),
+        (np.ones(3), "returned 3 values for 4 completions"),
+        (1.0, "returned float; it must return a list"),
+        (None, "returned NoneType; it must return a list"),
+        ("1234", "returned str; it must return a list"),
+        ({0: 1.0}, "returned dict; it must return a list"),
+        ((x for x in range(4)), "returned generator; it must return a list"),
+        (torch.tensor(1.0), "returned Tensor; it must return a list"),
+        ([1.0, "2", 3.0, 4.0], r"returned '2' \(str\) for completion 1"),
+        ([1.0, 2.0, math.nan, 4.0], r"returned nan \(float\) for completion 2"),
+        ([1.0, 2.0, 3.0, math.inf], r"returned inf \(float\) for completion 3"),
+        ([-math.inf, 2.0, 3.0, 4.0], r"returned -inf \(float\) for completion 0"),
+        (torch.tensor([1.0, torch.nan, 3.0, 4.0]), r"returned nan \(float\) for completion 1"),
+        (torch.ones(4, 1), r"returned \[1.0\] \(list\) for completion 0"),
+        ([1.0, 2.0, [3.0], 4.0], r"returned \[3.0\] \(list\) for completion 2"),
+        ([1.0, 2.0, 3.0, 4j], r"returned 4j \(complex\) for completion 3"),
+        ([1.0, 2.0, 3.0, torch.ones(2)], r"returned tensor\(\[1., 1.\]\) \(Tensor\) for completion 3"),
+    ],
+)
+def test_what_is_no_reward_is_refused_by_name(returned, message):
+    def wrong(completions):
+        return returned
+
+    with pytest.raises(ValueError, match="'wrong' " + message):
+        call(wrong)
+
+
+def test_coroutines_are_checked_like_functions():
+    async def wrong(completions):
+        return [1.0]
+
+    with pytest.raises(ValueError, match="'wrong' returned 1 values for 4"):
+        EventLoop().run([FunctionReward(wrong).call_async(make_batch(), RewardNotes())])
+
+
+def test_coroutines_run_at_the_same_time_and_keep_their_order():
+    here, there = asyncio.Event(), asyncio.Event()
+
+    async def first():
+        here.set()
+        await asyncio.wait_for(there.wait(), 10)
+        return [1.0]
+
+    async def second():
+        await asyncio.wait_for(here.wait(), 10)
+        there.set()
+        return [2.0]
+
+    assert EventLoop().run([first(), second()]) == [[1.0], [2.0]]
+
+
+def test_the_event_loop_outlives_a_call():
+    async def which():
+        return [id(asyncio.get_running_loop())]
+
+    loop = EventLoop()
+    assert loop.run([which()]) == loop.run([which()])
+
+
+def test_coroutines_can_be_awaited_from_inside_another_event_loop():
+    async def notebook():
+        return EventLoop().run([FunctionReward(async_lengths).call_async(make_batch(), RewardNotes())])
+
+    assert asyncio.run(notebook()) == [[1.0, 2.0, 3.0, 4.0]]
+
+
+# ---- Reward models ----
+def make_reward_model(**changes) -> Qwen2ForSequenceClassification:
+    torch.manual_seed(0)
+    return Qwen2ForSequenceClassification(Qwen2Config(**(SIZES | {"num_labels": 1} | changes)))
+
+
+def by_hand(model, tokenizer, text: str) -> float:
+    """The logit at the last token of `text`, computed alone and without padding."""
+    ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        return float(model.score(model.model(input_ids=ids).last_hidden_state)[0, -1, 0])
+
+
+PROMPTS = ["ab=", "c=", "abcabc=", "d=", ""]
+COMPLETIONS = ["1", "22222222", "", "4 5", "6"]
+
+
+def model_batch(prompts, completions) -> RewardBatch:
+    return RewardBatch(prompts, completions, [[] for _ in prompts], {})
+
+
+def test_a_model_rewards_each_text_as_if_it_were_alone(tokenizer):
+    model = make_reward_model()
+    rows = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    reward = ModelReward(model, tokenizer, {}, batch_size=2)
+    values = reward(model_batch(PROMPTS, COMPLETIONS), RewardNotes())
+    assert rows == [2, 2, 1]
+    expected = [by_hand(model, tokenizer, p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert values == pytest.approx(expected, abs=1e-5)
+    assert len({round(value, 3) for value in values}) == 5  # so that an order or a padding mistake shows
+
+
+def test_a_model_sees_texts_as_they_stand_padded_on_the_right():
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "left"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="z $A", special_tokens=[("z", 40)])
+    seen = []
+    model = make_reward_model()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    ModelReward(model, tokenizer, {}, batch_size=2)(model_batch(["ab=", "c="], ["1", ""]), RewardNotes())
+    assert seen == [[[15, 16, 42, 6], [17, 42, 0, 0]]]
+
+
+def test_a_model_rewards_conversations_through_the_chat_template():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ mark }}" + tokenizer.chat_template
+    model = make_reward_model()
+    prompts = [[{"role": "user", "content": p}] for p in ("ab", "c")]
+    completions = [[{"role": "assistant", "content": c}] for c in ("1", "23")]
+    reward = ModelReward(model, tokenizer, {"mark": "z"}, batch_size=8)
+    values = reward(model_batch(prompts, completions), RewardNotes())
+    texts = ["z<user>ab<assistant>1", "z<user>c<assistant>23"]
+    assert values == pytest.approx([by_hand(model, tokenizer, text) for text in texts], abs=1e-5)
+
+
+def test_a_model_rewards_without_dropout_and_without_gradient(tokenizer):
+    model = make_reward_model(attention_dropout=0.5).train()
+    graphs = []
+    model.score.register_forward_hook(lambda module, args, output: graphs.append(output.requires_grad))
+    values = ModelReward(model, tokenizer, {}, batch_size=8)(model_batch(PROMPTS, COMPLETIONS), RewardNotes())
+    model.eval()
+    expected = [by_hand(model, tokenizer, p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
+    assert values == pytest.approx(expected, abs=1e-5)
+    assert graphs[0] is False

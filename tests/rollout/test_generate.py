@@ -1,0 +1,227 @@
+import contextlib
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GenerationConfig
+
+from grpo_trl.rollout import GenerateEngine, Rollout, RolloutRequest, SamplingOptions
+from grpo_trl.rollout.generate import _DecodingBar
+
+from ..conftest import make_model
+
+
+PAD, EOS = 0, 1
+PROMPTS = [[15, 16], [17, 18, 19, 20, 21, 22], [23]]
+
+
+def make_options(**changes) -> SamplingOptions:
+    return SamplingOptions(**({"max_completion_length": 6, "pad_token_id": PAD, "eos_token_ids": (EOS,)} | changes))
+
+
+def sample(model, seed: int = 0, prompts=PROMPTS, num_generations: int = 3, **changes) -> Rollout:
+    engine = GenerateEngine(model, make_options(**changes))
+    return engine.rollout(RolloutRequest(["unread"] * len(prompts), prompts, num_generations, seed))
+
+
+def ids(rollout: Rollout) -> list[list[int]]:
+    return [completion.ids for completion in rollout.completions]
+
+
+def test_rows_come_group_after_group_with_their_prompt(model):
+    rollout = sample(model)
+    assert [c.prompt_ids for c in rollout.completions] == [prompt for prompt in PROMPTS for _ in range(3)]
+    assert rollout.columns == {}
+    for completion in rollout.completions:
+        assert completion.mask == [True] * len(completion.ids)
+        assert completion.sampler_logps is None
+
+
+def test_completions_of_a_group_differ(model):
+    assert len({tuple(row) for row in ids(sample(model, num_generations=8))[:8]}) > 1
+
+
+def test_the_seed_alone_fixes_the_completions(model):
+    first = ids(sample(model, seed=5))
+    torch.manual_seed(99)
+    torch.rand(7)
+    assert ids(sample(model, seed=5)) == first
+    assert ids(sample(model, seed=6)) != first
+
+
+@pytest.fixture
+def mixed_model(model):
+    """A model whose submodules are in different modes and whose generation settings are its own."""
+    model.train()
+    model.model.layers[0].eval()
+    model.generation_config = GenerationConfig(eos_token_id=3, top_k=1)
+    return model
+
+
+def snapshot(model) -> tuple:
+    modes = [module.training for module in model.modules()]
+    return modes, model.generation_config.to_dict(), torch.get_rng_state().tolist()
+
+
+def test_model_and_random_state_are_as_they_were_after_sampling(mixed_model):
+    before, config = snapshot(mixed_model), mixed_model.generation_config
+    sample(mixed_model)
+    assert snapshot(mixed_model) == before
+    assert mixed_model.generation_config is config
+
+
+def test_model_and_random_state_are_as_they_were_after_an_exception(mixed_model, monkeypatch):
+    before, config = snapshot(mixed_model), mixed_model.generation_config
+    layer = mixed_model.model.layers[1]
+    forward, calls = layer.forward, []
+
+    def fail_at_the_third_token(*args, **kwargs):
+        calls.append(layer.training)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", fail_at_the_third_token)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sample(mixed_model)
+    assert calls == [False] * 3  # it was in evaluation mode
+    assert snapshot(mixed_model) == before
+    assert mixed_model.generation_config is config
+
+
+@pytest.mark.parametrize("own_config", [False, True])
+def test_an_adapter_and_the_model_under_it_keep_their_settings(own_config):
+    policy = get_peft_model(make_model(), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    base = policy.get_base_model()
+    if own_config:
+        policy.generation_config = GenerationConfig(top_k=1, max_new_tokens=2, suppress_tokens=[5])
+    outer, inner = policy.generation_config, base.generation_config
+    assert ids(sample(policy)) == ids(sample(make_model()))  # a new adapter changes nothing
+    assert policy.generation_config is outer
+    assert base.generation_config is inner
+
+
+HOSTILE = {
+    "top_k": 1,
+    "top_p": 0.1,
+    "min_p": 0.9,
+    "temperature": 5.0,
+    "repetition_penalty": 5.0,
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(10, 40)),
+    "bad_words_ids": [[9]],
+    "max_new_tokens": 2,
+    "min_new_tokens": 2,
+    "forced_eos_token_id": 3,
+    "eos_token_id": 4,
+}
+
+
+@pytest.mark.parametrize(
+    "settings", [HOSTILE, HOSTILE | {"do_sample": True, "num_return_sequences": 2}, {"num_beams": 3}]
+)
+def test_generation_settings_of_the_model_change_nothing(model, settings):
+    expected = ids(sample(model, num_generations=8))
+    model.generation_config = GenerationConfig(**settings)
+    assert ids(sample(model, num_generations=8)) == expected
+
+
+def test_the_end_token_is_kept_and_nothing_follows_it(model):
+    ends = (EOS, 7, 12, 20, 33)
+    rows = ids(sample(model, num_generations=30, eos_token_ids=ends, max_completion_length=12))
+    seen = set()
+    for row in rows:
+        assert not set(row[:-1]) & set(ends)
+        assert row[-1] in ends or len(row) == 12
+        seen |= {row[-1]} & set(ends)
+    assert seen == set(ends)
+
+
+def test_sampling_stops_where_every_completion_has_ended_whatever_the_end_token(model):
+    calls = []
+    model.register_forward_hook(lambda *call: calls.append(call))
+    assert [len(row) for row in ids(sample(model, eos_token_ids=tuple(range(48))))] == [1] * 9
+    assert len(calls) == 1
+
+
+def test_padding_with_the_end_token_does_not_lengthen_a_completion(model):
+    changes = {"eos_token_ids": (EOS, 7, 12, 20), "num_generations": 20}
+    assert ids(sample(model, pad_token_id=EOS, **changes)) == ids(sample(model, pad_token_id=PAD, **changes))
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_completions_have_at_most_max_completion_length_tokens(model, length):
+    rows = ids(sample(model, max_completion_length=length, eos_token_ids=(47,)))
+    assert max(map(len, rows)) == length
+
+
+def test_ragged_prompts_give_what_each_prompt_gives_alone(model):
+    together = ids(sample(model, num_generations=1, top_k=1, max_completion_length=10))
+    alone = [ids(sample(model, prompts=[p], num_generations=1, top_k=1, max_completion_length=10))[0] for p in PROMPTS]
+    assert together == alone
+    assert len({tuple(row) for row in alone}) == len(PROMPTS)
+
+
+def greedy(model, prompt: list[int], length: int) -> list[int]:
+    written: list[int] = []
+    while len(written) < length and EOS not in written:
+        written.append(int(model(input_ids=torch.tensor([prompt + written])).logits[0, -1].argmax()))
+    return written
+
+
+@pytest.mark.parametrize("option", [{"temperature": 1e-4}, {"top_p": 1e-6}, {"top_k": 1}, {"min_p": 1.0}])
+def test_every_sampling_option_reaches_the_sampler(model, option):
+    expected = [greedy(model, prompt, 6) for prompt in PROMPTS]
+    assert ids(sample(model, num_generations=1, **option)) == expected
+    assert ids(sample(model, num_generations=1)) != expected
+
+
+def test_the_repetition_penalty_reaches_the_sampler(model):
+    def repeats(penalty: float) -> int:
+        rollout = sample(model, top_k=1, max_completion_length=30, repetition_penalty=penalty, eos_token_ids=(47,))
+        return sum(len(c.ids) - len(set(c.ids)) for c in rollout.completions)
+
+    assert repeats(1e6) < repeats(1.0)
+
+
+def test_generation_kwargs_reach_the_generation_config(model):
+    allowed = {15, 16}
+    suppressed = [token for token in range(48) if token not in allowed]
+    rows = ids(sample(model, generation_kwargs={"suppress_tokens": suppressed}))
+    assert {token for row in rows for token in row} == allowed
+
+
+def test_sampling_runs_inside_the_context_and_without_gradient(model):
+    inside, seen = [False], []
+
+    @contextlib.contextmanager
+    def context():
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    model.lm_head.register_forward_hook(lambda *call: seen.append((inside[0], torch.is_grad_enabled())))
+    engine = GenerateEngine(model, make_options(max_completion_length=2), context=context)
+    engine.rollout(RolloutRequest(["unread"], [[15]], 1, seed=0))
+    assert set(seen) == {(True, False)}
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_progress_bar_is_written_to_stderr_only_if_shown(model, capsys, shown):
+    engine = GenerateEngine(model, make_options(), show_progress=shown)
+    with_bar = engine.rollout(RolloutRequest(["unread"] * 3, PROMPTS, 3, seed=0))
+    assert ids(with_bar) == ids(sample(model))
+    captured = capsys.readouterr()
+    assert ("sampling" in captured.err) == shown
+    assert captured.out == ""
+
+
+def test_the_progress_bar_tells_how_many_completions_still_run(capsys):
+    bar = _DecodingBar(make_options(eos_token_ids=(EOS, 7)), rows=4, disable=False)
+    bar.bar.mininterval = 0  # draws every step
+    assert bar(torch.tensor([[1, 5], [5, EOS], [5, 7], [5, 5]]), None).tolist() == [False] * 4
+    bar(torch.tensor([[5, 5], [EOS, 8], [7, 8], [5, EOS]]), None)
+    bar.close()
+    drawn = capsys.readouterr().err
+    assert drawn.index("2/4 running") < drawn.index("1/4 running")
+    assert bar.tokens == 4 + 2

@@ -1,0 +1,373 @@
+import ast
+import dataclasses
+import math
+import re
+import sys
+
+import pytest
+import torch
+import trl
+
+from grpo_trl import GRPOConfig
+from grpo_trl.rollout import SamplingOptions
+
+
+def make_config(**options) -> GRPOConfig:
+    return GRPOConfig(**({"output_dir": "unused", "use_cpu": True, "report_to": "none"} | options))
+
+
+def refusal(**options) -> str:
+    """The message of the ValueError that `options` raise."""
+    with pytest.raises(ValueError, match=r"\w") as raised:
+        make_config(**options)
+    assert type(raised.value) is ValueError
+    return str(raised.value)
+
+
+# ---- Defaults ----
+OWN_OPTIONS = {"loss_level", "prompt_overflow"}
+OTHER_DEFAULTS = {
+    "gradient_checkpointing": (None, True),  # resolved to True; transformers renames the option
+    "logging_nan_inf_filter": (False, True),  # a loss that is not finite must be seen
+}
+
+
+def default(field: dataclasses.Field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def test_names_and_defaults_are_those_of_trl_but_for_a_few():
+    ours = {field.name: default(field) for field in dataclasses.fields(GRPOConfig)}
+    theirs = {field.name: default(field) for field in dataclasses.fields(trl.GRPOConfig)}
+    assert set(ours) - set(theirs) == OWN_OPTIONS
+    differences = {name: (ours[name], theirs[name]) for name in ours.keys() & theirs if ours[name] != theirs[name]}
+    assert differences == OTHER_DEFAULTS
+
+
+CHECKPOINTING = [n for n in ("gradient_checkpointing", "activation_checkpointing") if hasattr(GRPOConfig, n)]
+
+
+@pytest.mark.parametrize("set_name", CHECKPOINTING)
+@pytest.mark.parametrize("value", [None, True, False])
+@pytest.mark.filterwarnings("error:.*_checkpointing. is deprecated:FutureWarning")
+def test_gradient_checkpointing_is_on_unless_it_is_set_under_either_name(set_name, value):
+    config = make_config(**{set_name: value})
+    assert [getattr(config, name) for name in CHECKPOINTING] == [value is not False] * len(CHECKPOINTING)
+
+
+@pytest.mark.parametrize(
+    "options, on_gpu",
+    [({}, True), ({"fp16": True}, False), ({"use_cpu": True}, False), ({"bf16": False}, False)],
+)
+@pytest.mark.parametrize("gpu", [True, False])
+def test_bf16_is_chosen_where_the_gpu_has_it(monkeypatch, options, on_gpu, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)  # asks the real GPU
+    monkeypatch.setattr(GRPOConfig, "world_size", 1)
+    assert GRPOConfig(output_dir="unused", **options).bf16 == (on_gpu and gpu)
+
+
+def test_the_best_model_is_that_with_the_highest_reward_held_out():
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 10}
+    config = make_config(**options)
+    assert (config.metric_for_best_model, config.greater_is_better) == ("eval_reward", True)
+    config = make_config(**options, metric_for_best_model="eval_loss")
+    assert (config.metric_for_best_model, config.greater_is_better) == ("eval_loss", False)
+
+
+def test_epsilon_high_is_epsilon_unless_it_is_set():
+    assert make_config(epsilon=0.1).epsilon_bounds == (0.1, 0.1)
+    assert make_config(epsilon=0.1, epsilon_high=0.3).epsilon_bounds == (0.1, 0.3)
+
+
+def test_evaluation_samples_num_generations_unless_it_is_told_otherwise():
+    assert make_config(num_generations=4).eval_generations == 4
+    assert make_config(num_generations_eval=1).eval_generations == 1
+
+
+def test_every_sampling_option_is_handed_on():
+    options = {
+        "max_completion_length": 7,
+        "temperature": 0.5,
+        "top_p": 0.6,
+        "top_k": 8,
+        "min_p": 0.1,
+        "repetition_penalty": 1.2,
+        "generation_kwargs": {"no_repeat_ngram_size": 3},
+    }
+    expected = SamplingOptions(pad_token_id=11, eos_token_ids=(12, 13), **options)
+    assert make_config(**options).sampling_options(11, (12, 13)) == expected
+    assert make_config().sampling_options(11, (12,)).generation_kwargs == {}
+
+
+# ---- Dict options ----
+DICT_OPTIONS = ["model_init_kwargs", "generation_kwargs", "chat_template_kwargs"]
+
+
+@pytest.mark.parametrize("name", DICT_OPTIONS)
+def test_a_dict_option_is_parsed_from_json_on_the_command_line(name, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    arguments = ["--output_dir", "unused", "--use_cpu", "true", "--" + name, '{"a": 1, "b": "c"}']
+    (config,) = trl.TrlParser(GRPOConfig).parse_args_and_config(arguments)
+    assert getattr(config, name) == {"a": 1, "b": "c"}
+
+
+@pytest.mark.parametrize("name", DICT_OPTIONS)
+def test_a_dict_option_is_read_from_a_config_file(name, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"output_dir: unused\nuse_cpu: true\nnum_generations: 4\n{name}:\n  a: 1\n")
+    (config,) = trl.TrlParser(GRPOConfig).parse_args_and_config(["--config", str(path)])
+    assert (getattr(config, name), config.num_generations) == ({"a": 1}, 4)
+
+
+@pytest.mark.parametrize("name", DICT_OPTIONS)
+@pytest.mark.parametrize("value", ["top_a=1", ["a"]])
+def test_a_dict_option_that_is_no_dict_is_refused(name, value):
+    assert f"{name}={value}" in refusal(**{name: value})
+
+
+# ---- Choices and ranges ----
+@pytest.mark.parametrize(
+    "name, choices",
+    [
+        ("loss_level", {"token", "sequence"}),
+        ("scale_rewards", {"group", "batch", "none"}),
+        ("prompt_overflow", {"error", "drop", "truncate_left"}),
+    ],
+)
+def test_an_unknown_choice_is_refused_with_those_that_work(name, choices):
+    message = refusal(**{name: "tokens"})
+    assert f"{name}='tokens' is unknown" in message
+    suggested = re.findall(r"'(\w+)'", message.split("use one of")[1])
+    assert set(suggested) == choices
+    for choice in suggested:
+        assert getattr(make_config(**{name: choice}), name) == choice
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("learning_rate", math.nan),
+        ("learning_rate", math.inf),
+        ("num_generations", 1),
+        ("num_generations", 0),
+        ("num_iterations", 0),
+        ("per_device_train_batch_size", 0),
+        ("gradient_accumulation_steps", 0),
+        ("steps_per_generation", 0),
+        ("steps_per_generation", -2),
+        ("max_completion_length", 0),
+        ("max_completion_length", None),
+        ("temperature", 0.0),
+        ("temperature", -1.0),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("min_p", -0.1),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0.0),
+        ("beta", -0.1),
+        ("beta", math.inf),
+        ("beta", math.nan),
+        ("epsilon", 0.0),
+        ("epsilon", 1.0),
+        ("epsilon_high", 0.0),
+        ("num_generations_eval", 0),
+        ("ref_model_sync_steps", 0),
+        ("ref_model_mixup_alpha", -0.1),
+        ("ref_model_mixup_alpha", 1.1),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_one_that_works(name, value):
+    message = refusal(**{name: value})
+    assert message.startswith(f"{name}={value} cannot work; ")
+    remedy = message.split("; ", 1)[1]
+    for word in ("e.g.", "such as", "use at least"):
+        if found := re.search(rf"{re.escape(word)} (\d[\d.e-]*)", remedy):
+            suggested = ast.literal_eval(found[1].rstrip("."))
+            assert getattr(make_config(**{name: suggested}), name) == suggested
+            break
+    else:
+        assert re.search(r"between 0 and 1|above 0 and at most 1|0 \(all tokens\) or more|1\.0 changes nothing", remedy)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 1.0, "top_k": 0, "min_p": 0.0},
+        {"min_p": 1.0, "temperature": 1e-3},
+        {"beta": 0.0, "epsilon_high": 5.0},
+        {"num_generations_eval": 1, "num_generations": 2},
+        {"ref_model_mixup_alpha": 0.0, "ref_model_sync_steps": 1},
+        {"ref_model_mixup_alpha": 1.0, "max_completion_length": 1},
+    ],
+)
+def test_the_ends_of_the_ranges_are_accepted(options):
+    config = make_config(**options)
+    assert {name: getattr(config, name) for name in options} == options
+
+
+def test_auto_find_batch_size_is_refused():
+    message = refusal(auto_find_batch_size=True)
+    assert "auto_find_batch_size=True" in message
+    assert "set it to False and lower per_device_train_batch_size" in message
+
+
+def test_a_sync_without_a_reference_is_refused():
+    message = refusal(sync_ref_model=True)
+    assert "sync_ref_model=True" in message
+    assert "beta=0.0" in message
+    beta = float(re.search(r"set beta, e\.g\. to ([\d.]+\d)", message)[1])
+    assert make_config(sync_ref_model=True, beta=beta).beta == beta
+
+
+@pytest.mark.parametrize("value", ['{"max_new_tokens": 5, "top_p": 0.5}', {"max_new_tokens": 5, "top_p": 0.5, "x": 1}])
+def test_generation_kwargs_do_not_set_what_has_an_option(value):
+    message = refusal(generation_kwargs=value)
+    assert "generation_kwargs={'max_new_tokens': 5, 'top_p': 0.5" in message
+    assert "sets max_new_tokens, top_p, which" in message
+    names = [name.strip(". ") for name in re.split(r", | and ", message.split("the options ")[1])]
+    assert len(names) == 7
+    assert all(hasattr(make_config(), name) for name in names)
+
+
+# ---- Geometry ----
+@pytest.fixture(params=[1, 2])
+def world_size(request, monkeypatch):
+    monkeypatch.setattr(GRPOConfig, "world_size", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    "options, steps",
+    [
+        ({}, 1),
+        ({"gradient_accumulation_steps": 4}, 4),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, 2),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 6, "num_iterations": 3}, 6),
+        ({"per_device_train_batch_size": 2, "steps_per_generation": 4}, 4),
+        ({"per_device_train_batch_size": 3, "num_generations": 6, "steps_per_generation": 2}, 2),
+    ],
+)
+def test_the_window_follows_from_the_steps(world_size, options, steps):
+    config = make_config(**options)
+    assert config.steps_per_generation == steps
+    assert config.generation_batch_size == config.per_device_train_batch_size * world_size * steps
+
+
+def test_the_steps_follow_from_the_window(world_size):
+    config = make_config(per_device_train_batch_size=4, generation_batch_size=16 * world_size)
+    assert config.steps_per_generation == 4
+    assert config.generation_batch_size == 16 * world_size
+
+
+def test_a_resolved_config_can_be_built_again():
+    config = make_config(gradient_accumulation_steps=2, steps_per_generation=4)
+    assert dataclasses.replace(config, learning_rate=1e-5).steps_per_generation == 4
+
+
+def test_steps_and_window_that_contradict_each_other_are_refused(world_size):
+    message = refusal(generation_batch_size=16 * world_size, steps_per_generation=3)
+    assert f"generation_batch_size={16 * world_size} and steps_per_generation=3 contradict each other" in message
+    assert f"a micro-step has {8 * world_size} completions" in message
+
+
+def suggestions(message: str, name: str) -> list[int]:
+    """The last `name=A or B` of a message; there is one at least."""
+    found = re.findall(rf"{name}=(\d+(?: or \d+)?)", message)
+    return [int(value) for value in found[-1].split(" or ")]
+
+
+WINDOWS = [
+    {"generation_batch_size": 12},
+    {"generation_batch_size": 0},
+    {"generation_batch_size": -8},
+    {"generation_batch_size": 28, "gradient_accumulation_steps": 4},
+    {"generation_batch_size": 28, "gradient_accumulation_steps": 4, "num_iterations": 2},
+    {"generation_batch_size": 10, "per_device_train_batch_size": 3, "num_generations": 4},
+    {"generation_batch_size": 3, "per_device_train_batch_size": 4},
+]
+
+
+@pytest.mark.parametrize("options", WINDOWS)
+def test_a_window_that_is_no_number_of_micro_steps_is_refused_with_windows_that_work(world_size, options):
+    options = options | {"generation_batch_size": options["generation_batch_size"] * world_size + world_size // 2}
+    message = refusal(**options)
+    assert message.startswith(f"generation_batch_size={options['generation_batch_size']} must be a multiple of the ")
+    batch = options.get("per_device_train_batch_size", 8)
+    assert f"{batch * world_size} completions" in message
+    assert f"per_device_train_batch_size={batch} x {world_size} ranks" in message
+    values = [int(value) for value in re.search(r"e\.g\. (\d+(?: or \d+)?)\.", message)[1].split(" or ")]
+    for value in values:
+        assert make_config(**options | {"generation_batch_size": value}).generation_batch_size == value
+
+
+STEPS = [
+    {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+    {"steps_per_generation": 4, "gradient_accumulation_steps": 6},
+    {"steps_per_generation": 2, "gradient_accumulation_steps": 4, "num_iterations": 2},
+    {
+        "steps_per_generation": 4,
+        "gradient_accumulation_steps": 6,
+        "per_device_train_batch_size": 1,
+        "num_generations": 4,
+    },
+    {"steps_per_generation": 9, "gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
+]
+
+
+@pytest.mark.parametrize("options", STEPS)
+def test_steps_that_split_an_optimizer_step_are_refused_with_steps_that_work(world_size, options):
+    message = refusal(**options)
+    steps, accumulation = options["steps_per_generation"], options["gradient_accumulation_steps"]
+    assert f"steps_per_generation={steps} does not go with gradient_accumulation_steps={accumulation}" in message
+    assert f"num_iterations={options.get('num_iterations', 1)}" in message
+    assert ("or a divisor of it" in message) == ("num_iterations" not in options)
+    for value in map(int, re.search(r"e\.g\. (\d+(?: or \d+)?)\.", message)[1].split(" or ")):
+        assert make_config(**options | {"steps_per_generation": value}).steps_per_generation == value
+
+
+def test_a_window_that_splits_an_optimizer_step_is_refused_with_windows_that_work(world_size):
+    options = {"generation_batch_size": 24 * world_size, "gradient_accumulation_steps": 2}
+    message = refusal(**options)
+    assert "steps_per_generation=3 does not go with gradient_accumulation_steps=2" in message
+    for value in suggestions(message, "generation_batch_size"):
+        assert make_config(**options | {"generation_batch_size": value}).generation_batch_size == value
+
+
+GROUPS = [
+    {"per_device_train_batch_size": 4},
+    {"per_device_train_batch_size": 12},
+    {"per_device_train_batch_size": 1},
+    {"per_device_train_batch_size": 1, "num_generations": 2},
+    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3},
+    {"per_device_train_batch_size": 6, "steps_per_generation": 2, "num_generations": 5},
+    {"per_device_train_batch_size": 4, "generation_batch_size": 12},
+    {"per_device_train_batch_size": 4, "generation_batch_size": 12, "gradient_accumulation_steps": 3},
+]
+
+
+@pytest.mark.parametrize("options", GROUPS)
+def test_windows_that_split_a_group_are_refused_with_values_that_work(world_size, options):
+    given = "per_device_train_batch_size"
+    if "generation_batch_size" in options:
+        options = options | {"generation_batch_size": options["generation_batch_size"] * world_size}
+        given = "generation_batch_size"
+    message = refusal(**options)
+    batch, group = options["per_device_train_batch_size"], options.get("num_generations", 8)
+    assert f"per_device_train_batch_size={batch} x steps_per_generation=" in message
+    assert f"groups of num_generations={group}; use {given}=" in message
+    names = [given] + ["num_generations"] * message.count(", or num_generations=")
+    for name in names:
+        for value in suggestions(message, name):
+            assert getattr(make_config(**options | {name: value}), name) == value
+
+
+def test_no_number_of_generations_is_suggested_where_none_works():
+    message = refusal(per_device_train_batch_size=1)
+    assert "or num_generations" not in message
+    assert suggestions(message, "per_device_train_batch_size") == [8]
+    assert ", or num_generations=2 or 4." in refusal(per_device_train_batch_size=4, num_generations=3)

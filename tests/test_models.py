@@ -1,0 +1,320 @@
+import copy
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM, Qwen2ForCausalLM
+
+from grpo_trl.models import Reference, add_adapter, context_length, eos_token_ids, load_policy, load_tokenizer
+
+from .conftest import SIZES, make_model, make_tokenizer
+
+
+INPUT = torch.tensor([[5, 6, 7, 8]])
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=INPUT).logits.clone()
+
+
+# ---- The policy ----
+def test_a_model_that_is_loaded_already_is_the_policy_itself(model):
+    assert load_policy(model, {}) is model
+    adapted = make_adapted()
+    assert load_policy(adapted, {}) is adapted
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_path_is_loaded_in_float32_unless_told(tmp_path, dtype):
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), {} if dtype is None else {"dtype": dtype})
+    assert type(policy) is Qwen2ForCausalLM
+    assert {p.dtype for p in policy.parameters()} == {torch.float32 if dtype is None else torch.bfloat16}
+
+
+@pytest.mark.parametrize("path", ["nowhere", "nobody/nothing", "/not/a/folder", "./not/a/folder"])
+def test_a_wrong_path_is_an_error_that_names_it_and_asks_for_a_local_model(path):
+    with pytest.raises(OSError, match="Pass the path of a local model") as raised:
+        load_policy(path, {})
+    assert f"model={path!r} could not be loaded" in str(raised.value)
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_model_init_kwargs_with_a_loaded_model_are_refused(adapted):
+    with pytest.raises(ValueError, match=r"model_init_kwargs=\{'dtype': 'bfloat16'\} has no effect"):
+        load_policy(make_adapted() if adapted else make_model(), {"dtype": "bfloat16"})
+
+
+@pytest.mark.parametrize("wrong", [None, 3, nn.Linear(2, 2)])
+def test_what_is_no_model_is_refused_by_its_type(wrong):
+    with pytest.raises(TypeError, match=f"model is a {type(wrong).__name__}; pass a path"):
+        load_policy(wrong, {})
+
+
+# ---- The tokenizer ----
+def test_a_tokenizer_that_is_given_is_taken(model, tokenizer):
+    assert load_tokenizer(tokenizer, model, trust_remote_code=False) is tokenizer
+
+
+def test_the_tokenizer_beside_the_model_is_the_default(tmp_path, tokenizer):
+    make_model().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(None, load_policy(str(tmp_path), {}), trust_remote_code=False)
+    assert loaded("ab12=")["input_ids"] == tokenizer("ab12=")["input_ids"]
+    assert loaded.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama"])
+def test_a_folder_without_tokenizer_is_refused(tmp_path, architecture):
+    make_model(architecture).save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), {})
+    with pytest.raises(ValueError, match="tokenizer"):
+        load_tokenizer(None, policy, trust_remote_code=False)
+
+
+def test_a_model_that_was_loaded_from_nowhere_needs_a_tokenizer(model):
+    with pytest.raises(ValueError, match=r"processing_class=None.*pass a tokenizer"):
+        load_tokenizer(None, model, trust_remote_code=False)
+
+
+def test_what_is_no_tokenizer_is_refused_by_its_type(model):
+    with pytest.raises(TypeError, match="processing_class is a str; pass a tokenizer"):
+        load_tokenizer("tokenizer", model, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("token", ["eos_token", "pad_token"])
+def test_a_tokenizer_without_end_or_padding_is_refused_with_how_to_set_it(model, token):
+    tokenizer = make_tokenizer()
+    setattr(tokenizer, token, None)
+    with pytest.raises(ValueError, match=rf"{token}=None.*set it, e\.g\. tokenizer\.{token} = "):
+        load_tokenizer(tokenizer, model, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("declared, expected", [(None, (1,)), (1, (1,)), (2, (1, 2)), ([4, 1, 2], (1, 4, 2))])
+def test_the_end_tokens_are_those_of_tokenizer_and_model(model, tokenizer, declared, expected):
+    model.generation_config.eos_token_id = declared
+    assert eos_token_ids(model, tokenizer) == expected
+
+
+def test_without_generation_settings_the_tokenizer_alone_names_the_end(model, tokenizer):
+    model.generation_config = None
+    assert eos_token_ids(model, tokenizer) == (1,)
+
+
+def test_the_context_is_the_number_of_positions_if_there_is_one(model):
+    assert context_length(model) == SIZES["max_position_embeddings"]
+    assert context_length(make_adapted()) == SIZES["max_position_embeddings"]
+
+
+def test_a_model_without_a_number_of_positions_has_no_context():
+    config = MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=4)
+    assert context_length(MambaForCausalLM(config)) is None
+
+
+# ---- Adapters ----
+def lora(**changes) -> LoraConfig:
+    return LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]} | changes))
+
+
+def make_adapted(name: str = "default", **changes) -> PeftModel:
+    """A policy with an adapter that does something, as after some training."""
+    policy = get_peft_model(make_model(), lora(**changes), adapter_name=name)
+    torch.manual_seed(1)
+    move(policy)
+    return policy
+
+
+def move(policy: nn.Module) -> None:
+    """Change everything that is trained."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
+def test_without_peft_config_the_policy_stays_as_it_is(model):
+    assert add_adapter(model, None) is model
+
+
+def test_a_new_adapter_changes_nothing_yet(model):
+    before = logits(model)
+    policy = add_adapter(model, lora())
+    assert isinstance(policy, PeftModel)
+    assert torch.equal(logits(policy), before)
+
+
+def test_what_is_no_peft_config_is_refused_by_its_type(model):
+    with pytest.raises(TypeError, match=r"peft_config is a dict; pass a peft\.PeftConfig"):
+        add_adapter(model, {"r": 4})
+
+
+def test_a_second_adapter_is_refused_with_the_ways_out():
+    with pytest.raises(ValueError, match=r"peft_config came with a PeftModel.*peft_config=None.*merge_and_unload"):
+        add_adapter(make_adapted(), lora())
+
+
+# ---- The reference ----
+def reference_logits(reference: Reference, wrapped: nn.Module) -> torch.Tensor:
+    with reference.evaluating(wrapped) as model:
+        return logits(model)
+
+
+def test_the_reference_of_full_fine_tuning_is_a_frozen_copy(model):
+    model.train()
+    before = logits(model)
+    reference = Reference(model, new_adapter=False)
+    assert not any(p.requires_grad for p in reference.model.parameters())
+    assert not any(m.training for m in reference.model.modules())
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+    move(model)
+    assert torch.equal(reference_logits(reference, model), before)
+    assert not torch.allclose(logits(model), before)
+    with reference.evaluating(model) as evaluated:
+        assert evaluated is reference.model
+
+
+class Wrapper(nn.Module):
+    """Stands for DDP: the reference of an adapter runs through the wrapped policy."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, **inputs):
+        return self.module(**inputs)
+
+
+@pytest.mark.parametrize("changes", [{}, {"modules_to_save": ["lm_head"]}])
+def test_the_reference_of_a_new_adapter_is_the_model_under_it(model, changes):
+    before = logits(model)
+    policy = add_adapter(model, lora(**changes))
+    reference = Reference(policy, new_adapter=True)
+    assert reference.model is None
+    assert list(policy.peft_config) == ["default"]
+    move(policy)
+    moved, wrapped = logits(policy), Wrapper(policy)
+    assert not torch.allclose(moved, before)
+    with reference.evaluating(wrapped) as evaluated:
+        assert evaluated is wrapped
+        assert torch.equal(logits(evaluated), before)
+    assert torch.equal(logits(policy), moved)
+
+
+ADAPTERS = [
+    {},
+    {"name": "model"},  # as a module of the policy is named
+    {"modules_to_save": ["lm_head"]},
+    {"name": "mine", "modules_to_save": ["lm_head", "norm"], "use_dora": True},
+]
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_the_reference_of_a_continued_adapter_is_that_adapter_as_it_was(adapter):
+    policy = make_adapted(**adapter)
+    name = adapter.get("name", "default")
+    before, base = logits(policy), logits(make_model())
+    assert not torch.allclose(before, base)
+    reference = Reference(policy, new_adapter=False)
+    assert torch.equal(logits(policy), before)
+    assert torch.equal(reference_logits(reference, policy), before)
+    move(policy)
+    moved = logits(policy)
+    assert not torch.allclose(moved, before)
+    wrapped = Wrapper(policy)
+    with reference.evaluating(wrapped) as evaluated:
+        assert evaluated is wrapped
+        assert torch.equal(logits(evaluated), before)
+    assert policy.active_adapter == name
+    assert torch.equal(logits(policy), moved)
+
+
+@pytest.mark.parametrize("new_adapter", [True, False])
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_trains_biases_leaves_no_reference_and_is_refused(bias, new_adapter):
+    with pytest.raises(ValueError, match=f"bias='{bias}'.* bias='none' in peft_config, or beta=0"):
+        Reference(make_adapted(bias=bias), new_adapter)
+
+
+def trained(policy: PeftModel) -> set[str]:
+    return {name for name, p in policy.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_the_copy_of_an_adapter_is_never_trained_and_the_adapter_always(adapter):
+    policy = make_adapted(**adapter)
+    name = adapter.get("name", "default")
+    expected = trained(policy)
+    assert expected
+    assert all(f".{name}." in f"{parameter}." for parameter in expected)
+    reference = Reference(policy, new_adapter=False)
+    assert trained(policy) == expected
+    reference_logits(reference, policy)
+    assert trained(policy) == expected
+    copies = [p for n, p in policy.named_parameters() if ".ref." in f"{n}."]
+    assert len(copies) == len(expected)
+
+
+@pytest.mark.parametrize("new_adapter", [True, False])
+def test_an_exception_while_evaluating_leaves_the_policy_as_it_was(new_adapter):
+    policy = make_adapted(name="mine", modules_to_save=["lm_head"])
+    reference = Reference(policy, new_adapter)
+    before, expected = logits(policy), trained(policy)
+    with pytest.raises(RuntimeError, match="out of memory"), reference.evaluating(policy):
+        raise RuntimeError("out of memory")
+    assert policy.active_adapter == "mine"
+    assert torch.equal(logits(policy), before)
+    assert trained(policy) == expected
+
+
+def test_an_exception_leaves_the_policy_of_full_fine_tuning_as_it_was(model):
+    reference = Reference(model, new_adapter=False)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="out of memory"), reference.evaluating(model):
+        raise RuntimeError("out of memory")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_continued_adapter_is_one_that_was_saved_and_loaded(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    saved = make_adapted()
+    saved.save_pretrained(tmp_path)
+    policy = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
+    reference = Reference(policy, new_adapter=False)
+    move(policy)
+    assert torch.allclose(reference_logits(reference, policy), logits(saved), atol=1e-6)
+
+
+def test_what_is_trainable_stays_so_when_the_reference_was_evaluated():
+    adapted = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    before = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
+    reference = Reference(adapted, new_adapter=False)
+    with reference.evaluating(adapted):
+        pass
+    after = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
+    assert {name: flag for name, flag in after.items() if flag} == {name: flag for name, flag in before.items() if flag}
+
+
+def test_a_second_reference_of_the_same_adapter_starts_from_what_it_is_then():
+    adapted = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    Reference(adapted, new_adapter=False)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if ".default." in name:
+                parameter.add_(1.0)
+    reference = Reference(adapted, new_adapter=False)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), reference.evaluating(adapted) as model:
+        copied = model(ids).logits
+    torch.testing.assert_close(copied, adapted(ids).logits)
+
+
+def test_a_trained_prompt_has_no_reference():
+    adapted = get_peft_model(make_model(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=r"trained prompt.*beta=0\.0"):
+        Reference(adapted, new_adapter=False)
