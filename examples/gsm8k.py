@@ -92,7 +92,7 @@ def is_right(expression: str, result: str) -> bool:
 def evaluate(node: ast.expr) -> float:
     """The value of an expression of numbers, + - * / and brackets. Nothing else is computed."""
     match node:
-        case ast.Constant(value=int() | float() as value):
+        case ast.Constant(value=value) if type(value) in (int, float):  # a bool is an int too
             return value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -evaluate(operand)

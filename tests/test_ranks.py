@@ -1,12 +1,11 @@
 """Two processes end with the weights of one."""
 
-import contextlib
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -27,23 +26,23 @@ def two(tmp_path_factory):
 
 
 def launch(command, file, timeout=150):
-    """Run `tests.ranks` in a session of its own, and end all of it whatever happens."""
+    """Run `tests.ranks`, and leave no process behind whatever happens: torchrun gives each rank a session of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    process = psutil.Popen(
         [*command, "tests.ranks", str(file)],
         cwd=Path(__file__).parents[1],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
         text=True,
     )
     try:
         output, _ = process.communicate(timeout=timeout)
         assert process.returncode == 0, output[-5000:]
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.is_running():
+            for member in [*process.children(recursive=True), process]:
+                member.kill()
 
 
 @pytest.mark.parametrize("case", CASES)
