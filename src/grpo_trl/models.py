@@ -157,12 +157,21 @@ class Reference:
 def _adapter(policy: PeftModel, name: str) -> Iterator[None]:
     """Another adapter inside; the active one, and what is trainable, as they were after."""
     active = policy.active_adapter
+    with _trainable_as_it_was(policy):
+        try:
+            policy.set_adapter(name)
+            yield
+        finally:
+            policy.set_adapter(active)
+
+
+@contextmanager
+def _trainable_as_it_was(policy: PeftModel) -> Iterator[None]:
+    """peft makes the parameters of an adapter trainable when it is added or made active."""
     trainable = {parameter: parameter.requires_grad for parameter in policy.parameters()}
     try:
-        policy.set_adapter(name)
         yield
     finally:
-        policy.set_adapter(active)
         for parameter, requires_grad in trainable.items():
             parameter.requires_grad_(requires_grad)
 
@@ -171,7 +180,8 @@ def _freeze_adapter(policy: PeftModel) -> str:
     """Copy the active adapter to one that is never trained; its name."""
     active = policy.active_adapter
     if REF_ADAPTER not in policy.peft_config:
-        policy.add_adapter(REF_ADAPTER, policy.peft_config[active])
+        with _trainable_as_it_was(policy):
+            policy.add_adapter(REF_ADAPTER, policy.peft_config[active])
     parameters = dict(policy.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():

@@ -92,7 +92,6 @@ class GRPOTrainer(Trainer):
         rollout_func: Callable[[list[Any], Any], dict[str, Any]] | None = None,
     ):
         args = GRPOConfig() if args is None else args
-        check_launch(args.n_gpu, args.world_size)
         set_seed(args.seed)  # a new adapter starts from random weights
         policy = load_policy(model, args.init_kwargs if isinstance(model, str) or args.model_init_kwargs else {})
         tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
@@ -118,6 +117,7 @@ class GRPOTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_launch(args.n_gpu, args.world_size)  # a model that lies on several devices has set n_gpu to 1 by now
         if args.disable_dropout:
             disable_dropout_in_model(self.model)
         self.model.add_model_tags(["grpo_trl", "grpo"])
