@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from rich.console import Console
 
-from grpo_trl.report import CURVES, plot_run, print_completions, write_completions
+from grpo_trl.report import CURVES, merge_tables, plot_run, print_completions, write_completions
 
 
 TABLE = {
@@ -134,3 +134,20 @@ def test_drawing_leaves_the_settings_and_the_backend_of_matplotlib_alone(tmp_pat
     plot_run(LOG, tmp_path / "curves.png")
     assert settings() == before
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_tables_of_ranks_are_joined_and_what_one_lacks_is_none():
+    first = {"prompt": ["a", "a"], "reward": [1.0, 2.0], "note": ["x", "y"]}
+    second = {"prompt": ["b", "a"], "reward": [3.0, 4.0], "other": [5, 6]}
+    assert merge_tables([first, second]) == {
+        "prompt": ["a", "a", "b", "a"],
+        "reward": [1.0, 2.0, 3.0, 4.0],
+        "note": ["x", "y", None, None],
+        "other": [None, None, 5, 6],
+    }
+    assert merge_tables([first, second], unique_prompts=True)["reward"] == [1.0, 3.0]
+
+
+def test_conversations_are_told_apart_by_what_they_say():
+    prompts = [[{"role": "user", "content": text}] for text in ("a", "b", "a")]
+    assert merge_tables([{"prompt": prompts}], unique_prompts=True)["prompt"] == prompts[:2]

@@ -25,6 +25,23 @@ CURVES = (
 """Metrics that are drawn, where the log has them, and their titles."""
 
 
+def merge_tables(parts: list[dict[str, list[Any]]], unique_prompts: bool = False) -> dict[str, list[Any]]:
+    """The tables of all ranks as one, rank after rank.
+
+    Args:
+        parts: Columns by name, of equal length within a part, each with a column `"prompt"`. What a part lacks is None.
+        unique_prompts: Keep the first row of each prompt alone.
+    """
+    names = dict.fromkeys(name for part in parts for name in part)
+    table = {name: [v for part in parts for v in part.get(name, [None] * len(part["prompt"]))] for name in names}
+    if not unique_prompts:
+        return table
+    rows: dict[str, int] = {}
+    for row, prompt in enumerate(table["prompt"]):
+        rows.setdefault(str(prompt), row)
+    return {name: [values[row] for row in rows.values()] for name, values in table.items()}
+
+
 def write_completions(table: dict[str, list[Any]], path: Path) -> None:
     """Write the columns of `table` to a parquet file; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)

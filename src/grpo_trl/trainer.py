@@ -34,7 +34,7 @@ from .metrics import Mean, MetricLog, Sum, loss_metrics
 from .models import Reference, add_adapter, context_length, eos_token_ids, load_policy, load_tokenizer
 from .objective import group_advantages, grpo_loss
 from .policy import Completion, Piece, make_piece, score, score_completions
-from .report import print_completions, write_completions
+from .report import merge_tables, print_completions, write_completions
 from .rewards import Rewards
 from .rollout import GenerateEngine, RolloutFuncEngine, Round, RoundRunner
 from .state import Window, derive_seed
@@ -326,13 +326,9 @@ class GRPOTrainer(Trainer):
             self._log_completions(self._window)
 
     def _log_completions(self, window: Window) -> None:
-        parts = gather_object([window.table])
+        table = merge_tables(gather_object([window.table]), unique_prompts=self.args.log_unique_prompts)
         if not self.is_world_process_zero():
             return
-        table = {name: [value for part in parts for value in part.get(name, [])] for name in parts[0]}
-        if self.args.log_unique_prompts:
-            first = {str(prompt): row for row, prompt in reversed(list(enumerate(table["prompt"])))}
-            table = {name: [values[row] for row in sorted(first.values())] for name, values in table.items()}
         print_completions(table, self.state.global_step, self.args.num_completions_to_print)
         path = Path(str(self.args.output_dir)) / "completions" / f"completions_{self.state.global_step:05d}.parquet"
         write_completions({"step": [self.state.global_step] * len(table["prompt"])} | table, path)

@@ -191,3 +191,9 @@ def test_prepare_models_replaces_models_and_nothing_else(tokenizer):
     assert seen == [Qwen2ForSequenceClassification]
     assert isinstance(rewards.functions[1], ModelReward)
     assert rewards(make_batch()).values_BF.tolist() == [[0, 0], [1, 0], [2, 0], [3, 0]]
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(weight):
+    with pytest.raises(ValueError, match=r"reward_weights=.* must be finite"):
+        Rewards([lengths, even_only], weights=[1.0, weight])

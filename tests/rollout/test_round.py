@@ -209,3 +209,11 @@ def test_both_phases_are_timed_without_counting_a_step(tokenizer):
         "time/sampling": 0.0,
         "time/rewards": 0.0,
     }
+
+
+@pytest.mark.parametrize("name", ["prompt", "completion", "f", "advantage", "step"])
+def test_log_extra_does_not_take_the_name_of_another_column(name):
+    notes = RewardNotes()
+    notes.log_extra(name, list("uvwxyz"))
+    with pytest.raises(ValueError, match=rf"log_extra\('{name}', ...\) names a column that the table has"):
+        make_round(notes).table()

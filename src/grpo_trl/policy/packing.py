@@ -32,10 +32,6 @@ class Piece:
     num_completions: int
     """Completions of the whole optimizer step on all ranks: what the loss is divided by."""
 
-    @property
-    def num_tokens(self) -> int:
-        return self.input_ids_BS.numel()
-
 
 def make_piece(
     completions: Sequence[Completion],
