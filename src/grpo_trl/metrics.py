@@ -49,7 +49,7 @@ class Mean:
     def of(cls, values: Tensor, mask: Tensor | None = None) -> Mean:
         """Mean of `values` over the places where `mask` (of the same shape) is True; over all of them without one."""
         mask = torch.ones_like(values, dtype=torch.bool) if mask is None else mask
-        return cls(torch.where(mask, values.detach(), 0).double().sum(), mask.sum())
+        return cls(_wide(torch.where(mask, values.detach(), 0)).sum(), mask.sum())
 
     def __add__(self, other: Mean) -> Mean:
         return Mean(self.total + other.total, self.count + other.count)
@@ -88,7 +88,7 @@ class Max:
     @classmethod
     def of(cls, values: Tensor, mask: Tensor) -> Max:
         """The largest of `values` over the places where `mask` is True."""
-        values = torch.where(mask, values.detach(), -torch.inf).double().flatten()
+        values = _wide(torch.where(mask, values.detach(), -torch.inf)).flatten()
         return cls(torch.cat([values, values.new_tensor([-torch.inf])]).max())
 
     def __add__(self, other: Max) -> Max:
@@ -174,13 +174,13 @@ def loss_metrics(output: LossOutput, scores: Scores, piece: Piece) -> dict[str, 
     metrics: dict[str, Metric] = {
         "policy_signal": Mean.of(output.signal_B),
         "entropy": Mean.of(scores.entropy_BT, piece.mask_BT),
-        "log_ratio_tail": Mean.of(output.tail_BU.double(), counts_BU),
-        "clip_ratio/region_mean": Mean.of((output.clipped_low_BU | output.clipped_high_BU).double(), counts_BU),
+        "log_ratio_tail": Mean.of(output.tail_BU.float(), counts_BU),
+        "clip_ratio/region_mean": Mean.of((output.clipped_low_BU | output.clipped_high_BU).float(), counts_BU),
     }
     units_B = counts_BU.sum(1)
     for side, clipped_BU, extreme in (("low", output.clipped_low_BU, Min), ("high", output.clipped_high_BU, Max)):
-        share_B = clipped_BU.sum(1).double() / units_B.clamp(min=1)
-        metrics[f"clip_ratio/{side}_mean"] = Mean.of(clipped_BU.double(), counts_BU)
+        share_B = clipped_BU.sum(1).float() / units_B.clamp(min=1)
+        metrics[f"clip_ratio/{side}_mean"] = Mean.of(clipped_BU.float(), counts_BU)
         metrics[f"clip_ratio/{side}_{extreme.__name__.lower()}"] = extreme.of(share_B, units_B > 0)
     if output.kl_BU is not None:
         metrics["kl"] = Mean.of(output.kl_BU, counts_BU)
@@ -191,6 +191,11 @@ def loss_metrics(output: LossOutput, scores: Scores, piece: Piece) -> dict[str, 
         metrics["sampling/sampling_logp_difference/mean"] = Mean.of(difference_BT, known_BT)
         metrics["sampling/sampling_logp_difference/max"] = Max.of(difference_BT, known_BT)
     return metrics
+
+
+def _wide(values: Tensor) -> Tensor:
+    """float64, which Apple's GPUs lack."""
+    return values.float() if values.device.type == "mps" else values.double()
 
 
 class MetricLog:

@@ -267,7 +267,7 @@ class GRPOTrainer(Trainer):
         """Advantages by group, of shape (P, G)."""
         window_rewards = None
         if self.args.scale_rewards == "batch":
-            window_rewards = self.accelerator.gather(sampled.rewards.total_B.to(self.args.device)).cpu()
+            window_rewards = torch.tensor(gather_object(sampled.rewards.total_B.tolist()), dtype=torch.float64)
         return group_advantages(sampled.total_PG, self.args.scale_rewards, window_rewards)
 
     def _scored(self, completions: Sequence[Completion], model: nn.Module, name: str) -> list[Completion]:

@@ -25,7 +25,6 @@ class Piece:
     mask_BT: Tensor
     """True for trained tokens."""
     advantages_B: Tensor
-    """float64."""
     old_logps_BT: Tensor | None
     ref_logps_BT: Tensor | None
     sampler_logps_BT: Tensor | None
@@ -66,7 +65,7 @@ def make_piece(
         ).to(device),
         prompt_lengths_B=torch.tensor([len(c.prompt_ids) for c in completions], device=device),
         mask_BT=_right_pad([torch.tensor(c.mask, dtype=torch.bool) for c in completions], width, False).to(device),
-        advantages_B=torch.tensor([c.advantage for c in completions], dtype=torch.float64).to(device),
+        advantages_B=torch.tensor([c.advantage for c in completions], dtype=torch.float32, device=device),
         old_logps_BT=stack(optional("old_logps")),
         ref_logps_BT=stack(optional("ref_logps")),
         sampler_logps_BT=stack(optional("sampler_logps")),
