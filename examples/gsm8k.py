@@ -21,7 +21,7 @@ from pathlib import Path
 
 from datasets import DatasetDict, load_dataset
 from math_verify import parse, verify
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.report import plot_run
@@ -103,7 +103,7 @@ def evaluate(node: ast.expr) -> float:
 
 def load(script: ScriptArguments) -> DatasetDict:
     """GSM8K with the column `prompt`."""
-    if Path(script.dataset).is_dir():
+    if (Path(script.dataset) / "train.jsonl").exists():
         files = {split: str(Path(script.dataset) / f"{split}.jsonl") for split in ("train", "test")}
         problems = load_dataset("json", data_files=files)
     else:
@@ -130,7 +130,9 @@ def main() -> None:
         "dtype": model_args.dtype,
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
-    }
+        "quantization_config": get_quantization_config(model_args),
+    } | (args.model_init_kwargs or {})
+    test = problems["test"]
     try:
         trainer = GRPOTrainer(
             model=model_args.model_name_or_path or "Qwen/Qwen2.5-0.5B-Instruct",
@@ -140,7 +142,7 @@ def main() -> None:
             ],
             args=args,
             train_dataset=problems["train"],
-            eval_dataset=problems["test"].select(range(script.eval_problems)) if args.eval_strategy != "no" else None,
+            eval_dataset=test.select(range(min(script.eval_problems, len(test)))) if args.do_eval else None,
             peft_config=get_peft_config(model_args),
         )
     except OSError as error:
@@ -150,8 +152,11 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     if trainer.is_world_process_zero():
-        plot_run(trainer.state.log_history, Path(args.output_dir) / "run.png", title="GSM8K")
-        print(f"Model and curves are in {args.output_dir}")
+        if any(
+            "reward" in entry for entry in trainer.state.log_history
+        ):  # a run of fewer than logging_steps has no curve
+            plot_run(trainer.state.log_history, Path(args.output_dir) / "run.png", title="GSM8K")
+        print(f"The model is in {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -53,10 +53,20 @@ def run_case(prompts=INFORMATIVE, completions=16, **options):
     return {"before": start.weights, "after": weights(trainer.model), "log": log, "evaluation": evaluation}
 
 
+def sampled():
+    """The completions that this rank samples for the same prompt as the other."""
+    trainer = train(make_model(), ["ab="] * 4, rollout_func=None, reward_funcs=length, per_device_train_batch_size=8)
+    return [completion.ids for completion in trainer._window.completions]
+
+
+def length(completions):
+    return [float(len(text)) for text in completions]
+
+
 def run_cases():
     return {name: run_case(**case) for name, case in CASES.items()}
 
 
 if __name__ == "__main__":
-    results = run_cases()
+    results = run_cases() | {"sampled": sampled()}
     torch.save(results, f"{sys.argv[1]}.{os.environ['RANK']}")

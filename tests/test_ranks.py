@@ -51,6 +51,10 @@ def test_weights_are_those_of_one_process(case, one, two):
         assert relative_error(one[case]["before"], rank[case]["after"], one[case]["after"]) < 1e-5
 
 
+def test_ranks_sample_with_noise_of_their_own(two):
+    assert two[0]["sampled"] != two[1]["sampled"]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_are_those_of_one_process(case, one, two):
     """Evaluation has five prompts, so that one rank has one more than the other."""

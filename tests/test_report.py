@@ -3,6 +3,7 @@ import random
 import sys
 
 import matplotlib
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 from rich.console import Console
@@ -151,3 +152,8 @@ def test_tables_of_ranks_are_joined_and_what_one_lacks_is_none():
 def test_conversations_are_told_apart_by_what_they_say():
     prompts = [[{"role": "user", "content": text}] for text in ("a", "b", "a")]
     assert merge_tables([{"prompt": prompts}], unique_prompts=True)["prompt"] == prompts[:2]
+
+
+def test_a_column_of_mixed_kinds_is_written_as_text(tmp_path):
+    write_completions({"prompt": ["a", "b", "c"], "note": [1, "x", None]}, tmp_path / "t.parquet")
+    assert pyarrow.parquet.read_table(tmp_path / "t.parquet")["note"].to_pylist() == ["1", "x", None]

@@ -2,6 +2,8 @@
 
 import copy
 import re
+import tempfile
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -94,11 +96,64 @@ def test_bf16_moves_the_weights_as_float32_does():
     assert torch.cosine_similarity(*moves, dim=0) > 0.98
 
 
-def test_disable_dropout_reaches_the_policy():
-    model = make_model()
+def test_disable_dropout_reaches_modules_and_attention():
+    model = make_model(attention_dropout=0.5)
     model.model.layers[0].mlp.dropout = torch.nn.Dropout(0.5)
     trainer = train(model, PROMPTS, disable_dropout=True)
     assert trainer.model.model.layers[0].mlp.dropout.p == 0
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(model.train()(ids).logits, model.eval()(ids).logits)
+
+
+def test_options_reach_the_rooms_that_they_are_for():
+    seen = []
+
+    def count(completions):
+        seen.append(len(completions))
+        return [1.0] * len(completions)
+
+    prompts = [[{"role": "user", "content": text}] for text in ("ab", "c", "d", "ef")]
+    options = {"reward_funcs": [count, count], "reward_weights": [2.0, 0.5], "rollout_func": None}
+    template = {"chat_template_kwargs": {"chat_template": "{{ messages[0]['content'] }}="}}
+    trainer = train(make_model(), prompts, **options, **template)
+    assert logged(trainer, "reward") == [2.5]
+    assert trainer._window.completions[0].prompt_ids == make_tokenizer()("ab=")["input_ids"]
+
+
+def test_the_order_of_prompts_follows_from_data_seed():
+    orders = [sample(make_model(), shuffle_dataset=True, data_seed=seed)._schedule.rows(0, 0) for seed in range(6)]
+    assert orders[0] == sample(make_model(), shuffle_dataset=True, data_seed=0, seed=9)._schedule.rows(0, 0)
+    assert len(set(map(tuple, orders))) > 1
+
+
+def test_an_environments_tokens_are_not_trained_on():
+    def masked(prompts, trainer):
+        """The model's second token and all from the fourth on come from an environment."""
+        output = injected(prompts, trainer)
+        masks = [[int(t not in (1, 3, 4, 5, 6)) for t in range(len(ids))] for ids in output["completion_ids"]]
+        return output | {"env_mask": masks}
+
+    trainer = train(make_model(), PROMPTS, rollout_func=masked)
+    kept = [sum(c.mask) for c in trainer._window.completions]
+    assert logged(trainer, "completions/mean_length") == [sum(kept) / len(kept)]
+    assert max(kept) == 2
+    assert not same(weights(make_model()), weights(trainer.model))
+
+
+def test_ending_an_epoch_early_does_not_train_on_a_window_twice():
+    class Impatient(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = True
+
+    windows = []
+
+    def reward(prompts):
+        windows.append(prompts[0])
+        return [1.0] * len(prompts)
+
+    options = {"max_steps": -1, "num_train_epochs": 3, "rollout_func": None}
+    train(make_model(), PROMPTS, reward_funcs=reward, callbacks=[Impatient()], **options)
+    assert windows == PROMPTS[:3]
 
 
 # ---- What the log says ----
@@ -198,6 +253,7 @@ def make_trainer(model, callbacks=None, reward_funcs=share_of_early_letters, **o
             "gradient_checkpointing": False,
             "save_strategy": "no",
             "report_to": "none",
+            "output_dir": str(Path(tempfile.gettempdir()) / "grpo_trl-tests"),
             "use_cpu": True,
             "disable_tqdm": True,
         }
@@ -221,6 +277,31 @@ def test_evaluation_changes_nothing_of_training():
     ]
     assert [e for e in logs[0] if "loss" in e] == [e for e in logs[1] if "loss" in e]
     assert len([e for e in logs[1] if "eval_reward" in e]) == 3
+
+
+def test_a_rollout_func_evaluates_in_evaluation_mode():
+    modes = []
+
+    def watch(prompts, trainer):
+        modes.append(trainer.model.training)
+        return injected(prompts, trainer)
+
+    trainer = train(make_model(), PROMPTS, rollout_func=watch)
+    trainer.model.train()
+    trainer.evaluate(EVAL)
+    assert modes[-1] is False
+    assert trainer.model.training
+
+
+def test_batches_of_an_evaluation_have_noise_of_their_own(monkeypatch):
+    trainer = make_trainer(make_model(), num_generations_eval=1, per_device_eval_batch_size=1)
+    seeds = []
+    rollout = trainer._runner.engine.rollout
+    monkeypatch.setattr(
+        trainer._runner.engine, "rollout", lambda request: seeds.append(request.seed) or rollout(request)
+    )
+    trainer.evaluate()
+    assert len(set(seeds)) == 3
 
 
 def test_evaluation_has_its_own_number_of_completions_and_repeats(monkeypatch):
@@ -286,6 +367,15 @@ def test_a_run_resumed_inside_a_window_goes_on_with_that_windows_prompts(tmp_pat
     assert resumed._window.index == 1
 
 
+def test_tokens_are_counted_over_a_resume(tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "logging_steps": 4}
+    whole = make_trainer(make_model(), output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    resumed = make_trainer(make_model(), output_dir=str(tmp_path / "resumed"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert logged(resumed, "num_tokens") == logged(whole, "num_tokens")
+
+
 def test_a_saved_model_loads(tmp_path):
     trainer = train(make_model(), PROMPTS)
     trainer.save_model(tmp_path)
@@ -305,12 +395,15 @@ def test_a_path_is_loaded_with_its_tokenizer(tmp_path):
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_lora_leaves_the_base_weights_as_they_were(tmp_path, beta, checkpointing):
     base = make_model()
     before = weights(base)
-    trainer = train(base, PROMPTS, peft_config=LORA, beta=beta, gradient_checkpointing=checkpointing, max_steps=2)
+    options = {"gradient_checkpointing": checkpointing is not None, "gradient_checkpointing_kwargs": checkpointing}
+    trainer = train(base, PROMPTS, peft_config=LORA, beta=beta, max_steps=2, **options)
     after = weights(trainer.model)
+    assert any(value.any() for name, value in after.items() if "lora_B" in name)
+    assert logged(trainer, "grad_norm")[0] > 0
     assert all(
         torch.equal(before[name.removeprefix("base_model.model.").replace(".base_layer", "")], value)
         for name, value in after.items()
@@ -365,6 +458,28 @@ def test_what_cannot_work_says_what_would(options, message):
     options = {"rollout_func": None} | options
     with pytest.raises(ValueError, match=message):
         train(make_model(), PROMPTS, **options)
+
+
+def test_an_adapter_that_was_loaded_frozen_is_refused(tmp_path):
+    get_peft_model(make_model(), LORA).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no trainable parameter.*is_trainable=True"):
+        train(PeftModel.from_pretrained(make_model(), tmp_path), PROMPTS)
+
+
+@pytest.mark.parametrize("prompts", [[["a"], None], [1, 2], [None, None]])
+def test_prompts_that_are_no_text_are_refused(prompts):
+    with pytest.raises(ValueError, match=r"train_dataset has the prompt .*all prompts must be strings"):
+        train(make_model(), prompts)
+
+
+@pytest.mark.parametrize("name", ["loss", "reward", "num_tokens"])
+def test_log_metric_does_not_take_the_name_of_another_metric(name):
+    def reward(completions, log_metric):
+        log_metric(name, 1.0)
+        return [1.0] * len(completions)
+
+    with pytest.raises(ValueError, match=rf"log_metric\('{name}', ...\) names a metric that the log has"):
+        train(make_model(), PROMPTS, reward_funcs=reward)
 
 
 def test_several_gpus_in_one_process_are_refused_with_the_launch_command(monkeypatch):

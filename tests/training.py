@@ -2,6 +2,8 @@
 
 import copy
 import random
+import tempfile
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -53,6 +55,7 @@ def train(model, prompts, *, reward_funcs=score, rollout_func=injected, peft_con
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        "output_dir": str(Path(tempfile.gettempdir()) / "grpo_trl-tests"),
         "use_cpu": True,
         "disable_tqdm": True,
     }

@@ -27,6 +27,10 @@ OWN_SAMPLING_OPTIONS = (
     "min_p",
     "repetition_penalty",
     "num_return_sequences",
+    "pad_token_id",
+    "eos_token_id",
+    "stop_strings",
+    "return_dict_in_generate",
 )
 
 
@@ -171,9 +175,7 @@ class GRPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = (
-                not self.fp16 and not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-            )
+            self.bf16 = not self.fp16 and not self.use_cpu and _gpu_has_bf16()
         self._resolve_checkpointing()
         if self.metric_for_best_model is None and self.load_best_model_at_end:
             self.metric_for_best_model = "eval_reward"
@@ -221,12 +223,12 @@ class GRPOConfig(TrainingArguments):
     def _resolve_checkpointing(self) -> None:
         """On by default, under either of its names: transformers renames gradient to activation checkpointing."""
         renamed = hasattr(self, "activation_checkpointing")
-        if renamed and self.activation_checkpointing is not None:
-            return
         if self.gradient_checkpointing is None:
             self.gradient_checkpointing = True
-        if renamed:  # else transformers warns of the old name
+        if renamed and self.activation_checkpointing is None:  # else transformers warns of the old names
             self.activation_checkpointing = self.gradient_checkpointing
+        if renamed and self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
     def _check_choices(self) -> None:
         for name, choices in (
@@ -250,7 +252,7 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(
                 f"generation_kwargs={self.generation_kwargs} sets {', '.join(clash)}, which the trainer sets itself; use "
                 "the options max_completion_length, temperature, top_p, top_k, min_p, repetition_penalty and "
-                "num_generations."
+                "num_generations; further end tokens go to model.generation_config.eos_token_id."
             )
 
     def _check_ranges(self) -> None:
@@ -343,6 +345,10 @@ class GRPOConfig(TrainingArguments):
             return n % step == 0 and self._holds_whole_steps(n // step) and whole_groups
 
         return _nearest(self.generation_batch_size, works)
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _nearest(value: int, works: Callable[[int], bool], least: int = 1, most: int = 1_000_000) -> str:

@@ -86,6 +86,12 @@ class PromptSet:
         return [Prompt(example, tokens) for example, tokens in zip(examples, ids, strict=True)]
 
     def _tokenize(self, prompts: list[Any]) -> list[list[int]]:
+        for prompt in prompts:
+            if not isinstance(prompt, type(prompts[0])) or not isinstance(prompt, (str, list)):
+                raise ValueError(
+                    f"{self.name} has the prompt {prompt!r} ({type(prompt).__name__}); all prompts must be strings, or all "
+                    "lists of messages."
+                )
         if isinstance(prompts[0], str):
             return self.tokenizer(prompts)["input_ids"]
         return [self._tokenize_messages(messages) for messages in prompts]
@@ -221,18 +227,21 @@ class Schedule:
                 f"{self.steps_per_generation}."
             )
         if left := self.num_prompts % need:
-            logger.info(
+            logger.warning(
                 "%d of %d prompts do not fill a window of %d and are left out of each epoch.",
                 left,
                 self.num_prompts,
                 need,
             )
 
-    def place(self, optimizer_step: int, item: int) -> Place:
-        """The place of item `item` of the epoch that optimizer step `optimizer_step` (from 0, over the run) lies in."""
-        epoch = optimizer_step // math.ceil(self.items_per_epoch / self.accumulation)
-        window, use = divmod(item, self.steps_per_generation * self.num_iterations)
-        return Place(epoch * self.windows_per_epoch + window, use % self.steps_per_generation)
+    def places(self, optimizer_step: int, count: int) -> list[Place]:
+        """Where the `count` micro-steps of optimizer step `optimizer_step` (from 0, over the run) stand."""
+        epoch, step = divmod(optimizer_step, math.ceil(self.items_per_epoch / self.accumulation))
+        places = []
+        for item in range(step * self.accumulation, step * self.accumulation + count):
+            window, use = divmod(item, self.steps_per_generation * self.num_iterations)
+            places.append(Place(epoch * self.windows_per_epoch + window, use % self.steps_per_generation))
+        return places
 
     def rows(self, window: int, rank: int) -> list[int]:
         """The prompts of `window` that `rank` owns, in the order in which its micro-steps use them.

@@ -26,7 +26,8 @@ def evaluate_prompts(
 ) -> dict[str, float]:
     """Sample `num_generations` completions of each prompt once, over all ranks, and reduce their metrics.
 
-    The noise follows from `seed` and the prompts alone, so that two evaluations of one run draw the same.
+    The noise follows from `seed` and the batches (so from `batch_size` and `world_size` too), not from what was drawn
+    before: two evaluations of one run draw the same.
 
     Args:
         runner: Samples and rewards.

@@ -89,10 +89,10 @@ class Max:
     def of(cls, values: Tensor, mask: Tensor) -> Max:
         """The largest of `values` over the places where `mask` is True."""
         values = _wide(torch.where(mask, values.detach(), -torch.inf)).flatten()
-        return cls(torch.cat([values, values.new_tensor([-torch.inf])]).max())
+        return cls(torch.cat([values, values.new_full((1,), -torch.inf)]).max())
 
     def __add__(self, other: Max) -> Max:
-        return Max(torch.maximum(_float64(self.largest), _float64(other.largest)))
+        return Max(torch.maximum(*_tensors(self.largest, other.largest)))
 
     def on_cpu(self) -> Max:
         return Max(float(self.largest))
@@ -114,7 +114,7 @@ class Min:
         return cls(-Max.of(-values, mask).largest)
 
     def __add__(self, other: Min) -> Min:
-        return Min(torch.minimum(_float64(self.smallest), _float64(other.smallest)))
+        return Min(torch.minimum(*_tensors(self.smallest, other.smallest)))
 
     def on_cpu(self) -> Min:
         return Min(float(self.smallest))
@@ -160,8 +160,9 @@ class Std:
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else None
 
 
-def _float64(number: Number) -> Tensor:
-    return torch.as_tensor(number, dtype=torch.float64)
+def _tensors(*numbers: Number) -> list[Tensor]:
+    """Tensors stay as and where they are; Python numbers become float64."""
+    return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in numbers]
 
 
 def loss_metrics(output: LossOutput, scores: Scores, piece: Piece) -> dict[str, Metric]:

@@ -3,12 +3,14 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl.trainer.utils import disable_dropout_in_model
 
 
 REF_ADAPTER = "ref"
@@ -24,9 +26,11 @@ def load_policy(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dic
     """
     if isinstance(model, str):
         settings = {"dtype": "float32"} | model_init_kwargs
+        if Path(model).is_dir() and not (Path(model) / "config.json").exists():
+            raise OSError(f"model={model!r} is a folder without config.json; pass the path of a local model.")
         try:
             return AutoModelForCausalLM.from_pretrained(model, **settings)
-        except (OSError, ValueError) as error:
+        except OSError as error:
             raise OSError(
                 f"model={model!r} could not be loaded: it is no folder with a model, and no hub answers with one. Pass the "
                 f"path of a local model. ({error})"
@@ -90,9 +94,14 @@ def add_adapter(model: Any, peft_config: PeftConfig | None) -> Any:
 
     Raises:
         TypeError: `peft_config` is not a `peft.PeftConfig`.
-        ValueError: The model carries an adapter already.
+        ValueError: The model carries an adapter already, or nothing in it is trainable.
     """
     if peft_config is None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(
+                "The model has no trainable parameter; load an adapter with PeftModel.from_pretrained(..., "
+                "is_trainable=True) to continue it, or pass peft_config to start a new one."
+            )
         return model
     if not isinstance(peft_config, PeftConfig):
         raise TypeError(f"peft_config is a {type(peft_config).__name__}; pass a peft.PeftConfig such as LoraConfig().")
@@ -102,6 +111,14 @@ def add_adapter(model: Any, peft_config: PeftConfig | None) -> Any:
             "model.merge_and_unload() as the model to start a new one on top of it."
         )
     return get_peft_model(model, peft_config)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of `model` to 0, the rate that attention layers keep as a number included."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        if hasattr(module, "attention_dropout"):
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010 - mypy takes every attribute for a tensor
 
 
 class Reference:

@@ -24,6 +24,9 @@ CURVES = (
 )
 """Metrics that are drawn, where the log has them, and their titles."""
 
+PAPERS = {"token": ["2402.03300"], "sequence": ["2405.04434", "2412.19437"]}
+"""The papers of each `loss_level`, by their number on arXiv."""
+
 
 def merge_tables(parts: list[dict[str, list[Any]]], unique_prompts: bool = False) -> dict[str, list[Any]]:
     """The tables of all ranks as one, rank after rank.
@@ -43,9 +46,9 @@ def merge_tables(parts: list[dict[str, list[Any]]], unique_prompts: bool = False
 
 
 def write_completions(table: dict[str, list[Any]], path: Path) -> None:
-    """Write the columns of `table` to a parquet file; the folder is made."""
+    """Write the columns of `table` to a parquet file; the folder is made. Columns of mixed kinds are written as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    pyarrow.parquet.write_table(pyarrow.table({name: _arrow(values) for name, values in table.items()}), path)
 
 
 def print_completions(
@@ -105,6 +108,22 @@ def plot_run(log_history: list[dict[str, float]], path: str | Path, title: str =
     figure.suptitle(title)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+
+
+def append_objective(card: Path, loss_level: str) -> None:
+    """Add the training objective and its papers to a model card, where there is one."""
+    if card.exists():
+        papers = " and ".join(f"[arXiv {number}](https://arxiv.org/abs/{number})" for number in PAPERS[loss_level])
+        text = f'GRPO, `loss_level="{loss_level}"` ({papers}), with grpo_trl.'
+        card.write_text(f"{card.read_text()}\n## Training objective\n\n{text}\n")
+
+
+def _arrow(values: list[Any]) -> pyarrow.Array:
+    """A column; as text where its values are of several kinds, since a log must not end a run."""
+    try:
+        return pyarrow.array(values)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, pyarrow.ArrowNotImplementedError):
+        return pyarrow.array([None if value is None else str(value) for value in values])
 
 
 def _shown(value: Any) -> str:

@@ -24,24 +24,30 @@ from transformers import (
 )
 from transformers.trainer_utils import speed_metrics
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import disable_dropout_in_model
 
 from .config import GRPOConfig
 from .data import PromptLimit, PromptSet, Schedule
 from .evaluation import evaluate_prompts
 from .launch import check_launch
-from .metrics import Mean, MetricLog, Sum, loss_metrics
-from .models import Reference, add_adapter, context_length, eos_token_ids, load_policy, load_tokenizer
+from .metrics import Mean, MetricLog, loss_metrics
+from .models import (
+    Reference,
+    add_adapter,
+    context_length,
+    disable_dropout,
+    eos_token_ids,
+    load_policy,
+    load_tokenizer,
+)
 from .objective import group_advantages, grpo_loss
-from .policy import Completion, Piece, make_piece, score, score_completions
-from .report import merge_tables, print_completions, write_completions
+from .policy import Completion, Piece, evaluation_mode, make_piece, score, score_completions
+from .report import append_objective, merge_tables, print_completions, write_completions
 from .rewards import Rewards
 from .rollout import GenerateEngine, RolloutFuncEngine, Round, RoundRunner
 from .state import Window, derive_seed
 
 
 PHASES = ("time/sampling", "time/rewards", "time/scoring", "time/update")
-PAPERS = {"token": ["2402.03300"], "sequence": ["2405.04434", "2412.19437"]}
 
 
 class GRPOTrainer(Trainer):
@@ -119,7 +125,7 @@ class GRPOTrainer(Trainer):
         )
         check_launch(args.n_gpu, args.world_size)  # a model that lies on several devices has set n_gpu to 1 by now
         if args.disable_dropout:
-            disable_dropout_in_model(self.model)
+            disable_dropout(self.model)
         self.model.add_model_tags(["grpo_trl", "grpo"])
 
         self._metrics = MetricLog()
@@ -226,11 +232,10 @@ class GRPOTrainer(Trainer):
     ) -> tuple[list[Piece], None]:
         """The pieces of the next optimizer step; samples the windows that they need. Called once per optimizer step."""
         self._timer.start_step()
-        items = list(itertools.islice(epoch_iterator, num_batches))
-        num_completions = len(items) * self.args.per_device_train_batch_size * self.args.world_size
+        count = len(list(itertools.islice(epoch_iterator, num_batches)))
+        num_completions = count * self.args.per_device_train_batch_size * self.args.world_size
         pieces = []
-        for item in items:
-            place = self._schedule.place(self.state.global_step, item)
+        for place in self._schedule.places(self.state.global_step, count):
             if self._window is None or self._window.index != place.window:
                 self._window = self._sample_window(place.window)
             first = place.micro_step * self.args.per_device_train_batch_size
@@ -252,7 +257,7 @@ class GRPOTrainer(Trainer):
         seed = derive_seed(self.args.seed, "window", index, rank)
         sampled = self._runner.run(prompts, self.args.num_generations, seed, self.state, self._metrics)
         self._metrics.add_all(sampled.metrics())
-        self._metrics.add("num_tokens", Sum(sampled.num_tokens))
+        self.state.num_input_tokens_seen += sum(gather_object([sampled.num_tokens]))
         advantages = self._advantages(sampled).flatten().tolist()
         completions = [replace(c, advantage=a) for c, a in zip(sampled.completions, advantages, strict=True)]
         with self._metrics.timed("time/scoring"):
@@ -318,9 +323,7 @@ class GRPOTrainer(Trainer):
         """Log `logs`; to those of training, add the metrics since the last time, over all ranks."""
         training = "loss" in logs
         if training:
-            metrics = self._metrics.reduce(gather_object)
-            self.state.num_input_tokens_seen += int(metrics.get("num_tokens", 0))
-            logs = logs | metrics | {"num_tokens": self.state.num_input_tokens_seen}
+            logs = logs | self._metrics.reduce(gather_object) | {"num_tokens": self.state.num_input_tokens_seen}
         super().log(logs, start_time)
         if training and self.args.log_completions and self._window is not None:
             self._log_completions(self._window)
@@ -335,22 +338,25 @@ class GRPOTrainer(Trainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
         """Sample `num_generations_eval` completions of each prompt once and reward them; training is left as it is.
 
         Args:
-            eval_dataset: Has a column `"prompt"`; or several by name, each of which gets a prefix of its own. The
-                constructor's by default.
+            eval_dataset: Has a column `"prompt"`; or several by name, each of which gets a prefix of its own; or the name
+                of one of the constructor's. The constructor's by default.
             ignore_keys: Not used.
             metric_key_prefix: Stands before each metric's name.
 
         Returns:
             The metrics, `eval_reward` among them.
         """
-        prompt_sets = self._eval_prompts if eval_dataset is None else self._eval_prompt_sets(eval_dataset)
+        if isinstance(eval_dataset, str):
+            prompt_sets = {"": self._eval_prompts[eval_dataset]}
+        else:
+            prompt_sets = self._eval_prompts if eval_dataset is None else self._eval_prompt_sets(eval_dataset)
         if not prompt_sets:
             raise ValueError("eval_dataset=None; pass a dataset with a column 'prompt' to evaluate.")
         metrics: dict[str, float] = {}
@@ -361,18 +367,19 @@ class GRPOTrainer(Trainer):
     def _evaluate_prompts(self, prompts: PromptSet, prefix: str) -> dict[str, float]:
         self._memory_tracker.start()
         start_time = time.time()
-        metrics = evaluate_prompts(
-            self._runner,
-            prompts,
-            num_generations=self.args.eval_generations,
-            batch_size=self.args.per_device_eval_batch_size,
-            seed=self.args.seed,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            trainer_state=self.state,
-            gather=gather_object,
-            show_progress=self._shows_progress,
-        )
+        with evaluation_mode(self.model):
+            metrics = evaluate_prompts(
+                self._runner,
+                prompts,
+                num_generations=self.args.eval_generations,
+                batch_size=self.args.per_device_eval_batch_size,
+                seed=self.args.seed,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+                trainer_state=self.state,
+                gather=gather_object,
+                show_progress=self._shows_progress,
+            )
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
         metrics |= speed_metrics(prefix, start_time, num_samples=len(prompts))
         self.log(metrics)
@@ -383,13 +390,8 @@ class GRPOTrainer(Trainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Trainer's model card, with the objective and its papers."""
         super().create_model_card(*args, **kwargs)
-        path = Path(str(self.args.output_dir)) / "README.md"
-        if self.is_world_process_zero() and path.exists():
-            papers = " and ".join(f"[arXiv {id}](https://arxiv.org/abs/{id})" for id in PAPERS[self.args.loss_level])
-            text = (
-                f'\n## Training objective\n\nGRPO, `loss_level="{self.args.loss_level}"` ({papers}), with grpo_trl.\n'
-            )
-            path.write_text(path.read_text() + text)
+        if self.is_world_process_zero():
+            append_objective(Path(str(self.args.output_dir)) / "README.md", self.args.loss_level)
 
 
 class _StepTimer(TrainerCallback):
@@ -408,6 +410,8 @@ class _StepTimer(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.device.type != "cpu":
+            torch.accelerator.synchronize()  # the update may still be running, and would count as the next sampling
         now = time.perf_counter()
         self.metrics.add("step_time", Mean(now - self.step_start))
         self.metrics.add("time/update", Mean(now - self.update_start, 0.0))

@@ -197,3 +197,11 @@ def test_prepare_models_replaces_models_and_nothing_else(tokenizer):
 def test_a_weight_that_is_not_finite_is_refused(weight):
     with pytest.raises(ValueError, match=r"reward_weights=.* must be finite"):
         Rewards([lengths, even_only], weights=[1.0, weight])
+
+
+def test_a_function_named_like_a_column_of_the_table_is_refused():
+    def completion(completions):
+        return [1.0] * len(completions)
+
+    with pytest.raises(ValueError, match=r"named 'completion'.*rename"):
+        Rewards(completion)

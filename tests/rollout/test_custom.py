@@ -57,8 +57,8 @@ def test_env_mask_of_none_counts_every_token():
 
 
 def test_further_keys_are_columns():
-    rollout = run(turns=[1, 2, 3, 4], env="abcd")
-    assert rollout.columns == {"turns": [1, 2, 3, 4], "env": "abcd"}
+    rollout = run(turns=[1, 2, 3, 4], env="abcd", level=3)
+    assert rollout.columns == {"turns": [1, 2, 3, 4], "env": ["abcd"] * 4, "level": [3] * 4}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_further_keys_are_columns():
         ({"logprobs": [[-1.0]] * 5}, "'logprobs' with 5 entries for 4 prompts"),
         ({"env_mask": [[1]]}, "'env_mask' with 1 entries for 4 prompts"),
         ({"turns": [1]}, "'turns' with 1 entries for 4 prompts"),
-        ({"turns": 3}, "'turns' with int entries for 4 prompts"),
+        ({"prompt_ids": 3}, "'prompt_ids' with int for 4 prompts"),
         ({"prompt_ids": [[5], [4], [6, 6], [6, 6]]}, r"different prompt_ids for the 2 .*\(rows 0 to 1\).*'env_mask'"),
         ({"prompt_ids": [[5], [5], [6, 6], [6]]}, r"different prompt_ids for the 2 completions.*\(rows 2 to 3\)"),
         ({"prompt_ids": [[5], [5], [], []]}, "empty prompt_ids in row 2"),

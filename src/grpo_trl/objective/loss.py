@@ -8,6 +8,7 @@ Left out on purpose: every division by a number of completions. The loss is a su
 the whole optimizer step, so that no cut of the step into pieces changes the gradient.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -57,8 +58,8 @@ def exp_tangent(x: Tensor) -> Tensor:
     Returns:
         A tensor like `x`.
     """
-    slope = torch.exp(torch.tensor(EXP_LIMIT, dtype=x.dtype, device=x.device))
-    return torch.where(x > EXP_LIMIT, slope * (1 + x - EXP_LIMIT), torch.exp(x.clamp(max=EXP_LIMIT)))
+    tangent = math.exp(EXP_LIMIT) * (1 + x - EXP_LIMIT)
+    return torch.where(x > EXP_LIMIT, tangent, torch.exp(x.clamp(max=EXP_LIMIT)))
 
 
 def _token_units(values_BT: Tensor, mask_BT: Tensor) -> Tensor:

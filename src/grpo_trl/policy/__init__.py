@@ -1,8 +1,8 @@
 """How completions are scored: what one forward sees, and the log-probabilities that come of it."""
 
 from .completion import Completion
-from .logprobs import Scores, score, score_completions
+from .logprobs import Scores, evaluation_mode, score, score_completions
 from .packing import Piece, make_piece
 
 
-__all__ = ["Completion", "Piece", "Scores", "make_piece", "score", "score_completions"]
+__all__ = ["Completion", "Piece", "Scores", "evaluation_mode", "make_piece", "score", "score_completions"]

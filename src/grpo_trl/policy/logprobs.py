@@ -3,8 +3,9 @@
 Axes: B completions, S tokens of a row, K positions whose logits are computed, T completion tokens, V vocabulary.
 """
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ def score(model: nn.Module, piece: Piece, temperature: float) -> Scores:
         piece: What to evaluate.
         temperature: The sampling temperature, above 0.
     """
-    first = int(piece.prompt_lengths_B.min()) - 1
+    first = piece.shortest_prompt - 1
     kept = piece.input_ids_BS.shape[1] - first
     limit = {"logits_to_keep": kept} if _takes_logits_to_keep(model) else {}
     logits_BKV = model(input_ids=piece.input_ids_BS, use_cache=False, **limit).logits[:, -kept:-1]
@@ -69,23 +70,31 @@ def score_completions(
         For each completion a tensor of shape (its number of tokens,), float32, 0 where its mask is False.
     """
     device = next(model.parameters()).device
-    training = model.training
     logps: list[Tensor] = []
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for start in range(0, len(completions), batch_size):
             batch = completions[start : start + batch_size]
             piece = make_piece(batch, num_completions=len(batch), pad_token_id=pad_token_id, device=device)
             scores_BT = score(model, piece, temperature).logps_BT.cpu()
             logps += [row[: len(c.ids)].clone() for row, c in zip(scores_BT, batch, strict=True)]
-    finally:
-        model.train(training)
     return logps
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside; each module in the mode that it was in after."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def _token_logps(logits_BKV: Tensor, labels_BK: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probability of each label, and the detached entropy, both of shape (B, K), float32."""
-    logits_BKV = logits_BKV.float() / temperature
+    logits_BKV = logits_BKV.float() if temperature == 1 else logits_BKV.float() / temperature
     normaliser_BK = logits_BKV.logsumexp(-1)
     logps_BK = logits_BKV.gather(-1, labels_BK.unsqueeze(-1)).squeeze(-1) - normaliser_BK
     with torch.no_grad():

@@ -22,6 +22,7 @@ class Piece:
 
     input_ids_BS: Tensor
     prompt_lengths_B: Tensor
+    shortest_prompt: int
     mask_BT: Tensor
     """True for trained tokens."""
     advantages_B: Tensor
@@ -63,6 +64,7 @@ def make_piece(
         input_ids_BS=_right_pad(
             rows, max(len(c.prompt_ids) + max(1, len(c.ids)) for c in completions), pad_token_id
         ).to(device),
+        shortest_prompt=min(len(c.prompt_ids) for c in completions),
         prompt_lengths_B=torch.tensor([len(c.prompt_ids) for c in completions], device=device),
         mask_BT=_right_pad([torch.tensor(c.mask, dtype=torch.bool) for c in completions], width, False).to(device),
         advantages_B=torch.tensor([c.advantage for c in completions], dtype=torch.float32, device=device),

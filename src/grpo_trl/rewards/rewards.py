@@ -86,6 +86,10 @@ class Rewards:
                     "sequence-classification model, or the path of one."
                 )
         self.names = _distinct([function.name for function in self.functions])
+        if taken := sorted({"prompt", "completion", "advantage", "step"} & set(self.names)):
+            raise ValueError(
+                f"A reward function is named {taken[0]!r}, as a column of the table is; rename the function."
+            )
         self._event_loop = EventLoop()
 
     def prepare_models(self, prepare: Callable[[nn.Module], nn.Module]) -> None:

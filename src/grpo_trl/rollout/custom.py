@@ -17,7 +17,7 @@ class RolloutFuncEngine:
     The function gets every prompt `num_generations` times in a row and returns a dict with one entry per row in
     `"prompt_ids"`, `"completion_ids"` (lists of token ids) and `"logprobs"` (the sampler's, one per completion token, or
     None). `"env_mask"`, if there, has a 1 for each completion token that the model wrote and a 0 for each that something
-    else inserted. All further keys are columns for the reward functions.
+    else inserted. All further keys are columns for the reward functions; a value that is no list stands in each row.
     """
 
     def __init__(self, rollout_func: Callable[[list[Any], Any], dict[str, Any]], trainer: Any):
@@ -33,10 +33,13 @@ class RolloutFuncEngine:
             raise ValueError(f"rollout_func returned no {', '.join(missing)}; it must return {', '.join(REQUIRED)}.")
         columns = {key: value for key, value in output.items() if key not in (*REQUIRED, MASK)}
         for key, value in output.items():
-            if value is not None and (not hasattr(value, "__len__") or len(value) != len(prompts)):
-                got = len(value) if hasattr(value, "__len__") else type(value).__name__
+            scalar = isinstance(value, str) or not hasattr(value, "__len__")
+            if scalar and key in columns:
+                columns[key] = [value] * len(prompts)
+            elif value is not None and (scalar or len(value) != len(prompts)):
+                got = type(value).__name__ if scalar else f"{len(value)} entries"
                 raise ValueError(
-                    f"rollout_func returned {key!r} with {got} entries for {len(prompts)} prompts; it gets every prompt "
+                    f"rollout_func returned {key!r} with {got} for {len(prompts)} prompts; it gets every prompt "
                     f"num_generations={group} times in a row and must return one entry for each."
                 )
         completions = [self._completion(output, row) for row in range(len(prompts))]

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from ..policy import Completion
+from ..policy import Completion, evaluation_mode
 from .base import Rollout, RolloutRequest, SamplingOptions
 
 
@@ -117,20 +117,17 @@ def _left_pad(rows: list[list[int]], pad_token_id: int, device: torch.device) ->
 @contextlib.contextmanager
 def _as_it_was(model: Any, seed: int, generation_config: GenerationConfig) -> Iterator[None]:
     """Evaluation mode, a seeded random state and `generation_config` inside; all as it was after."""
-    modes = {module: module.training for module in model.modules()}
     # The model's own settings would fill in whatever ours leave open: a top_p, a list of suppressed tokens. A PeftModel
     # hands its settings to the model inside, so that they are replaced wherever a module holds some.
     settings: dict[Any, Any] = {m: m.generation_config for m in model.modules() if "generation_config" in vars(m)}
     devices = [model.device] if model.device.type != "cpu" else []
     try:
-        with torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda"):
+        forked = torch.random.fork_rng(devices, device_type=model.device.type if devices else "cuda")
+        with forked, evaluation_mode(model):
             torch.manual_seed(seed)
-            model.eval()
             for module in settings:
                 module.generation_config = generation_config
             yield
     finally:
         for module, own in settings.items():
             module.generation_config = own
-        for module, training in modes.items():
-            module.training = training

@@ -16,6 +16,13 @@ from ..rewards import RewardBatch, Rewards, RewardTable
 from .base import RolloutEngine, RolloutRequest
 
 
+TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "step_time", "kl", "entropy")
+"""What the log has besides the metrics of a round."""
+
+TABLE_COLUMNS = ("step", "prompt", "completion", "advantage")
+"""What the table of completions has besides the rewards."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One row of a dataset as a prompt: the row, what it reads, its tokens."""
@@ -66,7 +73,7 @@ class Round:
                 raise ValueError(
                     f"log_extra({name!r}, ...) got {len(values)} values for {len(self.texts)} completions; give one each."
                 )
-            if name in (*table, "step", "advantage"):
+            if name in (*table, *TABLE_COLUMNS):
                 raise ValueError(f"log_extra({name!r}, ...) names a column that the table has; choose another name.")
         return table | self.rewards.notes.columns
 
@@ -83,6 +90,8 @@ class Round:
             metrics[f"rewards/{name}/mean"] = Mean.of(values_B, ~values_B.isnan())
             metrics[f"rewards/{name}/std"] = Std.of(values_B)
         for name, values in self.rewards.notes.metrics.items():
+            if name in metrics or name in TRAINER_METRICS:
+                raise ValueError(f"log_metric({name!r}, ...) names a metric that the log has; choose another name.")
             metrics[name] = Mean(sum(values), len(values))
         return metrics
 
