@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainingArguments
 
-from .data import OVERFLOW_POLICIES
+from .data import OVERFLOW_POLICIES, PromptLimit, Schedule
 from .objective import LOSS_LEVELS
 from .objective.advantages import SCALES
 from .rollout import SamplingOptions
@@ -218,6 +218,35 @@ class GRPOConfig(TrainingArguments):
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
             generation_kwargs=cast("dict[str, Any]", self.generation_kwargs or {}),
+        )
+
+    def prompt_limit(self, context: int | None) -> PromptLimit:
+        """How long a prompt may be in a model of `context` positions (None: not known, no limit).
+
+        Raises:
+            ValueError: `max_completion_length` fills the context.
+        """
+        length = self.max_completion_length
+        if context is not None and length >= context:
+            raise ValueError(
+                f"max_completion_length={length} leaves no room for a prompt in the model's context of {context} tokens; "
+                f"use at most {context - 1}, less the length of the prompts."
+            )
+        return PromptLimit(None if context is None else context - length, length, self.prompt_overflow)
+
+    def schedule(self, num_prompts: int) -> Schedule:
+        """The windows and optimizer steps of a run over `num_prompts` prompts."""
+        assert self.steps_per_generation is not None
+        return Schedule(
+            num_prompts=num_prompts,
+            num_generations=self.num_generations,
+            batch_size=self.per_device_train_batch_size,
+            accumulation=self.gradient_accumulation_steps,
+            steps_per_generation=self.steps_per_generation,
+            num_iterations=self.num_iterations,
+            world_size=self.world_size,
+            seed=self.seed if self.data_seed is None else self.data_seed,
+            shuffle=self.shuffle_dataset,
         )
 
     def _resolve_checkpointing(self) -> None:

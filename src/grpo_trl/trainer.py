@@ -26,7 +26,7 @@ from transformers.trainer_utils import speed_metrics
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from .config import GRPOConfig
-from .data import PromptLimit, PromptSet, Schedule
+from .data import PromptSet
 from .evaluation import evaluate_prompts
 from .launch import check_launch
 from .metrics import Mean, MetricLog, loss_metrics
@@ -155,30 +155,12 @@ class GRPOTrainer(Trainer):
             self.add_callback(SyncRefModelCallback(ref_model=self._reference.model, accelerator=self.accelerator))
 
     def _prepare_prompts(self, writes_prompts: bool) -> None:
-        context = None if writes_prompts else context_length(self.model)
-        length = self.args.max_completion_length
-        if context is not None and length >= context:
-            raise ValueError(
-                f"max_completion_length={length} leaves no room for a prompt in the model's context of {context} tokens; "
-                f"use at most {context - 1}, less the length of the prompts."
-            )
-        assert self.args.steps_per_generation is not None  # the configuration derives it
-        self._limit = PromptLimit(None if context is None else context - length, length, self.args.prompt_overflow)
+        self._limit = self.args.prompt_limit(None if writes_prompts else context_length(self.model))
         self._eval_prompts = {} if self.eval_dataset is None else self._eval_prompt_sets(self.eval_dataset)
         if self.train_dataset is None:
             return
         self._prompts = self._prompt_set(self.train_dataset, "train_dataset")
-        self._schedule = Schedule(
-            num_prompts=len(self._prompts),
-            num_generations=self.args.num_generations,
-            batch_size=self.args.per_device_train_batch_size,
-            accumulation=self.args.gradient_accumulation_steps,
-            steps_per_generation=self.args.steps_per_generation,
-            num_iterations=self.args.num_iterations,
-            world_size=self.args.world_size,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            shuffle=self.args.shuffle_dataset,
-        )
+        self._schedule = self.args.schedule(len(self._prompts))
         self._schedule.check()
 
     def _prompt_set(self, dataset: Dataset, name: str) -> PromptSet:
