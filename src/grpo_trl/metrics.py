@@ -63,23 +63,6 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Sum:
-    """The sum."""
-
-    total: Number
-
-    def __add__(self, other: Sum) -> Sum:
-        return Sum(self.total + other.total)
-
-    def on_cpu(self) -> Sum:
-        return Sum(float(self.total))
-
-    @property
-    def value(self) -> float:
-        return float(self.total)
-
-
-@dataclass(frozen=True)
 class Max:
     """The largest; -inf stands for nothing."""
 
@@ -214,14 +197,13 @@ class MetricLog:
             self.add(name, metric)
 
     @contextlib.contextmanager
-    def timed(self, *names: str) -> Iterator[None]:
-        """Add the seconds that the block takes to the `Mean` of each name, without counting one."""
+    def timed(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes to the `Mean` of `name`, without counting one."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            for name in names:
-                self.add(name, Mean(time.perf_counter() - start, 0.0))
+            self.add(name, Mean(time.perf_counter() - start, 0.0))
 
     def reduce(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
         """Values over all ranks, by name, without those that had nothing to reduce; then start anew.
