@@ -27,6 +27,13 @@ CASES = {
     "windows shorter than a step": {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "completions": 8},
     "scaled by the batch": {"scale_rewards": "batch"},
     "accumulation": {"gradient_accumulation_steps": 4, "completions": 4},
+    "padded": {"shared_prefix": False, "beta": 0.1},
+    "another number of pieces on each rank": {
+        "prompts": ["ab=", "cde12=", "a", "f"],
+        "max_tokens_per_piece": 16,
+        "beta": 0.1,
+    },
+    "pieces of a rank without signal": {"prompts": ONE_RANK_WITHOUT_SIGNAL, "max_tokens_per_piece": 12},
     "checkpointing": {"gradient_checkpointing": True, "beta": 0.1},
     "adapter": {
         "peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),

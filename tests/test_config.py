@@ -25,7 +25,7 @@ def refusal(**options) -> str:
 
 
 # ---- Defaults ----
-OWN_OPTIONS = {"loss_level", "prompt_overflow"}
+OWN_OPTIONS = {"loss_level", "max_tokens_per_piece", "prompt_overflow", "shared_prefix"}
 OTHER_DEFAULTS = {
     "gradient_checkpointing": (None, True),  # resolved to True; transformers renames the option
     "logging_nan_inf_filter": (False, True),  # a loss that is not finite must be seen
@@ -128,6 +128,68 @@ def test_a_dict_option_that_is_no_dict_is_refused(name, value):
 
 
 # ---- Choices and ranges ----
+@pytest.mark.parametrize(
+    "value, resolved",
+    [
+        ("auto", "auto"),
+        (True, True),
+        (False, False),
+        ("true", True),
+        ("false", False),
+        ("True", True),
+        ("False", False),
+    ],
+)
+def test_a_prefix_is_shared_always_never_or_where_it_can_be(value, resolved):
+    config = make_config(shared_prefix=value)
+    assert (config.shared_prefix, type(config.shared_prefix)) == (resolved, type(resolved))
+
+
+@pytest.mark.parametrize("value, resolved", [("auto", "auto"), ("true", True), ("false", False)])
+def test_how_a_step_is_cut_is_read_from_the_command_line_and_from_a_file(value, resolved, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    arguments = ["--output_dir", "unused", "--use_cpu", "true", "--max_tokens_per_piece", "4096"]
+    (config,) = trl.TrlParser(GRPOConfig).parse_args_and_config([*arguments, "--shared_prefix", value])
+    assert (config.shared_prefix, type(config.shared_prefix)) == (resolved, type(resolved))
+    assert config.max_tokens_per_piece == 4096
+    path = tmp_path / "config.yaml"
+    path.write_text(f"output_dir: unused\nuse_cpu: true\nshared_prefix: {value}\nmax_tokens_per_piece: 2048\n")
+    (config,) = trl.TrlParser(GRPOConfig).parse_args_and_config(["--config", str(path)])
+    assert (config.shared_prefix, type(config.shared_prefix)) == (resolved, type(resolved))
+    assert config.max_tokens_per_piece == 2048
+
+
+@pytest.mark.parametrize("value", ["never", "", None, 2])
+def test_an_unknown_way_to_share_a_prefix_is_refused_with_those_that_work(value):
+    assert refusal(shared_prefix=value) == f"shared_prefix={value!r} is unknown; use one of 'auto', True, False."
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_a_piece_that_no_completion_fits_in_is_refused_with_the_least_that_works(length):
+    for value in (-1, 0, length):
+        message = refusal(max_tokens_per_piece=value, max_completion_length=length)
+        assert message.startswith(f"max_tokens_per_piece={value} cannot work; ")
+        assert f"max_completion_length={length} " in message
+        assert re.search(r"(\d+) or more", message)[1] == str(length + 1)
+    for value in (None, length + 1, 10**6):
+        assert make_config(max_tokens_per_piece=value, max_completion_length=length).max_tokens_per_piece == value
+
+
+@pytest.mark.parametrize(
+    "context, trained_on, expected",
+    [
+        (100, True, (20, "max_tokens_per_piece")),
+        (None, True, (20, "max_tokens_per_piece")),
+        (25, True, (15, "the model's context")),
+        (100, False, (90, "the model's context")),
+        (None, False, (None, "the model's context")),
+    ],
+)
+def test_a_prompt_that_is_trained_on_leaves_room_for_its_completion_in_a_piece(context, trained_on, expected):
+    limit = make_config(max_completion_length=10, max_tokens_per_piece=30).prompt_limit(context, trained_on=trained_on)
+    assert (limit.max_length, limit.limited_by) == expected
+
+
 @pytest.mark.parametrize(
     "name, choices",
     [

@@ -13,7 +13,7 @@ PACKAGE = Path(grpo_trl.__file__).parent
 LAYERS = (
     ("objective",),
     ("policy", "rewards", "rollout", "metrics"),
-    ("data", "models", "launch", "state", "config", "report"),
+    ("data", "models", "launch", "scoring", "state", "config", "report"),
     ("evaluation", "trainer"),
     ("__init__",),
 )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from grpo_trl.metrics import Max, Mean, Metric, MetricLog, Min, Std, loss_metrics
 from grpo_trl.objective import grpo_loss
-from grpo_trl.policy import Completion, Scores, make_piece
+from grpo_trl.policy import Completion, Packer, Scores
 
 
 NAN = math.nan
@@ -184,7 +184,7 @@ def make_metrics(loss_level: str, old=True, ref=True, sampler=True, rows=(0, 1, 
         )
         for i in rows
     ]
-    piece = make_piece(completions, num_completions=3, pad_token_id=0)
+    piece = Packer(batch_size=3, max_tokens=None, pad_token_id=0).piece(completions, num_completions=3)
     width = piece.mask_BT.shape[1]
     scores = Scores(LOGPS[list(rows), :width], ENTROPY[list(rows), :width])
     output = grpo_loss(
@@ -255,6 +255,11 @@ def test_without_reference_and_sampler_their_metrics_are_left_out():
         "sampling/sampling_logp_difference/mean",
         "sampling/sampling_logp_difference/max",
     }
+
+
+@pytest.mark.parametrize("loss_level", ["token", "sequence"])
+def test_a_piece_without_completions_has_the_same_metrics_without_values(loss_level):
+    assert make_metrics(loss_level, rows=()) == dict.fromkeys(make_metrics(loss_level))
 
 
 def test_a_log_ratio_above_20_counts_as_tail(monkeypatch):

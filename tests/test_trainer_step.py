@@ -47,6 +47,30 @@ def test_a_window_moves_the_weights_as_the_paper_says(level, beta, iterations, b
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("limit", [None, 10, 14, 40, 1000])
+def test_no_cut_of_a_step_into_pieces_changes_the_move(level, beta, iterations, shared, limit):
+    model = make_model()
+    before = weights(model)
+    expected = expected_move(model, level, beta=beta, iterations=iterations)
+    trainer = train(
+        model,
+        PROMPTS,
+        loss_level=level,
+        beta=beta,
+        num_iterations=iterations,
+        max_steps=iterations,
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=2,
+        shared_prefix=shared,
+        max_tokens_per_piece=limit,
+    )
+    assert relative_error(before, weights(trainer.model), expected) < STEP
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_with_temperature_and_gradient_checkpointing(level, architecture):
     model = make_model(architecture)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainingArguments
 
-from .data import OVERFLOW_POLICIES, PromptLimit, Schedule
+from .data import CONTEXT, OVERFLOW_POLICIES, PromptLimit, Schedule
 from .objective import LOSS_LEVELS
 from .objective.advantages import SCALES
 from .rollout import SamplingOptions
@@ -113,6 +113,20 @@ class GRPOConfig(TrainingArguments):
             "per_device_train_batch_size * world size * steps_per_generation."
         },
     )
+    max_tokens_per_piece: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that one forward and backward computes at most, each group's prompt counted once. An optimizer "
+            "step has as many of them as that needs; by default, each has per_device_train_batch_size completions."
+        },
+    )
+    shared_prefix: str = field(  # or a bool
+        default="auto",
+        metadata={
+            "help": "Compute a prompt once for all of its completions: 'auto' does so wherever the model can be served, "
+            "true makes a model that cannot an error, false pads instead.",
+        },
+    )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Shuffle the prompts in each epoch."})
 
     # Sampling
@@ -180,6 +194,9 @@ class GRPOConfig(TrainingArguments):
         if self.metric_for_best_model is None and self.load_best_model_at_end:
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
+        self.shared_prefix = {"true": True, "1": True, "false": False, "0": False}.get(
+            str(self.shared_prefix).lower(), self.shared_prefix
+        )  # type: ignore[assignment]
         self._check_choices()
         self._check_ranges()
         given = "per_device_train_batch_size" if self.generation_batch_size is None else "generation_batch_size"
@@ -220,8 +237,10 @@ class GRPOConfig(TrainingArguments):
             generation_kwargs=cast("dict[str, Any]", self.generation_kwargs or {}),
         )
 
-    def prompt_limit(self, context: int | None) -> PromptLimit:
+    def prompt_limit(self, context: int | None, trained_on: bool = False) -> PromptLimit:
         """How long a prompt may be in a model of `context` positions (None: not known, no limit).
+
+        What is `trained_on` must fit into `max_tokens_per_piece` too.
 
         Raises:
             ValueError: `max_completion_length` fills the context.
@@ -232,7 +251,12 @@ class GRPOConfig(TrainingArguments):
                 f"max_completion_length={length} leaves no room for a prompt in the model's context of {context} tokens; "
                 f"use at most {context - 1}, less the length of the prompts."
             )
-        return PromptLimit(None if context is None else context - length, length, self.prompt_overflow)
+        rooms = {
+            CONTEXT: context,
+            "max_tokens_per_piece": self.max_tokens_per_piece if trained_on else None,
+        }
+        name, room = min(rooms.items(), key=lambda item: math.inf if item[1] is None else item[1])
+        return PromptLimit(None if room is None else room - length, length, self.prompt_overflow, name)
 
     def schedule(self, num_prompts: int) -> Schedule:
         """The windows and optimizer steps of a run over `num_prompts` prompts."""
@@ -264,6 +288,7 @@ class GRPOConfig(TrainingArguments):
             ("loss_level", tuple(LOSS_LEVELS)),
             ("scale_rewards", SCALES),
             ("prompt_overflow", OVERFLOW_POLICIES),
+            ("shared_prefix", ("auto", True, False)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -300,6 +325,12 @@ class GRPOConfig(TrainingArguments):
             "use at least 1",
         )
         check("max_completion_length", (self.max_completion_length or 0) >= 1, "use at least 1, e.g. 512")
+        room = (self.max_completion_length or 0) + 1
+        check(
+            "max_tokens_per_piece",
+            self.max_tokens_per_piece is None or self.max_tokens_per_piece >= room,
+            f"with max_completion_length={self.max_completion_length} it must be {room} or more, and the prompt's length",
+        )
         check("temperature", 0 < self.temperature < math.inf, "it must be above 0, e.g. 1.0")
         check("top_p", 0 < self.top_p <= 1, "it must be above 0 and at most 1")
         check("top_k", self.top_k >= 0, "use 0 (all tokens) or more")

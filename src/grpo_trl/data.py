@@ -22,18 +22,20 @@ logger = logging.getLogger(__name__)
 
 OVERFLOW_POLICIES = ("error", "drop", "truncate_left")
 TOKENIZE_BATCH = 1000
+CONTEXT = "the model's context"
 
 
 @dataclass(frozen=True)
 class PromptLimit:
     """How long a prompt may be, and what happens to a longer one.
 
-    `max_length` is the model's context less `max_completion_length`; None where the model names no context.
+    `max_length` is the model's context (or what else limits it) less `max_completion_length`; None where nothing does.
     """
 
     max_length: int | None
     max_completion_length: int
     policy: str
+    limited_by: str = CONTEXT
 
 
 class PromptSet:
@@ -127,16 +129,10 @@ class PromptSet:
         facts = (
             f"{len(too_long)} of {len(lengths)} prompts of {self.name} leave no room for "
             f"max_completion_length={self.limit.max_completion_length} tokens (the longest, row {longest}, has "
-            f"{lengths[longest]} tokens, and {limit} fit)"
+            f"{lengths[longest]} tokens, and {limit} fit into {self.limit.limited_by})"
         )
         if self.limit.policy == "error":
-            context = self.limit.max_completion_length + int(limit)
-            remedy = (
-                f"set max_completion_length={context - lengths[longest]} or less, or "
-                if lengths[longest] < context
-                else f"the model's context is {context}: "
-            )
-            raise ValueError(f"{facts}; {remedy}set prompt_overflow='drop' or 'truncate_left'.")
+            raise ValueError(f"{facts}; {self._remedy(lengths[longest])}set prompt_overflow='drop' or 'truncate_left'.")
         logger.warning("%s; prompt_overflow=%r takes care of them.", facts, self.limit.policy)
         if self.limit.policy == "truncate_left":
             return range(len(lengths))
@@ -145,6 +141,17 @@ class PromptSet:
         if not kept:
             raise ValueError(f"{facts}; prompt_overflow='drop' leaves none. Lower max_completion_length.")
         return kept
+
+    def _remedy(self, longest: int) -> str:
+        """What besides `prompt_overflow` would make room for a prompt of `longest` tokens."""
+        assert self.limit.max_length is not None
+        length = self.limit.max_completion_length
+        if self.limit.limited_by != CONTEXT:
+            return f"set {self.limit.limited_by}={longest + length} or more, or "
+        context = length + self.limit.max_length
+        if longest < context:
+            return f"set max_completion_length={context - longest} or less, or "
+        return f"{CONTEXT} is {context}: "
 
 
 def _check_dataset(dataset: Any, name: str) -> None:

@@ -2,7 +2,8 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ from transformers.trainer_utils import speed_metrics
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from .config import GRPOConfig
-from .data import PromptSet
+from .data import PromptLimit, PromptSet
 from .evaluation import evaluate_prompts
 from .launch import check_launch
 from .metrics import Mean, MetricLog, loss_metrics
@@ -40,10 +41,11 @@ from .models import (
     load_tokenizer,
 )
 from .objective import group_advantages, grpo_loss
-from .policy import Completion, Piece, evaluation_mode, make_piece, score, score_completions
+from .policy import Completion, Packer, Piece, enable_scoring, evaluation_mode, score, serve_shared_prefix
 from .report import append_objective, merge_tables, print_completions, write_completions
 from .rewards import Rewards
 from .rollout import GenerateEngine, RolloutFuncEngine, Round, RoundRunner
+from .scoring import Scorer
 from .state import Window, derive_seed
 
 
@@ -102,6 +104,7 @@ class GRPOTrainer(Trainer):
         policy = load_policy(model, args.init_kwargs if isinstance(model, str) or args.model_init_kwargs else {})
         tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
         policy = add_adapter(policy, peft_config)
+        enable_scoring(policy)
         if isinstance(policy, PeftModel) and args.gradient_checkpointing:
             policy.enable_input_require_grads()
         rewards = Rewards(
@@ -132,6 +135,7 @@ class GRPOTrainer(Trainer):
         self._window: Window | None = None
         self._timer = _StepTimer(self._metrics)
         self.add_callback(self._timer)
+        self._scorer = self._make_scorer()
         self._prepare_reference(new_adapter=peft_config is not None)
         self._prepare_prompts(writes_prompts=rollout_func is not None)
         rewards.prepare_models(lambda m: self.accelerator.prepare_model(m, device_placement=True, evaluation_mode=True))
@@ -139,6 +143,25 @@ class GRPOTrainer(Trainer):
         set_seed(args.seed, device_specific=True)  # dropout differs between ranks
 
     # ---- Construction ----
+    def _make_scorer(self) -> Scorer:
+        assert self.processing_class.pad_token_id is not None
+        packer = Packer(
+            batch_size=self.args.per_device_train_batch_size,
+            max_tokens=self.args.max_tokens_per_piece,
+            pad_token_id=self.processing_class.pad_token_id,
+            device=self.args.device,
+            agree=lambda count: max(gather_object([count])),
+        )
+        return Scorer(
+            self.model,
+            packer,
+            shared_prefix=self.args.shared_prefix,
+            temperature=self.args.temperature,
+            mixed_precision=self.accelerator.mixed_precision != "no",
+            needs_all=self.args.beta > 0,
+            gather=gather_object,
+        )
+
     def _prepare_reference(self, new_adapter: bool) -> None:
         self._reference: Reference | None = None
         if not self.args.beta:
@@ -155,19 +178,21 @@ class GRPOTrainer(Trainer):
             self.add_callback(SyncRefModelCallback(ref_model=self._reference.model, accelerator=self.accelerator))
 
     def _prepare_prompts(self, writes_prompts: bool) -> None:
-        self._limit = self.args.prompt_limit(None if writes_prompts else context_length(self.model))
+        context = None if writes_prompts else context_length(self.model)
+        self._eval_limit = self.args.prompt_limit(context)
         self._eval_prompts = {} if self.eval_dataset is None else self._eval_prompt_sets(self.eval_dataset)
         if self.train_dataset is None:
             return
-        self._prompts = self._prompt_set(self.train_dataset, "train_dataset")
+        limit = self.args.prompt_limit(context, trained_on=not writes_prompts)
+        self._prompts = self._prompt_set(self.train_dataset, "train_dataset", limit)
         self._schedule = self.args.schedule(len(self._prompts))
         self._schedule.check()
 
-    def _prompt_set(self, dataset: Dataset, name: str) -> PromptSet:
+    def _prompt_set(self, dataset: Dataset, name: str, limit: PromptLimit) -> PromptSet:
         return PromptSet(
             dataset,
             self.processing_class,
-            self._limit,
+            limit,
             chat_template_kwargs=self.args.template_kwargs,
             prompt_only=self.args.remove_unused_columns,
             name=name,
@@ -175,8 +200,11 @@ class GRPOTrainer(Trainer):
 
     def _eval_prompt_sets(self, dataset: Dataset | dict[str, Dataset]) -> dict[str, PromptSet]:
         if not isinstance(dataset, dict):
-            return {"": self._prompt_set(dataset, "eval_dataset")}
-        return {name: self._prompt_set(part, f"eval_dataset[{name!r}]") for name, part in dataset.items()}
+            dataset = {"": dataset}
+        return {
+            name: self._prompt_set(part, f"eval_dataset[{name!r}]" if name else "eval_dataset", self._eval_limit)
+            for name, part in dataset.items()
+        }
 
     def _make_runner(self, rewards: Rewards, rollout_func: Callable[..., dict[str, Any]] | None) -> RoundRunner:
         ends = eos_token_ids(self.model, self.processing_class)
@@ -211,26 +239,20 @@ class GRPOTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
-    ) -> tuple[list[Piece], None]:
-        """The pieces of the next optimizer step; samples the windows that they need. Called once per optimizer step."""
+    ) -> tuple[list[list[Piece]], None]:
+        """The pieces of the next optimizer step, by micro-step; samples the windows that they need. Called once a step."""
         self._timer.start_step()
         count = len(list(itertools.islice(epoch_iterator, num_batches)))
-        num_completions = count * self.args.per_device_train_batch_size * self.args.world_size
-        pieces = []
+        batch_size = self.args.per_device_train_batch_size
+        completions: list[Completion] = []
         for place in self._schedule.places(self.state.global_step, count):
             if self._window is None or self._window.index != place.window:
                 self._window = self._sample_window(place.window)
-            first = place.micro_step * self.args.per_device_train_batch_size
-            pieces.append(
-                make_piece(
-                    self._window.completions[first : first + self.args.per_device_train_batch_size],
-                    num_completions=num_completions,
-                    pad_token_id=self.processing_class.pad_token_id,
-                    device=device,
-                )
-            )
+            completions += self._window.completions[place.micro_step * batch_size :][:batch_size]
+        pieces = self._scorer.pieces(completions, self.args.world_size)
+        self._metrics.add("policy_signal", Mean(0.0, len(completions) - len(self._scorer.informative(completions))))
         self._timer.start_update()
-        return pieces, None
+        return [pieces[i * len(pieces) // count : (i + 1) * len(pieces) // count] for i in range(count)], None
 
     def _sample_window(self, index: int) -> Window:
         """Sample, reward and score this rank's share of window `index`."""
@@ -243,11 +265,12 @@ class GRPOTrainer(Trainer):
         advantages = self._advantages(sampled).flatten().tolist()
         completions = [replace(c, advantage=a) for c, a in zip(sampled.completions, advantages, strict=True)]
         with self._metrics.timed("time/scoring"):
+            self._scorer.compare(self.model_wrapped, completions)
             if not self._schedule.on_policy:
-                completions = self._scored(completions, self.model_wrapped, "old_logps")
+                completions = self._scorer.with_logps(self.model_wrapped, completions, "old_logps")
             if self._reference is not None:
                 with self._reference.evaluating(self.model_wrapped) as reference:
-                    completions = self._scored(completions, reference, "ref_logps")
+                    completions = self._scorer.with_logps(reference, completions, "ref_logps")
         return Window(index, completions, sampled.table() | {"advantage": advantages})
 
     def _advantages(self, sampled: Round) -> Tensor:
@@ -257,20 +280,26 @@ class GRPOTrainer(Trainer):
             window_rewards = torch.tensor(gather_object(sampled.rewards.total_B.tolist()), dtype=torch.float64)
         return group_advantages(sampled.total_PG, self.args.scale_rewards, window_rewards)
 
-    def _scored(self, completions: Sequence[Completion], model: nn.Module, name: str) -> list[Completion]:
-        """`completions` with their log-probabilities under `model` in the field `name`."""
-        logps = score_completions(
-            model,
-            completions,
-            temperature=self.args.temperature,
-            batch_size=self.args.per_device_train_batch_size,
-            pad_token_id=self.processing_class.pad_token_id,
-        )
-        return [
-            replace(c, **cast("dict[str, Any]", {name: values})) for c, values in zip(completions, logps, strict=True)
-        ]
-
     # ---- The loss ----
+    def training_step(  # type: ignore[override]  # what Trainer passes on is a list of pieces
+        self, model: nn.Module, inputs: list[Piece], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of a micro-step's pieces, of which there may be none; the sum of their losses.
+
+        Only the last piece of an optimizer step synchronises gradients.
+        """
+        loss = torch.zeros((), device=self.args.device)
+        synchronise = self.accelerator.sync_gradients
+        for place, piece in enumerate(inputs, start=1):
+            last = place == len(inputs)
+            self.accelerator.gradient_state._set_sync_gradients(synchronise and last)
+            with (
+                nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model),
+                serve_shared_prefix(model) if piece.layout else nullcontext(),  # for what the backward pass recomputes
+            ):
+                loss = loss + super().training_step(model, piece, num_items_in_batch)  # type: ignore[arg-type]
+        return loss
+
     def compute_loss(  # type: ignore[override]  # what Trainer passes on is a piece
         self, model: nn.Module, inputs: Piece, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
@@ -294,11 +323,11 @@ class GRPOTrainer(Trainer):
     def _prepare_inputs(self, inputs: Piece) -> Piece:  # type: ignore[override]
         return inputs  # on the device already, in the precision that it needs
 
-    def _track_num_input_tokens(self, inputs: Piece) -> None:
+    def _track_num_input_tokens(self, inputs: list[Piece]) -> None:
         """Tokens are counted when a window is sampled."""
 
-    def floating_point_ops(self, inputs: Piece) -> int:  # type: ignore[override]
-        return super().floating_point_ops({"input_ids": inputs.input_ids_BS})
+    def floating_point_ops(self, inputs: list[Piece]) -> int:  # type: ignore[override]
+        return sum(super(GRPOTrainer, self).floating_point_ops({"input_ids": p.input_ids_RS}) for p in inputs)
 
     # ---- What one sees ----
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -2,80 +2,138 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_trl.policy import Completion, make_piece, score, score_completions
+from grpo_trl.objective import grpo_loss
+from grpo_trl.policy import Completion, Packer, enable_scoring, score, score_completions
 
 from ..conftest import ARCHITECTURES, make_model
 
 
-ROWS = [([5, 6, 7], [8, 9]), ([5], [4, 3, 2, 1]), ([9, 8, 7, 6, 5], []), ([30, 31], [32])]
+PACKED = pytest.mark.parametrize("shared_prefix", [True, False], ids=["packed", "padded"])
+ROWS = [
+    ([5, 6, 7], [8, 9]),
+    ([5, 6, 7], [4]),
+    ([5, 6, 7], []),
+    ([5, 6, 7], [8, 9, 2, 11]),
+    ([5], [4, 3, 2, 1]),
+    ([9, 8, 7, 6, 5], []),
+    ([30, 31], [32]),
+]
+MASKED = [
+    Completion([5, 6], [7, 8, 9], [True, False, True]),
+    Completion([5, 6], [9, 8, 7], [False, True, False]),
+    Completion([5, 6], [7, 8], [False, False]),
+    Completion([8], [3, 4, 5, 6], [True, False, False, False]),
+]
 
 
 def completions(rows=ROWS):
     return [Completion(prompt, ids, [True] * len(ids)) for prompt, ids in rows]
 
 
-def piece_of(rows=ROWS, pad_token_id=0):
-    return make_piece(completions(rows), num_completions=len(rows), pad_token_id=pad_token_id)
+def make_packer(shared_prefix=True, batch_size=8, max_tokens=None, pad_token_id=0, **options):
+    return Packer(batch_size, max_tokens, pad_token_id, shared_prefix=shared_prefix, **options)
 
 
-def alone(model, prompt, ids, temperature=1.0):
-    """Log-probabilities and entropies of one completion without any padding."""
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + ids])).logits[0].double() / temperature
+def piece_of(made, shared_prefix, pad_token_id=0):
+    return make_packer(shared_prefix, pad_token_id=pad_token_id).piece(made, num_completions=len(made))
+
+
+def make_scorer(architecture="qwen2", **changes):
+    model = make_model(architecture, **changes).eval()
+    enable_scoring(model)
+    return model
+
+
+def alone(model, completion, temperature=1.0):
+    """Log-probabilities and entropies of one completion without any neighbour, 0 where it is not trained."""
+    prompt, ids = completion.prompt_ids, completion.ids
+    logits = model(torch.tensor([prompt + ids])).logits[0].double() / temperature
     logps = logits[len(prompt) - 1 : len(prompt) - 1 + len(ids)].log_softmax(-1)
-    return logps[range(len(ids)), ids], -(logps.exp() * logps).sum(-1)
+    mask = torch.tensor(completion.mask, dtype=torch.bool)
+    return logps[range(len(ids)), ids] * mask, -(logps.exp() * logps).sum(-1).detach() * mask
 
 
+def assert_close(actual, expected):
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@PACKED
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_padding_and_neighbours_change_nothing(architecture, temperature):
-    model = make_model(architecture).eval()
-    scores = score(model, piece_of(), temperature)
-    for row, (prompt, ids) in enumerate(ROWS):
-        logps, entropy = alone(model, prompt, ids, temperature)
-        torch.testing.assert_close(scores.logps_BT[row, : len(ids)].double(), logps, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(scores.entropy_BT[row, : len(ids)].double(), entropy, rtol=1e-5, atol=1e-5)
-        assert (scores.logps_BT[row, len(ids) :] == 0).all()
-        assert (scores.entropy_BT[row, len(ids) :] == 0).all()
+@torch.no_grad()
+def test_padding_and_neighbours_change_nothing(shared_prefix, architecture, temperature):
+    model = make_scorer(architecture)
+    scores = score(model, piece_of(completions(), shared_prefix), temperature)
+    assert scores.logps_BT.shape == scores.entropy_BT.shape == (len(ROWS), 4)
+    assert scores.logps_BT.dtype == scores.entropy_BT.dtype == torch.float32
+    for row, completion in enumerate(completions()):
+        logps, entropy = alone(model, completion, temperature)
+        length = len(completion.ids)
+        assert_close(scores.logps_BT[row, :length], logps)
+        assert_close(scores.entropy_BT[row, :length], entropy)
+        assert (scores.logps_BT[row, length:] == 0).all()
+        assert (scores.entropy_BT[row, length:] == 0).all()
 
 
+@PACKED
+@torch.no_grad()
+def test_tokens_that_are_not_trained_score_zero_and_are_read_by_those_behind_them(shared_prefix):
+    model = make_scorer()
+    scores = score(model, piece_of(MASKED, shared_prefix), 1.0)
+    for row, completion in enumerate(MASKED):
+        logps, entropy = alone(model, completion)
+        assert_close(scores.logps_BT[row, : len(logps)], logps)
+        assert_close(scores.entropy_BT[row, : len(logps)], entropy)
+        assert (scores.logps_BT[row, len(logps) :] == 0).all()
+
+
+@torch.no_grad()
 def test_the_pad_token_is_never_read():
-    model = make_model().eval()
-    with torch.no_grad():
-        assert torch.equal(
-            score(model, piece_of(), 1.0).logps_BT, score(model, piece_of(pad_token_id=47), 1.0).logps_BT
-        )
+    model = make_scorer()
+    first, second = (piece_of(completions(), False, pad_token_id) for pad_token_id in (0, 47))
+    assert not torch.equal(first.input_ids_RS, second.input_ids_RS)
+    assert torch.equal(score(model, first, 1.0).logps_BT, score(model, second, 1.0).logps_BT)
 
 
-def test_a_piece_of_empty_completions_has_a_gradient_of_zero():
-    model = make_model()
-    score(model, piece_of([([5, 6], []), ([7], [])]), 1.0).logps_BT.sum().backward()
-    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+@PACKED
+def test_the_gradient_is_that_of_the_plain_forward(shared_prefix):
+    model = make_scorer().double()
+    made = completions() + MASKED
+    weights = torch.linspace(-1.0, 2.0, len(made), dtype=torch.float64)
+    together = score(model, piece_of(made, shared_prefix), 0.7).logps_BT.sum(1)
+    actual = torch.autograd.grad((together * weights).sum(), list(model.parameters()))
+    plain = torch.stack([alone(model, completion, 0.7)[0].sum() for completion in made])
+    expected = torch.autograd.grad((plain * weights).sum(), list(model.parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)  # the norms round to float32
+    assert all((gradient != 0).any() for gradient in actual)
 
 
-def test_masked_tokens_score_zero():
-    model = make_model().eval()
-    row = Completion([5, 6], [7, 8, 9], [True, False, True])
-    scores = score(model, make_piece([row], num_completions=1, pad_token_id=0), 1.0)
-    expected, _ = alone(model, [5, 6], [7, 8, 9])
-    torch.testing.assert_close(scores.logps_BT[0].double(), expected * torch.tensor([1, 0, 1]), rtol=1e-5, atol=1e-5)
+@PACKED
+@pytest.mark.parametrize("rows", [[], [([5, 6], []), ([7], [])]], ids=["no completions", "empty completions"])
+def test_a_piece_without_tokens_has_no_loss_and_gives_every_parameter_a_gradient_of_zero(shared_prefix, rows):
+    model = make_scorer()
+    piece = piece_of(completions(rows), shared_prefix)
+    scores = score(model, piece, 1.0)
+    assert scores.logps_BT.shape == piece.mask_BT.shape == (len(rows), 1)
+    loss = grpo_loss(
+        scores.logps_BT,
+        scores.logps_BT.detach(),
+        piece.advantages_B,
+        piece.mask_BT,
+        loss_level="token",
+        epsilon=0.2,
+        epsilon_high=0.2,
+    ).loss
+    loss.backward()
+    assert loss == 0
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())  # what ranks wait for
 
 
-def test_entropy_has_no_gradient_and_logps_have():
-    scores = score(make_model(), piece_of(), 1.0)
+@PACKED
+def test_entropy_has_no_gradient_and_logps_have(shared_prefix):
+    scores = score(make_scorer(), piece_of(completions(), shared_prefix), 1.0)
     assert scores.logps_BT.requires_grad
     assert not scores.entropy_BT.requires_grad
-
-
-class Plain(nn.Module):
-    """A model whose forward knows no `logits_to_keep`."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, input_ids, use_cache=False):
-        return self.inner(input_ids=input_ids)
 
 
 class Wrapper(nn.Module):
@@ -84,41 +142,58 @@ class Wrapper(nn.Module):
     def __init__(self, module):
         super().__init__()
         self.module = module
-        self.seen = {}
+        self.calls = 0
 
     def forward(self, *inputs, **kwargs):
-        self.seen = kwargs
+        self.calls += 1
         return self.module(*inputs, **kwargs)
 
 
-def test_models_with_and_without_logits_to_keep_agree():
-    model = make_model().eval()
-    expected = score(model, piece_of(), 1.0).logps_BT
-    torch.testing.assert_close(score(Plain(model), piece_of(), 1.0).logps_BT, expected)
-    wrapped = Wrapper(model)
-    torch.testing.assert_close(score(wrapped, piece_of(), 1.0).logps_BT, expected)
-    assert wrapped.seen["logits_to_keep"] < piece_of().input_ids_BS.shape[1] + 1
+@PACKED
+@torch.no_grad()
+def test_a_wrapped_model_scores_as_it_does_without(shared_prefix):
+    model, piece = make_scorer(), piece_of(completions(), shared_prefix)
+    torch.testing.assert_close(score(Wrapper(model), piece, 1.0).logps_BT, score(model, piece, 1.0).logps_BT)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 10])
-def test_scoring_many_completions_is_without_dropout_and_without_trace(batch_size):
-    model = make_model(attention_dropout=0.5).train()
+@PACKED
+@pytest.mark.parametrize("batch_size, max_tokens", [(1, None), (3, None), (10, None), (3, 8), (3, 12), (3, 100)])
+def test_scoring_many_completions_is_without_dropout_and_without_trace(shared_prefix, batch_size, max_tokens):
+    model = make_scorer(attention_dropout=0.5).train()
+    model.lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    attention = model.config._attn_implementation
     before = torch.get_rng_state()
-    logps = score_completions(model, completions(), temperature=1.0, batch_size=batch_size, pad_token_id=0)
-    assert model.training
+    packer = make_packer(shared_prefix, batch_size, max_tokens)
+    logps = score_completions(model, completions(), packer, temperature=0.8)
+    assert [module.training for module in model.modules()] == modes
+    assert model.config._attn_implementation == attention
     assert torch.equal(torch.get_rng_state(), before)
     model.eval()
-    for values, (prompt, ids) in zip(logps, ROWS, strict=True):
-        assert values.shape == (len(ids),)
+    for values, completion in zip(logps, completions(), strict=True):
+        assert values.shape == (len(completion.ids),)
         assert not values.requires_grad
-        torch.testing.assert_close(values.double(), alone(model, prompt, ids)[0], rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            assert_close(values, alone(model, completion, 0.8)[0])
 
 
-def test_a_piece_has_optional_tensors_only_where_every_completion_does():
-    both = [Completion([1], [2], [True], sampler_logps=[-1.0]), Completion([1], [2, 3], [True] * 2, [-1.0, -2.0])]
-    piece = make_piece(both, num_completions=7, pad_token_id=0)
-    assert piece.sampler_logps_BT.tolist() == [[-1.0, 0.0], [-1.0, -2.0]]
-    assert piece.old_logps_BT is None
-    assert piece.num_completions == 7
-    one = make_piece([both[0], Completion([1], [2], [True])], num_completions=2, pad_token_id=0)
-    assert one.sampler_logps_BT is None
+@PACKED
+@pytest.mark.parametrize("batch_size, max_tokens", [(1, None), (3, None), (10, None), (3, 14)])
+@torch.no_grad()
+def test_scores_come_in_the_order_of_the_completions(shared_prefix, batch_size, max_tokens):
+    model = make_scorer()
+    mixed = [(completions() + MASKED)[i] for i in (7, 3, 4, 9, 0, 6, 10, 1, 5, 8, 2)]  # prompts apart
+    logps = score_completions(model, mixed, make_packer(shared_prefix, batch_size, max_tokens), 1.0)
+    for values, completion in zip(logps, mixed, strict=True):
+        assert_close(values, alone(model, completion)[0])
+
+
+@PACKED
+@pytest.mark.parametrize("rows, calls", [([], 2), (ROWS, 5)])
+def test_a_rank_with_fewer_pieces_calls_its_model_as_often_as_the_others(shared_prefix, rows, calls):
+    model = make_scorer()
+    wrapped = Wrapper(model)
+    packer = make_packer(shared_prefix, batch_size=3, agree=lambda number: number + 2)
+    logps = score_completions(wrapped, completions(rows), packer, 1.0)
+    assert wrapped.calls == calls
+    torch.testing.assert_close(logps, score_completions(model, completions(rows), make_packer(shared_prefix), 1.0))

@@ -20,3 +20,9 @@ class Completion:
     """Log-probabilities under the policy that sampled, evaluated by the trainer, of shape (len(ids),); None on policy."""
     ref_logps: Tensor | None = None
     """Log-probabilities under the reference, of shape (len(ids),); None without a reference."""
+
+    @property
+    def inputs(self) -> list[int]:
+        """The tokens that the model reads to predict the trained ones: all before the last of these."""
+        last = next((i for i in range(len(self.mask) - 1, -1, -1) if self.mask[i]), 0)
+        return self.ids[:last]

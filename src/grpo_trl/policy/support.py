@@ -1,0 +1,92 @@
+"""Whether a model's completions can be scored packed, with their prompt shared."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .completion import Completion
+from .head import causal_lm
+from .logprobs import evaluation_mode, score, score_completions
+from .packing import Packer, by_prompt
+
+
+SERVED_LAYERS = ("full_attention", "sliding_attention")
+TOLERANCE = 1e-3
+"""Mean difference (nats) of log-probabilities that float32 may show."""
+COARSE_TOLERANCE = 0.05
+"""The same where matrix products are rounded more: half precision, and TF32."""
+
+
+def unservable(model: Any) -> str | None:
+    """Why the model cannot be scored packed, as far as its configuration says; None if it says nothing."""
+    name = type(causal_lm(model)).__name__
+    config: Any = causal_lm(model).config.get_text_config()
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        return "its adapter puts virtual tokens before the prompt"
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - set(SERVED_LAYERS))
+    if others:
+        return f"{name} has layers of the kind {', '.join(others)}"
+    if getattr(config, "attention_chunk_size", None):
+        return f"{name} attends in chunks (attention_chunk_size={config.attention_chunk_size})"
+    dropout = max((_attention_dropout(module) for module in model.modules()), default=0.0)
+    if dropout:
+        return f"{name} drops attention weights (attention_dropout={dropout}; disable_dropout=True turns it off)"
+    return None
+
+
+def disagreement(
+    model: nn.Module, completions: Sequence[Completion], packer: Packer, temperature: float, mixed_precision: bool
+) -> str | None:
+    """Why packed scores of the model cannot be used, by comparing them with padded ones; None if they agree.
+
+    Two completions are scored both ways; then packed once more in training mode, to see whether dropout is in the way.
+
+    Args:
+        model: As in `logprobs.score`.
+        completions: To choose from.
+        packer: How both are made into tensors.
+        temperature: The sampling temperature.
+        mixed_precision: Whether the model computes in half precision, whatever its weights are.
+    """
+    name = type(causal_lm(model)).__name__
+    sample = _sample(completions)
+    local = replace(packer, batch_size=2, max_tokens=None, agree=int)
+    packed_packer = replace(local, shared_prefix=True)
+    try:
+        packed = score_completions(model, sample, packed_packer, temperature)
+        with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(model):
+            model.train()
+            score(model, packed_packer.piece(sample, len(sample)), temperature)
+    except Exception as error:  # whatever a model's own code raises where it is called in a way that it does not know
+        return f"{name} cannot be called with packed rows ({type(error).__name__}: {error})"
+    padded = score_completions(model, sample, replace(local, shared_prefix=False), temperature)
+    difference = (torch.cat(packed) - torch.cat(padded)).abs()
+    mean = difference.mean().item() if len(difference) else 0.0
+    if mean <= (COARSE_TOLERANCE if mixed_precision or _rounds(model) else TOLERANCE):
+        return None
+    return f"packed log-probabilities of {name} differ from padded ones by {mean:.2g} nats on average"
+
+
+def _sample(completions: Sequence[Completion]) -> list[Completion]:
+    """Two completions, of one prompt if they can be, the second as long as possible: the first could disturb it."""
+    pairs = [
+        sorted((completions[i] for i in group), key=lambda c: len(c.inputs), reverse=True)[:2]
+        for group in by_prompt(completions)
+    ]
+    return max([*pairs, list(completions[:2])], key=lambda pair: (len(pair), min(len(c.inputs) for c in pair)))
+
+
+def _attention_dropout(module: nn.Module) -> float:
+    dropout = getattr(module, "attention_dropout", 0.0)
+    dropout = getattr(dropout, "p", dropout)
+    return float(dropout) if isinstance(dropout, (int, float)) else 0.0
+
+
+def _rounds(model: nn.Module) -> bool:
+    """Whether products are rounded more than float32 does."""
+    parameter = next(model.parameters())
+    tf32 = parameter.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return tf32 or parameter.dtype not in (torch.float32, torch.float64)
