@@ -90,6 +90,19 @@ def test_what_follows_the_head_is_the_models_own(changes):
     assert (scores[0] - scores[1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("slice_length", [3, 256])
+def test_a_head_that_an_adapter_trains_as_a_whole_gets_its_gradient(slice_length, monkeypatch):
+    monkeypatch.setattr(head, "SLICE", slice_length)
+    model = make_family("qwen2")
+    enable_scoring(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    with torch.no_grad():
+        next(p for name, p in adapted.named_parameters() if "lm_head.modules_to_save" in name).mul_(2)
+    actual = evaluate(adapted)
+    assert_same(actual, evaluate_whole(adapted))
+    assert any("lm_head.modules_to_save" in name for name in actual[2])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("slice_length", [3, 256])
 def test_adapters_on_the_head_get_their_gradient(tied, slice_length, monkeypatch):

@@ -24,7 +24,13 @@ LAYOUTS = {
     "branches longer than prompts": Layout.of([(1, [13, 17]), (2, [11])]),
     "sixteen branches": Layout.of([(7, [2, 5, 0, 1, 3, 8, 4, 4, 1, 0, 6, 2, 9, 3, 1, 5])]),
 }
-HEADS = {"own keys": (2, 2, 4, 4), "shared keys": (6, 2, 4, 4), "one key head": (4, 1, 3, 3), "sizes": (4, 2, 6, 3)}
+HEADS = {
+    "own keys": (2, 2, 4, 4),
+    "shared keys": (6, 2, 4, 4),
+    "one key head": (4, 1, 3, 3),
+    "smaller values": (4, 2, 6, 3),
+    "larger values": (2, 1, 3, 5),
+}
 """Query heads, key heads, head size, and that of the values."""
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 HEAD = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
@@ -108,7 +114,7 @@ def test_dense_attention_agrees_with_torchs_own(layout):
 
 
 @LAYOUT
-@pytest.mark.parametrize("heads", [HEADS["shared keys"], HEADS["sizes"]], ids=str)
+@pytest.mark.parametrize("heads", [HEADS["shared keys"], HEADS["smaller values"]], ids=str)
 @pytest.mark.parametrize("block", [1, 3, 256])
 @pytest.mark.parametrize("window, softcap", [(None, None), (None, 1.5), (1, None), (3, None), (6, 1.5), (100, None)])
 def test_blocked_attention_agrees_with_dense_attention(layout, heads, block, window, softcap, monkeypatch):
@@ -227,7 +233,11 @@ class Kernels:
             lse[:, q] = scores.logsumexp(-1).to(lse.dtype)
             weighted = torch.einsum("hln,nhd->lhd", scores.softmax(-1), expand(value[k], num_heads))
             output[q] = weighted.to(output.dtype)
-        return output, lse, torch.zeros(2, dtype=torch.uint64), torch.zeros(()), torch.zeros(0)
+        return output, lse, *self.state(causal), torch.zeros(0)
+
+    def state(self, causal):
+        """What a kernel says of its dropout, and the backward pass of the same kernel wants to have."""
+        return torch.tensor([causal, 7]).to(torch.uint64), torch.tensor(int(causal), dtype=torch.uint64)
 
     def _flash_attention_backward(
         self,
@@ -250,6 +260,7 @@ class Kernels:
     ):
         self.backwards += 1
         self.check((query, key, value, grad, output), queries, keys, max_query, max_key, dropout)
+        assert all(torch.equal(x, y) for x, y in zip((rng_state, unused), self.state(causal), strict=True))
         assert all(x.is_contiguous() for x in (grad, query, key, value, output, lse))
         num_heads, key_heads = query.shape[1], key.shape[1]
         assert lse.shape == (num_heads, len(query))
@@ -291,8 +302,8 @@ def test_the_cuda_path_asks_the_kernels_for_the_right_sequences(layout, heads, d
     inputs, grad = tensors(layout, heads, dtype)
     query, key, value = (x.detach() for x in inputs)
     before = [x.clone() for x in (query, key, value, grad)]
-    output, lse = flash._cuda_forward(query, key, value, layout, SCALING)
-    gradients = flash._cuda_backward(grad, query, key, value, output, lse, layout, SCALING)
+    output, lse, *states = flash._cuda_forward(query, key, value, layout, SCALING)
+    gradients = flash._cuda_backward(grad, (query, key, value, output, lse, *states), layout, SCALING)
     assert_all_close([output, *gradients], evaluate(dense_attention, layout, heads), within)
     assert lse.shape == query.shape[:3]
     assert all(torch.equal(x, y) for x, y in zip((query, key, value, grad), before, strict=True))
@@ -305,8 +316,8 @@ def test_the_cuda_path_takes_what_models_hand_over(kernels):
     layout = Layout.of([(3, [2, 0, 4]), (2, [1])])
     inputs, grad = tensors(layout, (6, 2, 4, 4))
     turned = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (*inputs, grad)]
-    output, lse = flash._cuda_forward(*turned[:3], layout, SCALING)
-    gradients = flash._cuda_backward(turned[3], *turned[:3], output, lse, layout, SCALING)
+    output, *rest = flash._cuda_forward(*turned[:3], layout, SCALING)
+    gradients = flash._cuda_backward(turned[3], (*turned[:3], output, *rest), layout, SCALING)
     assert_all_close([output, *gradients], evaluate(dense_attention, layout, (6, 2, 4, 4)))
 
 

@@ -141,9 +141,15 @@ def test_a_model_that_carries_a_state_from_token_to_token_does_not_agree(kind):
     assert f"packed log-probabilities of {type(model).__name__} differ from padded ones by" in compare(model)
 
 
-@pytest.mark.parametrize("groups", [[(12, [9]), (5, [4, 3]), (3, [7])], [(12, [1, 9]), (5, [8, 3])]], ids=str)
+@pytest.mark.parametrize("groups", [
+    [(12, [9]), (5, [4, 3]), (3, [7])],
+    [(12, [1, 9]), (5, [8, 3])],
+    [(12, [9]), (5, [8])],
+    [(12, [1]), (5, [1])],
+    [(12, [1, 1]), (5, [1, 1])],
+], ids=str)  # fmt: skip
 def test_what_only_a_second_completion_shows_is_found_whatever_the_groups(groups):
-    """Groups of which this rank has one completion only, and one whose first completion is a single token."""
+    """A rank can have one completion of a group only, and completions can be single tokens, which nothing reads."""
     model = make_family("qwen2")
     ignore_the_interface(model.model.layers[1].self_attn)
     assert compare(model, groups) is not None

@@ -14,6 +14,7 @@ Source: the merge is that of Flash-Decoding and of Ring Attention (arXiv 2310.01
 Axes: H query heads, K key-value heads, S packed tokens, D head size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,16 +60,15 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
         forward = _cuda_forward if query.device.type == "cuda" else _cpu_forward
-        output, lse = forward(query, key, value, layout, scaling)
-        ctx.save_for_backward(query, key, value, output, lse)
+        output, *rest = forward(query, key, value, layout, scaling)
+        ctx.save_for_backward(query, key, value, output, *rest)
         ctx.layout, ctx.scaling = layout, scaling
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         backward = _cuda_backward if grad.device.type == "cuda" else _cpu_backward
-        query, key, value, output, lse = ctx.saved_tensors
-        return (*backward(grad, query, key, value, output, lse, ctx.layout, ctx.scaling), None, None)
+        return (*backward(grad, ctx.saved_tensors, ctx.layout, ctx.scaling), None, None)
 
 
 def _merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,8 +97,10 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scal
 
 
 def _cpu_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, layout: Layout, scaling: float
+    grad: Tensor, saved: Sequence[Tensor], layout: Layout, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, output, lse = saved
+
     def gradients(queries: slice, keys: slice, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad[:, :, queries],
@@ -151,35 +153,45 @@ class _Varlen:
         return layout.__dict__["_varlen"]
 
 
-def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> tuple[Tensor, Tensor]:
+def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> tuple[Tensor, ...]:
     """One kernel call for all prompts and completions, and one for all completions over their prompts."""
     rows = _Varlen.of(layout, query.device)
     query_SHD, key_SKD, value_SKD = (x[0].transpose(0, 1) for x in (query, key, value))
-    output_SHD, lse_HS = _varlen_forward(query_SHD, key_SKD, value_SKD, rows.segments, rows.segments, True, scaling)
+    output_SHD, lse_HS, *states = _varlen_forward(
+        query_SHD, key_SKD, value_SKD, rows.segments, rows.segments, True, scaling
+    )
     if layout.crossings:
         b, p = rows.branch_tokens, rows.prompt_tokens
-        other_SHD, other_lse_HS = _varlen_forward(
+        other_SHD, other_lse_HS, *other_states = _varlen_forward(
             query_SHD[b], key_SKD[p], value_SKD[p], rows.branches, rows.prompts, False, scaling
         )
         merged_SHD, merged_lse_SH = _merge(output_SHD[b], lse_HS.T[b], other_SHD, other_lse_HS.T)
         output_SHD[b], lse_HS[:, b] = merged_SHD, merged_lse_SH.T
-    return output_SHD.transpose(0, 1).unsqueeze(0), lse_HS.unsqueeze(0)
+        states += other_states
+    return output_SHD.transpose(0, 1).unsqueeze(0), lse_HS.unsqueeze(0), *states
 
 
 def _cuda_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor, layout: Layout, scaling: float
+    grad: Tensor, saved: Sequence[Tensor], layout: Layout, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, output, lse, *states = saved
     rows = _Varlen.of(layout, query.device)
     grad_SHD, query_SHD, key_SKD, value_SKD, output_SHD = (
         x[0].transpose(0, 1) for x in (grad, query, key, value, output)
     )
     grads = _varlen_backward(
-        (grad_SHD, query_SHD, key_SKD, value_SKD, output_SHD, lse[0]), rows.segments, rows.segments, True, scaling
+        (grad_SHD, query_SHD, key_SKD, value_SKD, output_SHD, lse[0]),
+        states[:2],
+        rows.segments,
+        rows.segments,
+        True,
+        scaling,
     )
     if layout.crossings:
         b, p = rows.branch_tokens, rows.prompt_tokens
         parts = _varlen_backward(
             (grad_SHD[b], query_SHD[b], key_SKD[p], value_SKD[p], output_SHD[b], lse[0][:, b]),
+            states[2:],
             rows.branches,
             rows.prompts,
             False,
@@ -193,20 +205,19 @@ def _cuda_backward(
 
 def _varlen_forward(
     query: Tensor, key: Tensor, value: Tensor, queries: Ends, keys: Ends, causal: bool, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Output of shape (S, H, D) and log-sum-exp of shape (H, S)."""
-    output, lse, *_ = _aten._flash_attention_forward(
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output of shape (S, H, D), log-sum-exp of shape (H, S), and the state of dropout, of which there is none."""
+    output, lse, *state, _ = _aten._flash_attention_forward(
         query, key, value, queries[0], keys[0], queries[1], keys[1], 0.0, causal, False, scale=scaling
     )
-    return output, lse
+    return output, lse, *state
 
 
 def _varlen_backward(
-    tensors: tuple[Tensor, ...], queries: Ends, keys: Ends, causal: bool, scaling: float
+    tensors: Sequence[Tensor], state: Sequence[Tensor], queries: Ends, keys: Ends, causal: bool, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value; `tensors` are the output's gradient, these three, output and log-sum-exp."""
-    grad, *rest = (x.contiguous() for x in tensors)
-    unused = torch.zeros(2, dtype=torch.uint64, device=grad.device)  # the state of dropout, of which there is none
+    tensors = [x.contiguous() for x in tensors]
     return _aten._flash_attention_backward(
-        grad, *rest, queries[0], keys[0], queries[1], keys[1], 0.0, causal, unused, unused[:0], scale=scaling
+        *tensors, queries[0], keys[0], queries[1], keys[1], 0.0, causal, *state, scale=scaling
     )

@@ -123,7 +123,7 @@ def _token_scores(logits_KV: Tensor, targets_K: Tensor, temperature: float) -> t
 
 def _logits(lm: Any, head_forward: Callable[[Tensor], Tensor], output: ModelOutput, hidden_KD: Tensor) -> Tensor:
     """What the model's own forward makes of `hidden_KD` in its backbone's `output`, at least in float32."""
-    given = type(output)(**(output | {"last_hidden_state": hidden_KD.unsqueeze(0)}))
+    given = type(output)(**{**output, "last_hidden_state": hidden_KD.unsqueeze(0)})
     unread_1K = torch.zeros(1, len(hidden_KD), dtype=torch.long, device=hidden_KD.device)  # some ask for its shape
     backbone, head = lm.base_model, lm.get_output_embeddings()
     with (

@@ -71,12 +71,17 @@ def disagreement(
 
 
 def _sample(completions: Sequence[Completion]) -> list[Completion]:
-    """Two completions, of one prompt if they can be, the second as long as possible: the first could disturb it."""
+    """Two completions of one prompt, the second as long as possible: the first could disturb it. Else two prompts."""
+
+    def telling(pair: list[Completion]) -> tuple[int, bool, int]:
+        shortest = min(len(c.inputs) for c in pair)
+        return len(pair), shortest > 0 and pair[0].prompt_ids == pair[-1].prompt_ids, shortest
+
     pairs = [
         sorted((completions[i] for i in group), key=lambda c: len(c.inputs), reverse=True)[:2]
         for group in by_prompt(completions)
     ]
-    return max([*pairs, list(completions[:2])], key=lambda pair: (len(pair), min(len(c.inputs) for c in pair)))
+    return max([[pair[0] for pair in pairs[:2]], *pairs], key=telling)
 
 
 def _attention_dropout(module: nn.Module) -> float:
