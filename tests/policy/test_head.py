@@ -234,6 +234,24 @@ def test_no_more_than_a_slice_is_held_without_gradient_either(monkeypatch):
     assert sizes.largest == 4 * 400
 
 
+def test_the_backward_pass_keeps_no_logits_of_several_slices(monkeypatch):
+    """A slice at a time would be worth little if all slices stayed for the backward pass."""
+    monkeypatch.setattr(head, "SLICE", 4)
+    model = make_family("gemma2", vocab_size=400)
+    enable_scoring(model)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.shape)
+        return tensor
+
+    piece = Packer(9, None, 0).piece(make_completions([(5, [8, 9, 7])]), 3)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        score(model, piece, 0.7)
+    assert kept
+    assert not [shape for shape in kept if shape and shape[-1] == 400]
+
+
 SMALL = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 MAMBA = {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_d_state": 4, "mamba_chunk_size": 8}
 READERS = {
@@ -372,6 +390,10 @@ def test_the_backbone_is_back_after_an_exception():
 def test_a_model_without_a_backbone_is_an_error():
     with pytest.raises(TypeError, match=r"Qwen2Model is not a backbone .*'model'.* and a head"):
         enable_scoring(Qwen2Model(make_model().config))
+    headed = make_family("qwen2")
+    headed.base_model_prefix = "elsewhere"  # as of Llama4ForCausalLM, whose backbone has another name
+    with pytest.raises(TypeError, match=r"Qwen2ForCausalLM is not a backbone .*'elsewhere'"):
+        enable_scoring(headed)
     with pytest.raises(TypeError, match=r"Linear holds no transformers\.PreTrainedModel"):
         enable_scoring(torch.nn.Linear(1, 1))
 

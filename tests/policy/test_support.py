@@ -171,7 +171,9 @@ def ignore_the_interface(attention):
     attention.forward = MethodType(forward, attention)
 
 
-def test_one_layer_that_ignores_the_interface_is_found():
+@pytest.mark.parametrize("pieces", [{}, {"batch_size": 1}, {"max_tokens": 20}], ids=str)
+def test_one_layer_that_ignores_the_interface_is_found(pieces):
+    """However small the pieces of training are, two completions stand in one row here."""
     model = make_family("qwen2")
     enable_scoring(model)
     completions = make_completions(GROUPS)
@@ -180,7 +182,8 @@ def test_one_layer_that_ignores_the_interface_is_found():
     ignore_the_interface(model.model.layers[1].self_attn)
     after = score_completions(model, completions, padded, 0.9)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)  # it is that model still, where rows are padded
-    assert "packed log-probabilities of Qwen2ForCausalLM differ from padded ones by" in compare(model)
+    reason = compare(model, packer=replace(PACKER, **pieces))
+    assert "packed log-probabilities of Qwen2ForCausalLM differ from padded ones by" in reason
 
 
 def test_a_model_that_takes_no_keywords_is_found():
@@ -243,7 +246,16 @@ def test_how_much_may_differ_depends_on_the_precision(dtype, mixed_precision, di
     assert (reason is None) == agrees
 
 
-def test_two_completions_of_the_longest_prompt_are_compared(monkeypatch):
+@pytest.mark.parametrize(
+    "groups, compared",
+    [
+        (GROUPS, [(12, 9), (12, 8)]),
+        ([(5, [9, 2]), (12, [9, 3])], [(12, 9), (12, 3)]),  # though two prompts would have a longer second one
+        ([(5, [2]), (7, [4])], [(5, 2), (7, 4)]),
+    ],
+    ids=str,
+)
+def test_two_completions_of_one_prompt_are_compared_if_there_are_two(groups, compared, monkeypatch):
     from grpo_trl.policy import support
 
     seen = []
@@ -253,11 +265,8 @@ def test_two_completions_of_the_longest_prompt_are_compared(monkeypatch):
         return score_completions(model, completions, packer, temperature)
 
     monkeypatch.setattr(support, "score_completions", spy)
-    assert compare(make_family("qwen2"), packer=replace(PACKER, batch_size=1, max_tokens=1)) is None
-    (first, packed), (second, padded) = seen
-    assert (first, second) == (True, False)
-    assert packed == padded
-    assert packed[:2] == [(12, 9), (12, 8)]
+    assert compare(make_family("qwen2"), groups, replace(PACKER, batch_size=1, max_tokens=1)) is None
+    assert seen == [(False, compared), (True, compared)]
 
 
 def test_the_comparison_asks_no_other_rank():

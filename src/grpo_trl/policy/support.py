@@ -55,14 +55,15 @@ def disagreement(
     sample = _sample(completions)
     local = replace(packer, batch_size=2, max_tokens=None, agree=int)
     packed_packer = replace(local, shared_prefix=True)
+    padded = score_completions(model, sample, replace(local, shared_prefix=False), temperature)
     try:
         packed = score_completions(model, sample, packed_packer, temperature)
-        with torch.no_grad(), torch.random.fork_rng(), evaluation_mode(model):
+        devices = [] if (device := next(model.parameters()).device).type == "cpu" else [device]
+        with torch.no_grad(), torch.random.fork_rng(devices), evaluation_mode(model):
             model.train()
             score(model, packed_packer.piece(sample, len(sample)), temperature)
     except Exception as error:  # whatever a model's own code raises where it is called in a way that it does not know
         return f"{name} cannot be called with packed rows ({type(error).__name__}: {error})"
-    padded = score_completions(model, sample, replace(local, shared_prefix=False), temperature)
     difference = (torch.cat(packed) - torch.cat(padded)).abs()
     mean = difference.mean().item() if len(difference) else 0.0
     if mean <= (COARSE_TOLERANCE if mixed_precision or _rounds(model) else TOLERANCE):
