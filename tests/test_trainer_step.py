@@ -25,25 +25,23 @@ def expected_move(model, level, *, beta=0.0, iterations=1, steps=1, temperature=
     return weights(oracle.model)
 
 
+def window_error(level, beta, iterations, **options):
+    """How far one window, used `iterations` times, moves the weights from where the paper says."""
+    model = make_model()
+    before = weights(model)
+    expected = expected_move(model, level, beta=beta, iterations=iterations)
+    steps = {"num_iterations": iterations, "max_steps": iterations}
+    trainer = train(model, PROMPTS, loss_level=level, beta=beta, **steps, **options)
+    return relative_error(before, weights(trainer.model), expected)
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("iterations", [1, 2])
 @pytest.mark.parametrize("batch_size, accumulation", [(16, 1), (8, 2), (4, 4), (2, 8)])
 def test_a_window_moves_the_weights_as_the_paper_says(level, beta, iterations, batch_size, accumulation):
-    model = make_model()
-    before = weights(model)
-    expected = expected_move(model, level, beta=beta, iterations=iterations)
-    trainer = train(
-        model,
-        PROMPTS,
-        loss_level=level,
-        beta=beta,
-        num_iterations=iterations,
-        max_steps=iterations,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulation,
-    )
-    assert relative_error(before, weights(trainer.model), expected) < STEP
+    batches = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    assert window_error(level, beta, iterations, **batches) < STEP
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -52,22 +50,9 @@ def test_a_window_moves_the_weights_as_the_paper_says(level, beta, iterations, b
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("limit", [None, 10, 14, 40, 1000])
 def test_no_cut_of_a_step_into_pieces_changes_the_move(level, beta, iterations, shared, limit):
-    model = make_model()
-    before = weights(model)
-    expected = expected_move(model, level, beta=beta, iterations=iterations)
-    trainer = train(
-        model,
-        PROMPTS,
-        loss_level=level,
-        beta=beta,
-        num_iterations=iterations,
-        max_steps=iterations,
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        shared_prefix=shared,
-        max_tokens_per_piece=limit,
-    )
-    assert relative_error(before, weights(trainer.model), expected) < STEP
+    batches = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    cut = {"shared_prefix": shared, "max_tokens_per_piece": limit}
+    assert window_error(level, beta, iterations, **batches, **cut) < STEP
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
