@@ -12,70 +12,27 @@ its own, in turns; the first steps are left out; figures are medians. Memory is 
 """
 
 import argparse
-import ctypes
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-
-# Lengths of GSM8K's answers (training set, end token included): 32 quantiles, mean 127
-ANSWER_LENGTHS = (
-    *(50, 58, 64, 68, 73, 77, 81, 85, 89, 92, 95, 99, 102, 106, 110, 113),
-    *(118, 123, 127, 132, 137, 143, 149, 155, 161, 168, 176, 185, 199, 214, 240, 282),
+from workload import (
+    ANSWER_LENGTHS,
+    MODELS,
+    VOCABULARY,
+    Case,
+    PeakMemory,
+    in_child,
+    make_model,
+    make_tokenizer,
+    now,
 )
-VOCABULARY = 4096
-MODELS: dict[str, dict[str, Any]] = {
-    "5m": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "heads": (8, 2)},
-    "32m": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 10, "heads": (8, 2)},
-    "0.5b": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "heads": (14, 2),
-        "vocab_size": 151936,
-    },
-}
+
+
 SYSTEMS = ("trl", "padded", "packed")
 WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class Case:
-    """Prompts of one length, each with a group of completions."""
-
-    num_prompts: int
-    prompt_length: int
-    num_generations: int = 8
-
-    @property
-    def num_completions(self) -> int:
-        return self.num_prompts * self.num_generations
-
-    @property
-    def packed_tokens(self) -> int:
-        return self.num_prompts * self.prompt_length + sum(n - 1 for n in self.lengths(0))
-
-    @property
-    def padded_tokens(self) -> int:
-        return self.num_completions * (self.prompt_length + max(self.lengths(0)) - 1)
-
-    def lengths(self, step: int) -> list[int]:
-        """Of the completions of a step: quantiles of GSM8K's answers, in an order that changes with the step."""
-        n = self.num_completions
-        spread = [ANSWER_LENGTHS[(2 * i + 1) * len(ANSWER_LENGTHS) // (2 * n)] for i in range(n)]
-        random.Random(step).shuffle(spread)
-        return spread
 
 
 CASES = {"zero-shot": Case(4, 75), "eight-shot": Case(2, 1800)}
@@ -86,7 +43,7 @@ def measure(system: str, model_name: str, case: Case, steps: int, checkpointing:
     """Seconds of each step but the first ones, and the bytes of one more."""
     import torch
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from transformers import TrainerCallback
 
     total = WARM_UP + steps + 1
     trainer_class, config = _trainer_of(system, case, total, checkpointing, torch.cuda.is_available())
@@ -108,14 +65,14 @@ def measure(system: str, model_name: str, case: Case, steps: int, checkpointing:
         return [float(i % 4) for i in range(len(completions))]
 
     trainer = trainer_class(
-        _model(model_name),
+        make_model(model_name),
         reward,
         config,
         Dataset.from_dict({"prompt": ["a"] * case.num_prompts * total}),
-        processing_class=_tokenizer(PreTrainedTokenizerFast),
+        processing_class=make_tokenizer(),
         rollout_func=rollout_func,
     )
-    meter = _Meter(torch, timed_steps=total - 1)
+    meter = _Meter(timed_steps=total - 1)
     compute_loss = trainer.compute_loss
 
     def metered_loss(*args, **kwargs):
@@ -160,11 +117,10 @@ def _trainer_of(system: str, case: Case, total: int, checkpointing: bool, on_gpu
 class _Meter:
     """From `start` (its first call) to `stop`: the time of each of the first steps, the peak memory of the one after."""
 
-    def __init__(self, torch, timed_steps: int):
-        self.torch = torch
+    def __init__(self, timed_steps: int):
         self.timed_steps = timed_steps
-        self.on_gpu = torch.cuda.is_available()
         self.seconds: list[float] = []
+        self.memory = PeakMemory()
         self.bytes = 0
         self.started: float | None = None
 
@@ -172,63 +128,16 @@ class _Meter:
         if self.started is not None:
             return
         if len(self.seconds) == self.timed_steps:
-            self.bytes = -self._hold()
-        if self.on_gpu:
-            self.torch.cuda.synchronize()
-        self.started = time.perf_counter()
+            self.memory.start()
+        self.started = now()
 
     def stop(self) -> None:
-        if self.on_gpu:
-            self.torch.cuda.synchronize()
+        stopped = now()
         if len(self.seconds) == self.timed_steps:
-            self.bytes += self.torch.cuda.max_memory_allocated() if self.on_gpu else _status("VmHWM")
+            self.bytes = self.memory.stop()
         else:
-            self.seconds.append(time.perf_counter() - self.started)
+            self.seconds.append(stopped - self.started)
         self.started = None
-
-    def _hold(self) -> int:
-        """Bytes in use; the peak starts anew."""
-        if self.on_gpu:
-            self.torch.cuda.reset_peak_memory_stats()
-            return self.torch.cuda.memory_allocated()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-
-
-def _status(name: str) -> int:
-    """Bytes that Linux reports for this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
-
-
-def _model(name: str):
-    from transformers import Qwen2Config, Qwen2ForCausalLM, set_seed
-
-    sizes = dict(MODELS[name])
-    heads, key_value_heads = sizes.pop("heads")
-    set_seed(0)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            **({"vocab_size": VOCABULARY} | sizes),
-            num_attention_heads=heads,
-            num_key_value_heads=key_value_heads,
-            max_position_embeddings=4096,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=None,
-            eos_token_id=1,
-        )
-    )
-
-
-def _tokenizer(tokenizer_class):
-    from tokenizers import Tokenizer, models
-
-    vocabulary = {"<pad>": 0, "<eos>": 1, "a": 2} | {f"t{i}": i for i in range(3, VOCABULARY)}
-    return tokenizer_class(
-        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="a")), pad_token="<pad>", eos_token="<eos>"
-    )
 
 
 # ---- The table ----
@@ -264,13 +173,10 @@ def machine_rate() -> float:
 
 
 def run(system: str, model: str, case: Case, args) -> dict:
-    command = [sys.executable, __file__, "--child", system, "--models", model, "--steps", str(args.steps)]
-    command += ["--case_sizes", *map(str, (case.num_prompts, case.prompt_length, case.num_generations))]
-    command += ["--gradient_checkpointing"] * args.gradient_checkpointing
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{system} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    sizes = case.num_prompts, case.prompt_length, case.num_generations
+    checkpointing = ["--gradient_checkpointing"] * args.gradient_checkpointing
+    options = ("--models", model, "--steps", args.steps, "--case_sizes", *sizes, *checkpointing)
+    return in_child(__file__, system, *options)
 
 
 def compare(model: str, name: str, case: Case, args) -> None:

@@ -25,7 +25,7 @@ def refusal(**options) -> str:
 
 
 # ---- Defaults ----
-OWN_OPTIONS = {"loss_level", "max_tokens_per_piece", "prompt_overflow", "shared_prefix"}
+OWN_OPTIONS = {"loss_level", "max_rows_in_flight", "max_tokens_per_piece", "prompt_overflow", "shared_prefix"}
 OTHER_DEFAULTS = {
     "gradient_checkpointing": (None, True),  # resolved to True; transformers renames the option
     "logging_nan_inf_filter": (False, True),  # a loss that is not finite must be seen

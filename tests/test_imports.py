@@ -11,7 +11,7 @@ import grpo_trl
 
 PACKAGE = Path(grpo_trl.__file__).parent
 LAYERS = (
-    ("objective",),
+    ("objective", "seeds"),
     ("policy", "rewards", "rollout", "metrics"),
     ("data", "models", "launch", "scoring", "state", "config", "report"),
     ("evaluation", "trainer"),

@@ -29,7 +29,6 @@ OWN_SAMPLING_OPTIONS = (
     "num_return_sequences",
     "pad_token_id",
     "eos_token_id",
-    "stop_strings",
     "return_dict_in_generate",
 )
 
@@ -144,6 +143,13 @@ class GRPOConfig(TrainingArguments):
     repetition_penalty: float = field(default=1.0, metadata={"help": "Above 1: repeated tokens get less likely."})
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of transformers.GenerationConfig, as JSON."}
+    )
+    max_rows_in_flight: int = field(
+        default=256,
+        metadata={
+            "help": "Completions that are decoded at a time, at most; the others wait. Bounds the memory of sampling, and "
+            "changes nothing in what is sampled."
+        },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of apply_chat_template, as JSON."}
@@ -335,6 +341,7 @@ class GRPOConfig(TrainingArguments):
         check("top_p", 0 < self.top_p <= 1, "it must be above 0 and at most 1")
         check("top_k", self.top_k >= 0, "use 0 (all tokens) or more")
         check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "it must be between 0 and 1")
+        check("max_rows_in_flight", self.max_rows_in_flight >= 1, "use at least 1, e.g. 256")
         check("repetition_penalty", self.repetition_penalty > 0, "it must be above 0; 1.0 changes nothing")
         check("beta", 0 <= self.beta < math.inf, "it must be 0 or more, e.g. 0.04")
         check("epsilon", 0 < self.epsilon < 1, "it must be between 0 and 1, e.g. 0.2")

@@ -15,7 +15,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from .rollout.round import Prompt
-from .state import derive_seed
+from .seeds import derive_seed
 
 
 logger = logging.getLogger(__name__)
@@ -81,11 +81,12 @@ class PromptSet:
 
     def prompts(self, indices: Sequence[int]) -> list[Prompt]:
         """The prompts at `indices`, each in `range(len(self))`."""
-        examples = [self.dataset[self.rows[i]] for i in indices]
+        rows = [self.rows[i] for i in indices]
+        examples = [self.dataset[row] for row in rows]
         ids = self._tokenize([example["prompt"] for example in examples]) if examples else []
         if self.limit.policy == "truncate_left" and self.limit.max_length is not None:
             ids = [tokens[-self.limit.max_length :] for tokens in ids]
-        return [Prompt(example, tokens) for example, tokens in zip(examples, ids, strict=True)]
+        return [Prompt(*prompt) for prompt in zip(examples, ids, rows, strict=True)]
 
     def _tokenize(self, prompts: list[Any]) -> list[list[int]]:
         for prompt in prompts:

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 from .data import PromptSet
 from .metrics import MetricLog
 from .rollout import RoundRunner
-from .state import derive_seed
+from .seeds import derive_seed
 
 
 def evaluate_prompts(
@@ -26,8 +26,8 @@ def evaluate_prompts(
 ) -> dict[str, float]:
     """Sample `num_generations` completions of each prompt once, over all ranks, and reduce their metrics.
 
-    The noise follows from `seed` and the batches (so from `batch_size` and `world_size` too), not from what was drawn
-    before: two evaluations of one run draw the same.
+    The noise of a prompt follows from `seed` and its row: two evaluations of one run draw the same, whatever `batch_size`
+    and `world_size` are.
 
     Args:
         runner: Samples and rewards.
@@ -49,7 +49,8 @@ def evaluate_prompts(
     step = max(1, batch_size // num_generations)
     for start in tqdm(range(0, len(own), step), desc="evaluation", leave=False, disable=not show_progress):
         batch = own[start : start + step]
-        batch_seed = derive_seed(seed, "eval", batch[0])
-        batch_round = runner.run(prompts.prompts(batch), num_generations, batch_seed, trainer_state, metrics)
+        batch_round = runner.run(
+            prompts.prompts(batch), num_generations, derive_seed(seed, "eval"), trainer_state, metrics
+        )
         metrics.add_all(batch_round.metrics())
     return metrics.reduce(gather)

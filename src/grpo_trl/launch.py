@@ -1,7 +1,11 @@
-"""Whether the launcher gave what the trainer needs."""
+"""Whether the launcher gave what the trainer needs, and where it put the weights."""
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
+
+from torch import nn
 
 
 def check_launch(n_gpu: int, world_size: int) -> None:
@@ -27,3 +31,25 @@ def check_launch(n_gpu: int, world_size: int) -> None:
             f"The launcher started WORLD_SIZE={launched} processes and the trainer sees world_size={world_size}: each "
             "would train alone. On a machine without GPU pass use_cpu=True (`--use_cpu true`)."
         )
+
+
+@contextlib.contextmanager
+def gathered_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, the weights that ZeRO-3 shards are whole on every rank, and forwards are no collectives.
+
+    Args:
+        model: The wrapped model. One without sharded weights is left alone.
+    """
+    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+    from trl.models.utils import add_hooks, remove_hooks
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        remove_hooks(model)
+        try:
+            yield
+        finally:
+            add_hooks(model)

@@ -182,6 +182,13 @@ def _wide(values: Tensor) -> Tensor:
     return values.float() if values.device.type == "mps" else values.double()
 
 
+@dataclass
+class Timer:
+    """What a timed block took."""
+
+    seconds: float = 0.0
+
+
 class MetricLog:
     """Metrics by name, since the last reduction."""
 
@@ -197,13 +204,14 @@ class MetricLog:
             self.add(name, metric)
 
     @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
-        """Add the seconds that the block takes to the `Mean` of `name`, without counting one."""
-        start = time.perf_counter()
+    def timed(self, name: str) -> Iterator[Timer]:
+        """Add the seconds that the block takes to the `Mean` of `name`, without counting one; the timer has them after."""
+        timer, start = Timer(), time.perf_counter()
         try:
-            yield
+            yield timer
         finally:
-            self.add(name, Mean(time.perf_counter() - start, 0.0))
+            timer.seconds = time.perf_counter() - start
+            self.add(name, Mean(timer.seconds, 0.0))
 
     def reduce(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
         """Values over all ranks, by name, without those that had nothing to reduce; then start anew.

@@ -3,7 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +29,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from .config import GRPOConfig
 from .data import PromptLimit, PromptSet
 from .evaluation import evaluate_prompts
-from .launch import check_launch
+from .launch import check_launch, gathered_weights
 from .metrics import Mean, MetricLog, loss_metrics
 from .models import (
     Reference,
@@ -44,9 +44,10 @@ from .objective import group_advantages, grpo_loss
 from .policy import Completion, Packer, Piece, enable_scoring, evaluation_mode, score, serve_shared_prefix
 from .report import append_objective, merge_tables, print_completions, write_completions
 from .rewards import Rewards
-from .rollout import GenerateEngine, RolloutFuncEngine, Round, RoundRunner
+from .rollout import GroupEngine, RolloutEngine, RolloutFuncEngine, Round, RoundRunner
 from .scoring import Scorer
-from .state import Window, derive_seed
+from .seeds import derive_seed
+from .state import Window
 
 
 PHASES = ("time/sampling", "time/rewards", "time/scoring", "time/update")
@@ -208,17 +209,26 @@ class GRPOTrainer(Trainer):
 
     def _make_runner(self, rewards: Rewards, rollout_func: Callable[..., dict[str, Any]] | None) -> RoundRunner:
         ends = eos_token_ids(self.model, self.processing_class)
-        engine = (
-            RolloutFuncEngine(rollout_func, self)
-            if rollout_func is not None
-            else GenerateEngine(
+        if rollout_func is not None:
+            engine: RolloutEngine = RolloutFuncEngine(rollout_func, self, ends)
+        else:
+            engine = GroupEngine(
                 self.model,
                 self.args.sampling_options(self.processing_class.pad_token_id, ends),
-                context=self.accelerator.autocast,
+                max_rows_in_flight=self.args.max_rows_in_flight,
+                tokenizer=self.processing_class,
+                context=self._whole_policy,
+                mixed_precision=self.accelerator.mixed_precision != "no",
+                gather=gather_object,
                 show_progress=self._shows_progress,
             )
-        )
-        return RoundRunner(engine, rewards, self.processing_class, ends)
+        return RoundRunner(engine, rewards, self.processing_class)
+
+    @contextmanager
+    def _whole_policy(self) -> Iterator[None]:
+        """What sampling runs in."""
+        with gathered_weights(self.model_wrapped), self.accelerator.autocast():
+            yield
 
     @property
     def _shows_progress(self) -> bool:
@@ -258,7 +268,7 @@ class GRPOTrainer(Trainer):
         """Sample, reward and score this rank's share of window `index`."""
         rank = self.args.process_index
         prompts = self._prompts.prompts(self._schedule.rows(index, rank))
-        seed = derive_seed(self.args.seed, "window", index, rank)
+        seed = derive_seed(self.args.seed, "window", index)
         sampled = self._runner.run(prompts, self.args.num_generations, seed, self.state, self._metrics)
         self._metrics.add_all(sampled.metrics())
         self.state.num_input_tokens_seen += sum(gather_object([sampled.num_tokens]))

@@ -3,7 +3,7 @@ import pytest
 from grpo_trl.rollout import RolloutFuncEngine, RolloutRequest
 
 
-REQUEST = RolloutRequest(prompts=["a", "b"], prompt_ids=[[5], [6]], num_generations=2, seed=0)
+REQUEST = RolloutRequest(prompts=["a", "b"], prompt_ids=[[5], [6]], num_generations=2, seeds=[0, 0])
 
 
 def make_output(**changes) -> dict:
@@ -17,7 +17,7 @@ def make_output(**changes) -> dict:
 
 
 def run(**changes):
-    return RolloutFuncEngine(lambda prompts, trainer: make_output(**changes), None).rollout(REQUEST)
+    return RolloutFuncEngine(lambda prompts, trainer: make_output(**changes), None, (1,)).rollout(REQUEST)
 
 
 def test_the_function_gets_every_prompt_in_a_row_and_the_trainer():
@@ -28,7 +28,7 @@ def test_the_function_gets_every_prompt_in_a_row_and_the_trainer():
         return make_output()
 
     trainer = object()
-    RolloutFuncEngine(rollout_func, trainer).rollout(REQUEST)
+    RolloutFuncEngine(rollout_func, trainer, (1,)).rollout(REQUEST)
     assert calls == [(["a", "a", "b", "b"], trainer)]
 
 
@@ -37,6 +37,7 @@ def test_what_is_returned_becomes_completions():
     assert [c.prompt_ids for c in completions] == [[5], [5], [6, 6], [6, 6]]
     assert [c.ids for c in completions] == [[7, 1], [8], [], [9, 9, 1]]
     assert [c.mask for c in completions] == [[True] * 2, [True], [], [True] * 3]
+    assert [c.ended for c in completions] == [True, False, False, True]
     assert [c.sampler_logps for c in completions] == [[-0.5, -1.0], [-0.25], [], [-3.0, -2.0, -1.0]]
 
 

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
 from grpo_trl.rollout import GenerateEngine, Rollout, RolloutRequest, SamplingOptions
-from grpo_trl.rollout.generate import _DecodingBar
+from grpo_trl.rollout.generate import _Ends
 
 from ..conftest import make_model
 
@@ -21,7 +21,7 @@ def make_options(**changes) -> SamplingOptions:
 
 def sample(model, seed: int = 0, prompts=PROMPTS, num_generations: int = 3, **changes) -> Rollout:
     engine = GenerateEngine(model, make_options(**changes))
-    return engine.rollout(RolloutRequest(["unread"] * len(prompts), prompts, num_generations, seed))
+    return engine.rollout(RolloutRequest(["unread"] * len(prompts), prompts, num_generations, [seed] * len(prompts)))
 
 
 def ids(rollout: Rollout) -> list[list[int]]:
@@ -35,6 +35,8 @@ def test_rows_come_group_after_group_with_their_prompt(model):
     for completion in rollout.completions:
         assert completion.mask == [True] * len(completion.ids)
         assert completion.sampler_logps is None
+        assert completion.ended == (completion.ids[-1] == EOS)
+    assert rollout.computed_tokens == 9 * 6
 
 
 def test_completions_of_a_group_differ(model):
@@ -202,14 +204,14 @@ def test_sampling_runs_inside_the_context_and_without_gradient(model):
 
     model.lm_head.register_forward_hook(lambda *call: seen.append((inside[0], torch.is_grad_enabled())))
     engine = GenerateEngine(model, make_options(max_completion_length=2), context=context)
-    engine.rollout(RolloutRequest(["unread"], [[15]], 1, seed=0))
+    engine.rollout(RolloutRequest(["unread"], [[15]], 1, seeds=[0]))
     assert set(seen) == {(True, False)}
 
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_progress_bar_is_written_to_stderr_only_if_shown(model, capsys, shown):
     engine = GenerateEngine(model, make_options(), show_progress=shown)
-    with_bar = engine.rollout(RolloutRequest(["unread"] * 3, PROMPTS, 3, seed=0))
+    with_bar = engine.rollout(RolloutRequest(["unread"] * 3, PROMPTS, 3, seeds=[0] * 3))
     assert ids(with_bar) == ids(sample(model))
     captured = capsys.readouterr()
     assert ("sampling" in captured.err) == shown
@@ -217,11 +219,26 @@ def test_the_progress_bar_is_written_to_stderr_only_if_shown(model, capsys, show
 
 
 def test_the_progress_bar_tells_how_many_completions_still_run(capsys):
-    bar = _DecodingBar(make_options(eos_token_ids=(EOS, 7)), rows=4, disable=False)
-    bar.bar.mininterval = 0  # draws every step
-    assert bar(torch.tensor([[1, 5], [5, EOS], [5, 7], [5, 5]]), None).tolist() == [False] * 4
-    bar(torch.tensor([[5, 5], [EOS, 8], [7, 8], [5, EOS]]), None)
-    bar.close()
+    ends = _Ends(make_options(eos_token_ids=(EOS, 7)), None, rows=4, device=torch.device("cpu"), show_progress=True)
+    ends.bar.mininterval = 0  # draws every step
+    assert ends(torch.tensor([[1, 5], [5, EOS], [5, 7], [5, 5]]), None).tolist() == [False, True, True, False]
+    assert ends(torch.tensor([[5, 5], [EOS, 8], [7, 8], [5, EOS]]), None).tolist() == [False, True, True, True]
+    ends.close()
     drawn = capsys.readouterr().err
     assert drawn.index("2/4 running") < drawn.index("1/4 running")
-    assert bar.tokens == 4 + 2
+    assert ends.lengths.tolist() == [2, 1, 1, 2]
+
+
+def test_stop_strings_end_a_completion_and_nothing_follows(model, tokenizer):
+    changes = {"max_completion_length": 12, "pad_token_id": EOS}
+    free = sample(model, num_generations=20, **changes)
+    engine = GenerateEngine(
+        model, make_options(**changes | {"generation_kwargs": {"stop_strings": ["b", "17"]}}), tokenizer
+    )
+    stopped = engine.rollout(RolloutRequest(["unread"] * 3, PROMPTS, 20, [0] * 3))
+    assert any(c.ids[-1] != EOS and c.ended and len(c.ids) < 12 for c in stopped.completions)
+    for plain, cut in zip(free.completions, stopped.completions, strict=True):
+        texts = ["".join(tokenizer.batch_decode(plain.ids[: n + 1])) for n in range(len(plain.ids))]
+        end = next((n + 1 for n, text in enumerate(texts) if text.endswith(("b", "17"))), len(plain.ids))
+        assert cut.ids == plain.ids[:end]
+        assert cut.ended == (cut.ids[-1] == EOS or texts[end - 1].endswith(("b", "17")))

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from grpo_trl.policy import Completion
 from grpo_trl.rewards import RewardNotes, Rewards, RewardTable
 from grpo_trl.rollout import Rollout, Round, RoundRunner
 from grpo_trl.rollout.round import Prompt
+from grpo_trl.seeds import derive_seed
 
 
 NAN = math.nan
-EOS = (1, 2)
 IDS = [[7, 1], [7, 7, 2], [], [7, 7, 7, 7], [1], [7, 1, 7, 7]]  # the last two-thirds: empty, cut off, ended, cut off
 VALUES = torch.tensor(
     [[1.0, NAN], [3.0, 10.0], [2.0, NAN], [0.5, NAN], [NAN, NAN], [0.5, NAN]], dtype=torch.float64
@@ -23,10 +24,9 @@ def make_round(notes: RewardNotes | None = None, total=TOTAL, num_generations: i
     return Round(
         num_generations=num_generations,
         prompts=["a"] * 3 + ["b"] * 3,
-        completions=[Completion([5, 6], ids, [True] * len(ids)) for ids in IDS],
+        completions=[Completion([5, 6], ids, [True] * len(ids), ended=ids[-1:] in ([1], [2])) for ids in IDS],
         texts=["t0", "t1", "t2", "t3", "t4", "t5"],
         rewards=RewardTable(["f", "g"], VALUES, total, notes or RewardNotes()),
-        eos_token_ids=EOS,
     )
 
 
@@ -75,17 +75,20 @@ def test_length_metrics_tell_ended_completions_from_those_cut_off():
 
 
 def test_lengths_count_the_tokens_that_the_model_wrote():
-    completions = [Completion([5], [7, 8, 1], [True, False, True]), Completion([5], [7, 8], [False, False])]
+    completions = [
+        Completion([5], [7, 8, 1], [True, False, True]),
+        Completion([5], [7, 8], [False, False], ended=False),
+    ]
     table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardNotes())
-    metrics = values(Round(2, ["a"] * 2, completions, ["", ""], table, EOS))
+    metrics = values(Round(2, ["a"] * 2, completions, ["", ""], table))
     assert metrics["completions/mean_length"] == 1.0
     assert metrics["completions/mean_terminated_length"] == 2.0
 
 
 def test_where_nothing_ended_there_is_no_terminated_length():
-    completions = [Completion([5], [7], [True]), Completion([5], [8], [True])]
+    completions = [Completion([5], [token], [True], ended=False) for token in (7, 8)]
     table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardNotes())
-    metrics = values(Round(2, ["a"] * 2, completions, ["", ""], table, EOS))
+    metrics = values(Round(2, ["a"] * 2, completions, ["", ""], table))
     assert metrics["completions/clipped_ratio"] == 1.0
     assert [metrics[f"completions/{kind}_terminated_length"] for kind in ("mean", "min", "max")] == [None] * 3
 
@@ -149,7 +152,7 @@ class FakeEngine:
 
 
 def run(tokenizer, prompts, reward, engine=None, num_generations=2, state=None, metrics=None):
-    runner = RoundRunner(engine or FakeEngine(), Rewards(reward), tokenizer, EOS)
+    runner = RoundRunner(engine or FakeEngine(), Rewards(reward), tokenizer)
     return runner.run(prompts, num_generations, 11, state, metrics or MetricLog())
 
 
@@ -165,13 +168,13 @@ def test_rewards_see_every_column_repeated_in_the_order_of_the_completions(token
         return [float(text) for text in kwargs["completions"]]
 
     prompts = [
-        Prompt({"prompt": "a=", "answer": "x", "completion": "hidden"}, [15, 42]),
-        Prompt({"prompt": "b=", "answer": "y", "completion": "hidden"}, [16, 42]),
+        Prompt({"prompt": "a=", "answer": "x", "completion": "hidden"}, [15, 42], 7),
+        Prompt({"prompt": "b=", "answer": "y", "completion": "hidden"}, [16, 42], 9),
     ]
     state, engine = object(), FakeEngine(turns=[1, 2, 3, 4])
     sampled = run(tokenizer, prompts, reward, engine, state=state)
     assert (engine.request.prompts, engine.request.prompt_ids) == (["a=", "b="], [[15, 42], [16, 42]])
-    assert (engine.request.num_generations, engine.request.seed) == (2, 11)
+    assert (engine.request.num_generations, engine.request.seeds) == (2, [derive_seed(11, 7), derive_seed(11, 9)])
     assert seen["prompts"] == sampled.prompts == ["a=", "a=", "b=", "b="]
     assert seen["completions"] == sampled.texts == ["0", "1", "2", "3"]  # without the end token
     assert seen["completion_ids"] == [[5, 1], [6, 1], [7, 1], [8, 1]]
@@ -183,20 +186,19 @@ def test_rewards_see_every_column_repeated_in_the_order_of_the_completions(token
         *("trainer_state", "log_extra", "log_metric"),
     }
     assert sampled.total_PG.tolist() == [[0.0, 1.0], [2.0, 3.0]]
-    assert sampled.eos_token_ids == EOS
 
 
 def test_a_column_of_the_rollout_replaces_one_of_the_dataset(tokenizer):
     def reward(answer):
         return answer
 
-    sampled = run(tokenizer, [Prompt({"prompt": "a", "answer": 0.0}, [15])], reward, FakeEngine(answer=[3.0, 4.0]))
+    sampled = run(tokenizer, [Prompt({"prompt": "a", "answer": 0.0}, [15], 7)], reward, FakeEngine(answer=[3.0, 4.0]))
     assert sampled.rewards.total_B.tolist() == [3.0, 4.0]
 
 
 def test_a_conversational_prompt_is_answered_by_a_message(tokenizer):
     messages = [{"role": "user", "content": "a"}]
-    prompts = [Prompt({"prompt": messages}, [15]), Prompt({"prompt": "plain"}, [16])]
+    prompts = [Prompt({"prompt": messages}, [15], 7), Prompt({"prompt": "plain"}, [16], 7)]
     sampled = run(tokenizer, prompts, zeros, num_generations=1)
     assert sampled.prompts == [messages, "plain"]
     assert sampled.texts == [[{"role": "assistant", "content": "0"}], "1"]
@@ -204,11 +206,18 @@ def test_a_conversational_prompt_is_answered_by_a_message(tokenizer):
 
 def test_both_phases_are_timed_without_counting_a_step(tokenizer):
     metrics = MetricLog()
-    run(tokenizer, [Prompt({"prompt": "a"}, [15])], zeros, metrics=metrics)
+    run(tokenizer, [Prompt({"prompt": "a"}, [15], 7)], zeros, metrics=metrics)
     assert {name: metric.count for name, metric in metrics._metrics.items()} == {
         "time/sampling": 0.0,
         "time/rewards": 0.0,
+        "sampling/tokens_per_second": pytest.approx(metrics._metrics["time/sampling"].total),
     }
+
+
+def test_the_share_of_useful_decoding_is_written_against_computed_tokens():
+    metrics = replace(make_round(), computed_tokens=56).metrics()
+    assert metrics["sampling/useful_share"].value == (2 + 3 + 0 + 4 + 1 + 4) / 56
+    assert "sampling/useful_share" not in make_round().metrics()
 
 
 @pytest.mark.parametrize("name", ["prompt", "completion", "f", "advantage", "step"])

@@ -1,23 +1,31 @@
 """How completions are scored: what one forward sees, and the log-probabilities that come of it."""
 
 from .completion import Completion
-from .head import enable_scoring
+from .flash import merge_parts
+from .head import causal_lm, enable_scoring
+from .layout import Layout
 from .logprobs import Scores, evaluation_mode, score, score_completions
 from .packing import Packer, Piece
-from .shared_prefix import serve_shared_prefix
-from .support import disagreement, unservable
+from .shared_prefix import attending_by, serve_shared_prefix, shared_prefix_attention
+from .support import disagreement, tolerance, unservable
 
 
 __all__ = [
     "Completion",
+    "Layout",
     "Packer",
     "Piece",
     "Scores",
+    "attending_by",
+    "causal_lm",
     "disagreement",
     "enable_scoring",
     "evaluation_mode",
+    "merge_parts",
     "score",
     "score_completions",
     "serve_shared_prefix",
+    "shared_prefix_attention",
+    "tolerance",
     "unservable",
 ]

@@ -13,8 +13,13 @@ class Completion:
     ids: list[int]
     mask: list[bool]
     """True for the tokens that the model wrote and is trained on; False for what an environment inserted."""
+    ended: bool = True
+    """Whether it came to its end: an end token, a stop string. False for what the length cut off."""
     sampler_logps: list[float] | None = None
-    """Log-probabilities (nats) that the sampler reports, one per token. They describe the sampler, not the old policy."""
+    """Log-probabilities (nats) of the model at the sampling temperature as the sampler computed them, one per token. They
+    describe the sampler, not the old policy."""
+    drawn_logps: list[float] | None = None
+    """Log-probabilities (nats) of the distribution that each token was drawn from, e.g. after top-p; None if not known."""
     advantage: float = 0.0
     old_logps: Tensor | None = None
     """Log-probabilities under the policy that sampled, evaluated by the trainer, of shape (len(ids),); None on policy."""

@@ -71,7 +71,7 @@ class _FlashAttention(torch.autograd.Function):
         return (*backward(grad, ctx.saved_tensors, ctx.layout, ctx.scaling), None, None)
 
 
-def _merge(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+def merge_parts(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
     """Two parts' outputs of shape (..., D) and log-sum-exps of shape (...) as those of the whole."""
     share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
     merged = torch.lerp(output.to(share.dtype), other.to(share.dtype), share).to(output.dtype)
@@ -92,7 +92,7 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scal
         output[:, :, segment.slice], lse[:, :, segment.slice] = attend(segment.slice, segment.slice, True)
     for branches, prompt in layout.crossings:
         s = branches.slice
-        output[:, :, s], lse[:, :, s] = _merge(output[:, :, s], lse[:, :, s], *attend(s, prompt.slice, False))
+        output[:, :, s], lse[:, :, s] = merge_parts(output[:, :, s], lse[:, :, s], *attend(s, prompt.slice, False))
     return output, lse
 
 
@@ -165,7 +165,7 @@ def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, sca
         other_SHD, other_lse_HS, *other_states = _varlen_forward(
             query_SHD[b], key_SKD[p], value_SKD[p], rows.branches, rows.prompts, False, scaling
         )
-        merged_SHD, merged_lse_SH = _merge(output_SHD[b], lse_HS.T[b], other_SHD, other_lse_HS.T)
+        merged_SHD, merged_lse_SH = merge_parts(output_SHD[b], lse_HS.T[b], other_SHD, other_lse_HS.T)
         output_SHD[b], lse_HS[:, b] = merged_SHD, merged_lse_SH.T
         states += other_states
     return output_SHD.transpose(0, 1).unsqueeze(0), lse_HS.unsqueeze(0), *states

@@ -15,6 +15,7 @@ keys of a block. Tensors have a leading axis of one row, as the interface has it
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -88,17 +89,22 @@ def shared_prefix_attention(
 AttentionInterface.register(NAME, shared_prefix_attention)
 
 
-@contextlib.contextmanager
-def serve_shared_prefix(model: nn.Module) -> Iterator[None]:
+def serve_shared_prefix(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, the layers of `model` attend by `shared_prefix_attention`.
 
     A backward pass that recomputes activations must run inside too.
     """
+    return attending_by(model, NAME)
+
+
+@contextlib.contextmanager
+def attending_by(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, the layers of `model` use the attention function that AttentionInterface has under `name`."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
     try:
         for config, _ in before:
-            config._attn_implementation = NAME
+            config._attn_implementation = name
         yield
     finally:
         for config, implementation in before:

@@ -66,9 +66,14 @@ def disagreement(
         return f"{name} cannot be called with packed rows ({type(error).__name__}: {error})"
     difference = (torch.cat(packed) - torch.cat(padded)).abs()
     mean = difference.mean().item() if len(difference) else 0.0
-    if mean <= (COARSE_TOLERANCE if mixed_precision or _rounds(model) else TOLERANCE):
+    if mean <= tolerance(model, mixed_precision):
         return None
     return f"packed log-probabilities of {name} differ from padded ones by {mean:.2g} nats on average"
+
+
+def tolerance(model: nn.Module, mixed_precision: bool) -> float:
+    """Mean difference (nats) of log-probabilities that two ways of computing them may show."""
+    return COARSE_TOLERANCE if mixed_precision or _rounds(model) else TOLERANCE
 
 
 def _sample(completions: Sequence[Completion]) -> list[Completion]:

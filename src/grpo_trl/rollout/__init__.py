@@ -3,11 +3,13 @@
 from .base import Rollout, RolloutEngine, RolloutRequest, SamplingOptions
 from .custom import RolloutFuncEngine
 from .generate import GenerateEngine
+from .group import GroupEngine
 from .round import Round, RoundRunner
 
 
 __all__ = [
     "GenerateEngine",
+    "GroupEngine",
     "Rollout",
     "RolloutEngine",
     "RolloutFuncEngine",

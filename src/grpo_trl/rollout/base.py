@@ -31,21 +31,25 @@ class SamplingOptions:
 class RolloutRequest:
     """What an engine is asked for: `num_generations` completions of each prompt.
 
-    `prompts` are the dataset's (strings or lists of messages), `prompt_ids` their tokens; `seed` fixes the noise.
+    `prompts` are the dataset's (strings or lists of messages), `prompt_ids` their tokens; `seeds` fix the noise, one for
+    each prompt.
     """
 
     prompts: list[Any]
     prompt_ids: list[list[int]]
     num_generations: int
-    seed: int
+    seeds: list[int]
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """`num_generations` completions per prompt, group after group, and further columns with one value per row."""
+    """`num_generations` completions per prompt, group after group."""
 
     completions: list[Completion]
     columns: dict[str, list[Any]] = field(default_factory=dict)
+    """Further columns for the reward functions, with one value per row."""
+    computed_tokens: int | None = None
+    """Tokens of completions that forwards computed, those of rows that had ended included; None if not known."""
 
 
 class RolloutEngine(Protocol):

@@ -17,12 +17,19 @@ class RolloutFuncEngine:
     The function gets every prompt `num_generations` times in a row and returns a dict with one entry per row in
     `"prompt_ids"`, `"completion_ids"` (lists of token ids) and `"logprobs"` (the sampler's, one per completion token, or
     None). `"env_mask"`, if there, has a 1 for each completion token that the model wrote and a 0 for each that something
-    else inserted. All further keys are columns for the reward functions; a value that is no list stands in each row.
+    else inserted. A completion has ended if its last token is one of `eos_token_ids`. All further keys are columns for
+    the reward functions; a value that is no list stands in each row.
     """
 
-    def __init__(self, rollout_func: Callable[[list[Any], Any], dict[str, Any]], trainer: Any):
+    def __init__(
+        self,
+        rollout_func: Callable[[list[Any], Any], dict[str, Any]],
+        trainer: Any,
+        eos_token_ids: tuple[int, ...],
+    ):
         self.rollout_func = rollout_func
         self.trainer = trainer
+        self.eos_token_ids = eos_token_ids
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         group = request.num_generations
@@ -64,4 +71,10 @@ class RolloutFuncEngine:
                     f"rollout_func returned {len(values)} {key} for the {len(ids)} tokens of completion_ids in row {row}; "
                     "it must return one for each."
                 )
-        return Completion(prompt_ids, ids, mask, sampler_logps=None if logps is None else [float(x) for x in logps])
+        return Completion(
+            prompt_ids,
+            ids,
+            mask,
+            ended=bool(ids) and ids[-1] in self.eos_token_ids,
+            sampler_logps=None if logps is None else [float(x) for x in logps],
+        )

@@ -1,7 +1,7 @@
-"""The engine that calls `model.generate`.
+"""The engine that calls `model.generate`, for what the group engine cannot serve.
 
-It prefills a prompt once per completion, and reports no sampler log-probabilities: `generate` would have to hold the
-scores of all steps for them.
+It prefills a prompt once per completion, and reports no log-probabilities: `generate` would have to hold the scores of all
+steps for them.
 """
 
 import contextlib
@@ -13,10 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
 
 from ..policy import Completion, evaluation_mode
 from .base import Rollout, RolloutRequest, SamplingOptions
+from .sampling import generation_config, stop_strings
 
 
 class GenerateEngine:
@@ -25,6 +32,7 @@ class GenerateEngine:
     Args:
         model: The unwrapped policy.
         options: How tokens are drawn.
+        tokenizer: Finds `stop_strings`.
         context: What the forward passes run in, e.g. the accelerator's autocast.
         show_progress: Draw a bar with the decoding steps and tokens/s.
     """
@@ -33,6 +41,7 @@ class GenerateEngine:
         self,
         model: Any,
         options: SamplingOptions,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         show_progress: bool = False,
     ):
@@ -40,67 +49,65 @@ class GenerateEngine:
         self.options = options
         self.context = context
         self.show_progress = show_progress
+        self._stop = stop_strings(options, tokenizer)
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         rows = [ids for ids in request.prompt_ids for _ in range(request.num_generations)]
         input_ids, attention_mask = _left_pad(rows, self.options.pad_token_id, self.model.device)
-        bar = _DecodingBar(self.options, len(rows), disable=not self.show_progress)
-        unchanged = _as_it_was(self.model, request.seed, self._generation_config())
-        with unchanged, torch.no_grad(), self.context(), contextlib.closing(bar):
+        ends = _Ends(self.options, self._stop, len(rows), self.model.device, show_progress=self.show_progress)
+        config = generation_config(self.options)
+        config.stop_strings = None  # `ends` finds them
+        unchanged = _as_it_was(self.model, request.seeds[0], config)
+        with unchanged, torch.no_grad(), self.context(), contextlib.closing(ends):
             output = self.model.generate(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                stopping_criteria=StoppingCriteriaList([bar]),
+                input_ids=input_ids, attention_mask=attention_mask, stopping_criteria=StoppingCriteriaList([ends])
             )
         written = output[:, input_ids.shape[1] :].tolist()
-        return Rollout([self._completion(prompt, ids) for prompt, ids in zip(rows, written, strict=True)])
-
-    def _completion(self, prompt_ids: list[int], ids: list[int]) -> Completion:
-        end = next((t + 1 for t, token in enumerate(ids) if token in self.options.eos_token_ids), len(ids))
-        return Completion(prompt_ids, ids[:end], [True] * end)
-
-    def _generation_config(self) -> GenerationConfig:
-        options = self.options
-        settings = {
-            "do_sample": True,
-            "max_new_tokens": options.max_completion_length,
-            "pad_token_id": options.pad_token_id,
-            "eos_token_id": list(options.eos_token_ids),
-            "temperature": options.temperature,
-            "top_p": options.top_p,
-            "top_k": options.top_k,
-            "min_p": options.min_p,
-            "repetition_penalty": options.repetition_penalty,
-            "disable_compile": True,
-        }
-        return GenerationConfig(**(settings | options.generation_kwargs))
+        completions = [
+            Completion(prompt, ids[:length], [True] * length, ended=ended)
+            for prompt, ids, length, ended in zip(
+                rows, written, ends.lengths.tolist(), ends.ended.tolist(), strict=True
+            )
+        ]
+        return Rollout(completions, computed_tokens=len(rows) * len(written[0]))
 
 
-class _DecodingBar(StoppingCriteria):
-    """Never stops anything: `generate` calls it once per decoding step, which moves a progress bar."""
+class _Ends(StoppingCriteria):
+    """Ends rows at their end tokens and stop strings, counts their tokens, and moves a progress bar."""
 
-    def __init__(self, options: SamplingOptions, rows: int, disable: bool):
-        self.eos = torch.tensor(options.eos_token_ids)
-        self.rows = rows
-        self.finished: Tensor | None = None
-        self.tokens = 0
+    def __init__(
+        self,
+        options: SamplingOptions,
+        stop: StopStringCriteria | None,
+        rows: int,
+        device: torch.device,
+        show_progress: bool,
+    ):
+        self.stop = stop
+        self.eos = torch.tensor(options.eos_token_ids, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.start = time.perf_counter()
         self.bar = tqdm(
-            total=options.max_completion_length, desc="sampling", unit="token", leave=False, disable=disable, position=1
+            total=options.max_completion_length,
+            desc="sampling",
+            unit="token",
+            leave=False,
+            disable=not show_progress,
+            position=1,
         )
 
-    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: object) -> Tensor:
+        self.lengths += ~self.ended
+        self.ended |= torch.isin(input_ids[:, -1], self.eos)
+        if self.stop is not None:
+            self.ended |= self.stop(input_ids, scores)
         if not self.bar.disable:
-            if self.finished is None:
-                self.finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-                self.eos = self.eos.to(input_ids.device)
-            self.tokens += int((~self.finished).sum())
-            self.finished |= torch.isin(input_ids[:, -1], self.eos)
-            rate = self.tokens / (time.perf_counter() - self.start)
-            running = self.rows - int(self.finished.sum())
-            self.bar.set_postfix_str(f"{running}/{self.rows} running, {rate:,.0f} tokens/s", refresh=False)
+            rate = int(self.lengths.sum()) / (time.perf_counter() - self.start)
+            running = len(self.ended) - int(self.ended.sum())
+            self.bar.set_postfix_str(f"{running}/{len(self.ended)} running, {rate:,.0f} tokens/s", refresh=False)
             self.bar.update(1)
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        return self.ended.clone()
 
     def close(self) -> None:
         self.bar.close()

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..metrics import Max, Mean, Metric, MetricLog, Min, Std
 from ..policy import Completion
 from ..rewards import RewardBatch, Rewards, RewardTable
+from ..seeds import derive_seed
 from .base import RolloutEngine, RolloutRequest
 
 
@@ -29,6 +30,8 @@ class Prompt:
 
     example: dict[str, Any]
     ids: list[int]
+    row: int
+    """Its place in the dataset, from which its noise follows."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class Round:
     texts: list[Any]
     """What each row reads: a string, or a list with one assistant message for a conversational prompt."""
     rewards: RewardTable
-    eos_token_ids: tuple[int, ...]
-    """The tokens that end a completion."""
+    computed_tokens: int | None = None
+    """See `Rollout`."""
 
     @property
     def total_PG(self) -> Tensor:
@@ -97,12 +100,14 @@ class Round:
 
     def _length_metrics(self) -> dict[str, Metric]:
         length_B = torch.tensor([sum(c.mask) for c in self.completions], dtype=torch.float64)
-        ended_B = torch.tensor([bool(c.ids) and c.ids[-1] in self.eos_token_ids for c in self.completions])
+        ended_B = torch.tensor([c.ended for c in self.completions])
         metrics: dict[str, Metric] = {"completions/clipped_ratio": Mean.of((~ended_B).double())}
         for suffix, mask_B in (("", torch.ones_like(ended_B)), ("terminated_", ended_B)):
             metrics[f"completions/mean_{suffix}length"] = Mean.of(length_B, mask_B)
             metrics[f"completions/min_{suffix}length"] = Min.of(length_B, mask_B)
             metrics[f"completions/max_{suffix}length"] = Max.of(length_B, mask_B)
+        if self.computed_tokens is not None:
+            metrics["sampling/useful_share"] = Mean(length_B.sum(), self.computed_tokens)
         return metrics
 
 
@@ -113,29 +118,30 @@ class RoundRunner:
         engine: Writes the completions.
         rewards: Judges them.
         tokenizer: Decodes them, without special tokens.
-        eos_token_ids: The tokens that end a completion.
     """
 
-    def __init__(
-        self,
-        engine: RolloutEngine,
-        rewards: Rewards,
-        tokenizer: PreTrainedTokenizerBase,
-        eos_token_ids: tuple[int, ...],
-    ):
+    def __init__(self, engine: RolloutEngine, rewards: Rewards, tokenizer: PreTrainedTokenizerBase):
         self.engine = engine
         self.rewards = rewards
         self.tokenizer = tokenizer
-        self.eos_token_ids = eos_token_ids
 
     def run(
         self, prompts: list[Prompt], num_generations: int, seed: int, trainer_state: Any, metrics: MetricLog
     ) -> Round:
-        """`num_generations` rewarded completions of each prompt; the time of both phases goes to `metrics`."""
-        raw = [prompt.example["prompt"] for prompt in prompts]
-        request = RolloutRequest(raw, [prompt.ids for prompt in prompts], num_generations, seed)
-        with metrics.timed("time/sampling"):
+        """`num_generations` rewarded completions of each prompt; the time of both phases goes to `metrics`.
+
+        A prompt's noise follows from `seed` and its row in the dataset.
+        """
+        request = RolloutRequest(
+            prompts=[prompt.example["prompt"] for prompt in prompts],
+            prompt_ids=[prompt.ids for prompt in prompts],
+            num_generations=num_generations,
+            seeds=[derive_seed(seed, prompt.row) for prompt in prompts],
+        )
+        with metrics.timed("time/sampling") as timer:
             rollout = self.engine.rollout(request)
+        tokens = sum(len(c.ids) for c in rollout.completions)
+        metrics.add("sampling/tokens_per_second", Mean(tokens, timer.seconds))
         with metrics.timed("time/rewards"):
             rows = [prompt for prompt in prompts for _ in range(num_generations)]
             texts = self._texts(rows, rollout.completions)
@@ -147,7 +153,7 @@ class RoundRunner:
                 trainer_state=trainer_state,
             )
             rewards = self.rewards(batch)
-        return Round(num_generations, batch.prompts, rollout.completions, texts, rewards, self.eos_token_ids)
+        return Round(num_generations, batch.prompts, rollout.completions, texts, rewards, rollout.computed_tokens)
 
     def _texts(self, rows: list[Prompt], completions: list[Completion]) -> list[Any]:
         texts = self.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)

@@ -1,4 +1,4 @@
-from grpo_trl.state import derive_seed
+from grpo_trl.seeds import derive_seed
 
 
 def test_a_seed_follows_from_its_parts_alone():
