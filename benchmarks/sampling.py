@@ -6,8 +6,8 @@
 
 All systems get the same prompts and write completions of the same lengths, those of GSM8K's answers: end tokens end
 nothing, and each completion ends at its own length, as its system ends completions. Each system runs in a process of its
-own, in turns; a first, small call is left out; figures are medians. Memory is the peak of the last call above what the
-process holds before it. Continuous batching allocates its pages at each call, by its own defaults for this workload, and
+own, in turns; a first, small call is left out; figures are medians. Memory is the peak of a call above what the process
+holds before it. Continuous batching allocates its pages at each call, by its own defaults for this workload, and
 shares the pages of equal prompts; the time that it takes to set up is counted, as it is in our engine.
 """
 
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 
-from workload import MODELS, Case, PeakMemory, in_child, make_model, now
+from workload import MODELS, Case, PeakMemory, ended_at, in_child, make_model, now
 
 
 SYSTEMS = ("generate", "continuous", "group")
@@ -23,8 +23,8 @@ CASES = {"zero-shot": Case(32, 75), "eight-shot": Case(8, 1800)}
 
 
 # ---- One system, in a process of its own ----
-def measure(system: str, model_name: str, case: Case, rounds: int, rows_in_flight: int) -> dict:
-    """Seconds of each call, and the bytes of one more."""
+def measure(system: str, model_name: str, case: Case, calls: int, rows_in_flight: int) -> dict:
+    """Seconds and bytes of each call."""
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -32,15 +32,16 @@ def measure(system: str, model_name: str, case: Case, rounds: int, rows_in_fligh
     write = {"generate": Generate, "continuous": Continuous, "group": Group}[system](model, rows_in_flight)
     small = Case(2, 75, 2)
     write(small.prompts(-1), small.num_generations, small.lengths(-1))
-    seconds, memory = [], PeakMemory()
-    for step in range(rounds + 1):
+    seconds, peaks, memory = [], [], PeakMemory()
+    for step in range(calls):
         prompts, lengths = case.prompts(step), case.lengths(step)
         memory.start()
         start = now()
         written = write(prompts, case.num_generations, lengths)
         seconds.append(now() - start)
+        peaks.append(memory.stop())
         assert written == lengths, f"{system} wrote other lengths"
-    return {"seconds": seconds[:rounds], "bytes": memory.stop()}
+    return {"seconds": seconds, "bytes": peaks}
 
 
 class Generate:
@@ -122,22 +123,6 @@ class Group:
             return [len(completion.ids) for completion in self.engine.rollout(request).completions]
 
 
-def ended_at(lengths: list[int]):
-    """Inside, the rows of a request end at these lengths, and nowhere else."""
-    from unittest.mock import patch
-
-    from grpo_trl.rollout.decoding import Decoding
-
-    def is_done(self, row):
-        place = (
-            next(i for i, other in enumerate(self._rows) if other is row) if not hasattr(row, "place") else row.place
-        )
-        row.place = place
-        return len(row.ids) >= min(lengths[place], self.options.max_completion_length)
-
-    return patch.object(Decoding, "_is_done", is_done)
-
-
 # ---- The table ----
 def compare(model: str, name: str, case: Case, args) -> None:
     tokens = sum(case.lengths(0))
@@ -155,7 +140,7 @@ def compare(model: str, name: str, case: Case, args) -> None:
                 "--rows_in_flight", args.rows_in_flight,
             )  # fmt: skip
             seconds[system] += measured["seconds"]
-            peaks[system].append(measured["bytes"])
+            peaks[system] += measured["bytes"]
     print(f"{'':10} {'tokens/s':>8} {'s/call':>7} {'range':>15} {'GiB':>6} {'time':>6} {'memory':>6}  of group")
     time_of = {system: statistics.median(values) for system, values in seconds.items()}
     peak_of = {system: statistics.median(values) for system, values in peaks.items()}

@@ -99,6 +99,20 @@ def make_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
+def ended_at(lengths: list[int]) -> Any:
+    """Inside, the completions of this package's engine end at these lengths, and nowhere else."""
+    from unittest.mock import patch
+
+    from grpo_trl.rollout.decoding import Decoding
+
+    def is_done(self: Any, row: Any) -> bool:
+        if not hasattr(self, "places"):
+            self.places = {id(row): place for place, row in enumerate(self._rows)}
+        return len(row.ids) >= min(lengths[self.places[id(row)]], self.options.max_completion_length)
+
+    return patch.object(Decoding, "_is_done", is_done)
+
+
 class PeakMemory:
     """Bytes above what the process holds at the start: resident pages on a CPU, the allocator's on a GPU."""
 

@@ -147,8 +147,8 @@ class GRPOConfig(TrainingArguments):
     max_rows_in_flight: int = field(
         default=256,
         metadata={
-            "help": "Completions that are decoded at a time, at most; the others wait. Bounds the memory of sampling, and "
-            "changes nothing in what is sampled."
+            "help": "Completions that are decoded at a time, at most; the others wait. Bounds the memory of their keys and "
+            "values, and changes nothing in what is sampled, up to rounding."
         },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(

@@ -44,13 +44,16 @@ def evaluate_prompts(
     Returns:
         TRL's metrics, without a prefix.
     """
-    metrics = MetricLog()
+    metrics, unread = MetricLog(), MetricLog()
     own = range(rank, len(prompts), world_size)
     step = max(1, batch_size // num_generations)
-    for start in tqdm(range(0, len(own), step), desc="evaluation", leave=False, disable=not show_progress):
+    most = -(-len(prompts) // world_size)  # prompts of a rank
+    for start in tqdm(range(0, most, step), desc="evaluation", leave=False, disable=not show_progress):
         batch = own[start : start + step]
-        batch_round = runner.run(
-            prompts.prompts(batch), num_generations, derive_seed(seed, "eval"), trainer_state, metrics
+        # A rank that has run out of prompts goes on with the first: sampling and reward models may be collective
+        log = metrics if batch else unread
+        sampled = runner.run(
+            prompts.prompts(batch or range(1)), num_generations, derive_seed(seed, "eval"), trainer_state, log
         )
-        metrics.add_all(batch_round.metrics())
+        log.add_all(sampled.metrics())
     return metrics.reduce(gather)

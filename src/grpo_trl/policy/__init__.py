@@ -7,7 +7,7 @@ from .layout import Layout
 from .logprobs import Scores, evaluation_mode, score, score_completions
 from .packing import Packer, Piece
 from .shared_prefix import attending_by, serve_shared_prefix, shared_prefix_attention
-from .support import disagreement, tolerance, unservable
+from .support import disagreement, ignored_window, tolerance, unservable
 
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "disagreement",
     "enable_scoring",
     "evaluation_mode",
+    "ignored_window",
     "merge_parts",
     "score",
     "score_completions",

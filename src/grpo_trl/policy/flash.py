@@ -71,11 +71,10 @@ class _FlashAttention(torch.autograd.Function):
         return (*backward(grad, ctx.saved_tensors, ctx.layout, ctx.scaling), None, None)
 
 
-def merge_parts(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two parts' outputs of shape (..., D) and log-sum-exps of shape (...) as those of the whole."""
+def merge_parts(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """The output of the whole, from two parts' outputs of shape (..., D) and log-sum-exps of shape (...)."""
     share = torch.sigmoid(other_lse - lse).unsqueeze(-1)
-    merged = torch.lerp(output.to(share.dtype), other.to(share.dtype), share).to(output.dtype)
-    return merged, torch.logaddexp(lse, other_lse)
+    return torch.lerp(output.to(share.dtype), other.to(share.dtype), share).to(output.dtype)
 
 
 def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> tuple[Tensor, Tensor]:
@@ -92,7 +91,9 @@ def _cpu_forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scal
         output[:, :, segment.slice], lse[:, :, segment.slice] = attend(segment.slice, segment.slice, True)
     for branches, prompt in layout.crossings:
         s = branches.slice
-        output[:, :, s], lse[:, :, s] = merge_parts(output[:, :, s], lse[:, :, s], *attend(s, prompt.slice, False))
+        other, other_lse = attend(s, prompt.slice, False)
+        output[:, :, s] = merge_parts(output[:, :, s], lse[:, :, s], other, other_lse)
+        lse[:, :, s] = torch.logaddexp(lse[:, :, s], other_lse)
     return output, lse
 
 
@@ -165,8 +166,8 @@ def _cuda_forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, sca
         other_SHD, other_lse_HS, *other_states = _varlen_forward(
             query_SHD[b], key_SKD[p], value_SKD[p], rows.branches, rows.prompts, False, scaling
         )
-        merged_SHD, merged_lse_SH = merge_parts(output_SHD[b], lse_HS.T[b], other_SHD, other_lse_HS.T)
-        output_SHD[b], lse_HS[:, b] = merged_SHD, merged_lse_SH.T
+        output_SHD[b] = merge_parts(output_SHD[b], lse_HS.T[b], other_SHD, other_lse_HS.T)
+        lse_HS[:, b] = torch.logaddexp(lse_HS[:, b], other_lse_HS)
         states += other_states
     return output_SHD.transpose(0, 1).unsqueeze(0), lse_HS.unsqueeze(0), *states
 

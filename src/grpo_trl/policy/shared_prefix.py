@@ -74,8 +74,8 @@ def shared_prefix_attention(
         raise NotImplementedError(
             f"dropout of attention, {dropout}, has no packed form; disable_dropout=True turns it off"
         )
-    if s_aux is not None:
-        raise NotImplementedError("attention sinks have no packed form")
+    if s_aux is not None or attention_mask is not None:
+        raise NotImplementedError("attention sinks and a model's own masks have no packed form")
     query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of queries may leave autocast's precision
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = None if sliding_window is None or sliding_window >= shared_prefix.longest else sliding_window

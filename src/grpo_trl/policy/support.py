@@ -5,19 +5,24 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AttentionInterface
 
 from .completion import Completion
 from .head import causal_lm
 from .logprobs import evaluation_mode, score, score_completions
 from .packing import Packer, by_prompt
+from .shared_prefix import attending_by
 
 
 SERVED_LAYERS = ("full_attention", "sliding_attention")
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Kinds of rotary embedding in which a row depends on the rows beside it."""
 TOLERANCE = 1e-3
 """Mean difference (nats) of log-probabilities that float32 may show."""
 COARSE_TOLERANCE = 0.05
 """The same where matrix products are rounded more: half precision, and TF32."""
+SPY = "grpo_trl_spy"
 
 
 def unservable(model: Any) -> str | None:
@@ -31,6 +36,8 @@ def unservable(model: Any) -> str | None:
         return f"{name} has layers of the kind {', '.join(others)}"
     if getattr(config, "attention_chunk_size", None):
         return f"{name} attends in chunks (attention_chunk_size={config.attention_chunk_size})"
+    if scaling := set(_rope_types(config)) & set(LENGTH_DEPENDENT):
+        return f"{name} turns positions by the longest row of a batch (rope_type {', '.join(scaling)})"
     dropout = max((_attention_dropout(module) for module in model.modules()), default=0.0)
     if dropout:
         return f"{name} drops attention weights (attention_dropout={dropout}; disable_dropout=True turns it off)"
@@ -52,6 +59,8 @@ def disagreement(
         mixed_precision: Whether the model computes in half precision, whatever its weights are.
     """
     name = type(causal_lm(model)).__name__
+    if reason := ignored_window(model):
+        return reason
     sample = _sample(completions)
     local = replace(packer, batch_size=2, max_tokens=None, agree=int)
     packed_packer = replace(local, shared_prefix=True)
@@ -71,6 +80,31 @@ def disagreement(
     return f"packed log-probabilities of {name} differ from padded ones by {mean:.2g} nats on average"
 
 
+@torch.no_grad()
+def ignored_window(model: nn.Module) -> str | None:
+    """Why attention would not hear of the model's window, as where it stands in the mask alone; None if it hears of it."""
+    lm = causal_lm(model)
+    config: Any = lm.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    windowed = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    if not getattr(config, "sliding_window", None) or not windowed:
+        return None
+    heard = set()
+
+    def spy(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        heard.add(kwargs.get("sliding_window"))
+        return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+    AttentionInterface.register(SPY, spy)
+    with attending_by(model, SPY), evaluation_mode(model):
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=lm.device), use_cache=False)
+    if heard - {None}:
+        return None
+    return f"{type(lm).__name__} has a window of {config.sliding_window} tokens in its mask alone"
+
+
 def tolerance(model: nn.Module, mixed_precision: bool) -> float:
     """Mean difference (nats) of log-probabilities that two ways of computing them may show."""
     return COARSE_TOLERANCE if mixed_precision or _rounds(model) else TOLERANCE
@@ -88,6 +122,12 @@ def _sample(completions: Sequence[Completion]) -> list[Completion]:
         for group in by_prompt(completions)
     ]
     return max([[pair[0] for pair in pairs[:2]], *pairs], key=telling)
+
+
+def _rope_types(config: Any) -> list[str]:
+    """Of all layers; the parameters are one dict, or one per kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [p["rope_type"] for p in (parameters, *parameters.values()) if isinstance(p, dict) and p.get("rope_type")]
 
 
 def _attention_dropout(module: nn.Module) -> float:

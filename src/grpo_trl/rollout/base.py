@@ -49,7 +49,8 @@ class Rollout:
     columns: dict[str, list[Any]] = field(default_factory=dict)
     """Further columns for the reward functions, with one value per row."""
     computed_tokens: int | None = None
-    """Tokens of completions that forwards computed, those of rows that had ended included; None if not known."""
+    """Tokens of completions that forwards computed, with those of rows that had ended and of rows that only fill up a
+    batch; None if not known."""
 
 
 class RolloutEngine(Protocol):

@@ -46,14 +46,17 @@ class Step:
     """How many tokens of the completion are held already: the column that this one goes to."""
     rows_NG: Tensor
     """The rows of each prompt in flight; any row where it has fewer than G."""
+    prompt_R: Tensor
+    """The prompt of each row, and its place in that prompt's line of `rows_NG`."""
     place_R: Tensor
-    """Where a row stands in the flattened `rows_NG`."""
+    row_R: Tensor
+    """0, 1, ..."""
     prompt_lengths_N: Tensor
     prompt_columns: int
     """S, at least the longest prompt in flight."""
     columns: int
     """T, above the largest of `lengths_R`."""
-    _masks: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _masks: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def masks(self, window: int | None, dtype: torch.dtype, queries_per_row: int) -> tuple[Tensor, Tensor]:
         """What is added to products: of shape (R, 1, 1, T) for own keys, (N, 1, 1 or G*Q, S) for those of prompts."""
@@ -86,9 +89,9 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 class _Layer:
     """One attention layer's memory."""
 
-    prompt_key: Tensor  # (slots, K, S, D)
+    prompt_key: Tensor  # (slots, S, K, D)
     prompt_value: Tensor
-    key: Tensor  # (rows, K, T, D)
+    key: Tensor  # (rows, T, K, D)
     value: Tensor
 
 
@@ -110,26 +113,17 @@ class GroupCache:
     @property
     def bytes_per_token(self) -> int:
         """Of all layers; known after the first prefill."""
-        return sum(
-            part[0, :, 0].numel() * part.element_size() for x in self._layers.values() for part in (x.key, x.value)
-        )
-
-    def num_bytes(self) -> int:
-        return sum(
-            part.numel() * part.element_size()
-            for x in self._layers.values()
-            for part in (x.prompt_key, x.prompt_value, x.key, x.value)
-        )
+        return sum(part[0, 0].numel() * part.element_size() for x in self._layers.values() for part in (x.key, x.value))
 
     def move_row(self, source: int, target: int, length: int) -> None:
         for layer in self._layers.values():
             for part in (layer.key, layer.value):
-                part[target, :, :length] = part[source, :, :length]
+                part[target, :length] = part[source, :length]
 
     def move_prompt(self, source: int, target: int, length: int) -> None:
         for layer in self._layers.values():
             for part in (layer.prompt_key, layer.prompt_value):
-                part[target, :, :length] = part[source, :, :length]
+                part[target, :length] = part[source, :length]
 
     def attend(
         self,
@@ -160,12 +154,12 @@ class GroupCache:
             self._layers[module] = self._allocate(key, value)
         layer = self._layers[module]
         for slot, group in zip(prefill.slots, prefill.layout.groups, strict=True):
-            layer.prompt_key[slot, :, : group.prompt.length] = key[0, :, group.prompt.slice]
-            layer.prompt_value[slot, :, : group.prompt.length] = value[0, :, group.prompt.slice]
+            layer.prompt_key[slot, : group.prompt.length] = key[0, :, group.prompt.slice].transpose(0, 1)
+            layer.prompt_value[slot, : group.prompt.length] = value[0, :, group.prompt.slice].transpose(0, 1)
 
     def _allocate(self, key: Tensor, value: Tensor) -> _Layer:
         def memory(like: Tensor, slots: int, tokens: int) -> Tensor:
-            return _zeros((slots, like.shape[1], tokens, like.shape[3]), like.dtype, like.device)
+            return _zeros((slots, tokens, like.shape[1], like.shape[3]), like.dtype, like.device)
 
         return _Layer(
             memory(key, self.max_prompts, self.max_prompt_tokens),
@@ -187,36 +181,38 @@ class GroupCache:
     ) -> Tensor:
         rows, columns = len(step.tokens_R), step.columns
         prompts, group = step.rows_NG.shape
-        row_R = torch.arange(rows, device=query.device)
-        layer.key[row_R, :, step.lengths_R] = key[:, :, 0]
-        layer.value[row_R, :, step.lengths_R] = value[:, :, 0]
+        layer.key[step.row_R, step.lengths_R] = key[:, :, 0]
+        layer.value[step.row_R, step.lengths_R] = value[:, :, 0]
         query_RKQD = query[:, :, 0].unflatten(1, (key.shape[1], -1))
         own_mask, prompt_mask = step.masks(window, query.dtype, query_RKQD.shape[2])
         own, own_lse = attend_part(
-            query_RKQD, layer.key[:rows, :, :columns], layer.value[:rows, :, :columns], own_mask, scaling, softcap
+            query_RKQD,
+            layer.key[:rows, :columns].transpose(1, 2),
+            layer.value[:rows, :columns].transpose(1, 2),
+            own_mask,
+            scaling,
+            softcap,
         )
-        grouped = query_RKQD[step.rows_NG].transpose(1, 2).flatten(2, 3)  # (N, K, G*Q, D)
         output, lse = attend_part(
-            grouped,
-            layer.prompt_key[:prompts, :, : step.prompt_columns],
-            layer.prompt_value[:prompts, :, : step.prompt_columns],
+            query_RKQD[step.rows_NG].transpose(1, 2).flatten(2, 3),  # (N, K, G*Q, D)
+            layer.prompt_key[:prompts, : step.prompt_columns].transpose(1, 2),
+            layer.prompt_value[:prompts, : step.prompt_columns].transpose(1, 2),
             prompt_mask,
             scaling,
             softcap,
         )
-        by_row = (
-            x.unflatten(2, (group, -1)).transpose(1, 2).flatten(0, 1)[step.place_R] for x in (output, lse)
+        output, lse = (
+            x.unflatten(2, (group, -1))[step.prompt_R, :, step.place_R] for x in (output, lse)
         )  # (R, K, Q, ...)
-        merged, _ = merge_parts(own, own_lse, *by_row)
-        return merged.flatten(1, 2).unsqueeze(1)
+        return merge_parts(own, own_lse, output, lse).flatten(1, 2).unsqueeze(1)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """0 and not what was there: what is masked is multiplied by 0, and NaN would survive that."""
-    if device.type != "cpu":
+    if device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.zeros(shape, dtype=dtype, device=device)
     # The system gives a page of this when it is written to; torch would write zeros to all of them
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
@@ -285,8 +281,8 @@ def group_cache_attention(
     """
     if group_cache is None:
         raise NotImplementedError("the model does not pass keywords of its forward on to its attention")
-    if s_aux is not None:
-        raise NotImplementedError("attention sinks are not served")
+    if s_aux is not None or attention_mask is not None:
+        raise NotImplementedError("attention sinks and a model's own masks are not served")
     query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of queries may leave autocast's precision
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     return group_cache.attend(module, query, key, value, scaling, sliding_window, softcap), None

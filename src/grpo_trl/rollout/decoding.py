@@ -177,16 +177,18 @@ class Decoding:
         members: list[list[int]] = [[] for _ in self._started]
         places = []
         for slot, row in enumerate(rows):
-            places.append((row.prompt.slot, len(members[row.prompt.slot])))
+            places.append(len(members[row.prompt.slot]))
             members[row.prompt.slot].append(slot)
         group = max(map(len, members))
         lengths = [len(row.ids) - 1 for row in rows]
-        tokens_R, positions_R, lengths_R, place_R = self._tensor(
+        tokens_R, positions_R, lengths_R, prompt_R, place_R, row_R = self._tensor(
             [
                 [row.ids[-1] for row in rows],
                 [len(row.prompt.ids) + length for row, length in zip(rows, lengths, strict=True)],
                 lengths,
-                [slot * group + place for slot, place in places],
+                [row.prompt.slot for row in rows],
+                places,
+                list(range(len(rows))),
             ]
         )
         return Step(
@@ -194,7 +196,9 @@ class Decoding:
             positions_R,
             lengths_R,
             rows_NG=self._tensor([slots + [0] * (group - len(slots)) for slots in members]),
+            prompt_R=prompt_R,
             place_R=place_R,
+            row_R=row_R,
             prompt_lengths_N=self._tensor([len(prompt.ids) for prompt in self._started]),
             prompt_columns=max(len(prompt.ids) for prompt in self._started),
             columns=max(lengths) + 1,

@@ -1,7 +1,7 @@
 """The engine that calls `model.generate`, for what the group engine cannot serve.
 
 It prefills a prompt once per completion, and reports no log-probabilities: `generate` would have to hold the scores of all
-steps for them.
+steps for them. Its noise follows from the request as a whole, so that it depends on the batch.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..policy import Completion, evaluation_mode
 from .base import Rollout, RolloutRequest, SamplingOptions
@@ -60,7 +61,10 @@ class GenerateEngine:
         unchanged = _as_it_was(self.model, request.seeds[0], config)
         with unchanged, torch.no_grad(), self.context(), contextlib.closing(ends):
             output = self.model.generate(
-                input_ids=input_ids, attention_mask=attention_mask, stopping_criteria=StoppingCriteriaList([ends])
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                stopping_criteria=StoppingCriteriaList([ends]),
+                synced_gpus=is_fsdp_managed_module(self.model),  # ZeRO-3's weights are whole in `context`
             )
         written = output[:, input_ids.shape[1] :].tolist()
         completions = [

@@ -6,6 +6,7 @@ once; memory is allocated before the first token is drawn.
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -15,29 +16,34 @@ from typing import Any
 import psutil
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, StopStringCriteria
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
-from ..policy import Completion, attending_by, causal_lm, evaluation_mode, tolerance, unservable
+from ..policy import Completion, attending_by, causal_lm, evaluation_mode, ignored_window, tolerance, unservable
 from .base import Rollout, RolloutRequest, SamplingOptions
 from .cache import NAME, GroupCache
 from .decoding import Decoding
 from .generate import GenerateEngine
-from .sampling import SERVED_KWARGS, Sampler, stop_strings
-from .steps import EagerSteps, RecordedSteps
+from .sampling import Sampler, stop_strings, unserved_option
+from .steps import CudaRecorder, EagerSteps, RecordedSteps
+from .weights import packed_weights
 
 
 logger = logging.getLogger(__name__)
 
 CHECKED_TOKENS = 4
 """Tokens of each completion that is compared with plain forwards at first."""
-FREE_SHARE = 0.9
-"""Share of the free memory that keys and values may take."""
-COLUMNS = 16
+FREE_SHARE = 0.7
+"""Share of the free memory that keys and values may take; the rest is for activations and logits."""
+KERNEL_COLUMNS = 16
 """Columns of memory are a multiple of this, as kernels want it."""
 
 
 class GroupEngine:
     """Samples with one copy of a prompt's keys and values for all of its completions.
+
+    A completion follows from its prompt's seed and its place in the group, whatever else is in flight (up to rounding,
+    which can decide between tokens that are nearly tied).
 
     What it cannot serve (a model, an option) is handed to `model.generate`, with one line in the log. Whether it can serve
     a model is decided by its configuration, and at the first call by comparing log-probabilities with plain forwards.
@@ -45,8 +51,7 @@ class GroupEngine:
     Args:
         model: The unwrapped policy.
         options: How tokens are drawn.
-        max_rows_in_flight: Completions that are decoded at a time, at most; fewer where memory is short. Decides nothing
-            but time and memory.
+        max_rows_in_flight: Completions that are decoded at a time, at most; fewer where memory is short.
         tokenizer: Finds `stop_strings`.
         context: What the forward passes run in, e.g. the accelerator's autocast.
         mixed_precision: Whether that is half precision, whatever the weights are.
@@ -76,41 +81,42 @@ class GroupEngine:
         self._gather = gather
         self._generate = GenerateEngine(model, options, tokenizer, context, show_progress)
         self._bytes_per_token = 0
-        """0 before the first rollout has measured it."""
+        """Of keys and values; 0 before the first rollout has measured it."""
+        self._records = True
+        """Whether decoding steps can be recorded, as far as is known."""
         self._reason: str | None = None
         self._hand_over_if(unserved_option(options) or unservable(model))
         self._sampler = None if self._reason else Sampler(model, options)
 
     def rollout(self, request: RolloutRequest) -> Rollout:
-        if not self._reason and not self._bytes_per_token:
-            self._hand_over_if(self._disagreement(request))
-        if self._reason:
-            return self._generate.rollout(request)
-        rows = len(request.prompt_ids) * request.num_generations
-        with _Bar(rows, self.show_progress) as bar:
-            return self._write(request, self.options, self._sized_cache(request), bar.add)
+        if not self._reason:
+            # Entered once, and as often on every rank: ZeRO-3 gathers weights there
+            with torch.no_grad(), self.context(), evaluation_mode(self.model):
+                if not self._bytes_per_token:
+                    self._hand_over_if(self._disagreement(request))
+                if not self._reason:
+                    rows = len(request.prompt_ids) * request.num_generations
+                    with _Bar(rows, self.show_progress) as bar:
+                        return self._write(request, self.options, self._stop, self._sized_cache(request), bar.add)
+        return self._generate.rollout(request)
 
     def _write(
         self,
         request: RolloutRequest,
         options: SamplingOptions,
+        stop: StopStringCriteria | None,
         cache: GroupCache,
         on_tokens: Callable[[int, int], None] = lambda tokens, ended: None,
     ) -> Rollout:
+        assert self._sampler is not None
         eager = EagerSteps(self.model, cache)
         on_gpu = self.model.device.type == "cuda"
-        decoding = Decoding(
-            self.model,
-            self._sampler,
-            options,
-            self._stop,
-            request,
-            cache,
-            RecordedSteps(eager) if on_gpu else eager,
-            on_tokens,
-        )
-        with torch.no_grad(), self.context(), evaluation_mode(self.model), attending_by(self.model, NAME):
+        recorded = RecordedSteps(eager, CudaRecorder(), refused=not self._records) if on_gpu else None
+        decoding = Decoding(self.model, self._sampler, options, stop, request, cache, recorded or eager, on_tokens)
+        with attending_by(self.model, NAME), packed_weights(self.model):
             completions = decoding.run()
+        if recorded is not None:
+            self._records = not recorded.refused
         return Rollout(completions, computed_tokens=decoding.computed)
 
     # ---- Memory ----
@@ -135,7 +141,7 @@ class GroupEngine:
         if rows < wanted.max_rows:
             logger.warning(
                 "%d completions are decoded at a time instead of %d: their keys and values would take %.2f GiB, and %.2f "
-                "are free. What is written is the same; max_rows_in_flight=%d says so in advance.",
+                "are free for them. It takes longer; max_rows_in_flight=%d says so in advance.",
                 rows,
                 wanted.max_rows,
                 self._bytes_of(wanted) / 2**30,
@@ -164,28 +170,42 @@ class GroupEngine:
     def _disagreement(self, request: RolloutRequest) -> str | None:
         """Why what this engine says of its own tokens is not what the model says; None if it is.
 
-        The two shortest prompts are continued twice each, by a few tokens. Measures the memory of a token too.
+        The shortest and the longest prompt are continued twice each, by a few tokens; not all rows fit into flight.
+        Measures the memory of a token too.
         """
         name = type(causal_lm(self.model)).__name__
-        shortest = sorted(range(len(request.prompt_ids)), key=lambda i: len(request.prompt_ids[i]))[:2]
+        if is_fsdp_managed_module(self.model):
+            return "FSDP shards its weights, and ranks compute different numbers of steps"
+        order = sorted(range(len(request.prompt_ids)), key=lambda i: len(request.prompt_ids[i]))
+        chosen = sorted({order[0], order[-1]})
         sample = replace(
             request,
-            prompts=[request.prompts[i] for i in shortest],
-            prompt_ids=[request.prompt_ids[i] for i in shortest],
-            seeds=[request.seeds[i] for i in shortest],
+            prompts=[request.prompts[i] for i in chosen],
+            prompt_ids=[request.prompt_ids[i] for i in chosen],
+            seeds=[request.seeds[i] for i in chosen],
             num_generations=2,
         )
-        length = min(CHECKED_TOKENS, self.options.max_completion_length)
-        cache = GroupCache(4, 2, _columns(len(sample.prompt_ids[-1])), _columns(length))
+        # Nothing ends before its length, so that there are tokens to compare
+        endless = replace(
+            self.options,
+            max_completion_length=min(CHECKED_TOKENS, self.options.max_completion_length),
+            eos_token_ids=(),
+        )
+        cache = GroupCache(3, 2, _columns(max(map(len, sample.prompt_ids))), _columns(CHECKED_TOKENS))
         try:
-            completions = self._write(sample, replace(self.options, max_completion_length=length), cache).completions
+            if reason := ignored_window(self.model):
+                return reason
+            completions = self._write(sample, endless, None, cache).completions
+        except (FloatingPointError, torch.OutOfMemoryError):
+            raise
         except (
             Exception
         ) as error:  # whatever a model's own code raises where it is called in a way that it does not know
             return f"{name} cannot be decoded by groups ({type(error).__name__}: {error})"
         self._bytes_per_token = cache.bytes_per_token
-        with torch.no_grad(), self.context(), evaluation_mode(self.model):
-            differences = [difference for c in completions for difference in self._differences(c)]
+        if not self._bytes_per_token:
+            return f"{name} does not ask transformers' AttentionInterface for its attention"
+        differences = [difference for c in completions for difference in self._differences(c)]
         mean = sum(differences) / len(differences)
         if mean <= tolerance(self.model, self._mixed_precision):
             return None
@@ -203,22 +223,14 @@ class GroupEngine:
         ]
 
 
-def unserved_option(options: SamplingOptions) -> str | None:
-    """Why options need `model.generate`; None if they do not."""
-    others = sorted(
-        name for name, value in options.generation_kwargs.items() if value is not None and name not in SERVED_KWARGS
-    )
-    return f"generation_kwargs sets {', '.join(others)}" if others else None
-
-
 def _columns(tokens: int) -> int:
-    return -(-tokens // COLUMNS) * COLUMNS
+    return -(-tokens // KERNEL_COLUMNS) * KERNEL_COLUMNS
 
 
 def _free_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Bytes that this process may count on."""
     if device.type != "cuda":
-        return psutil.virtual_memory().available
+        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 

@@ -36,7 +36,6 @@ SERVED_KWARGS = frozenset(
         "min_length",
         "min_new_tokens",
         "no_repeat_ngram_size",
-        "remove_invalid_values",
         "renormalize_logits",
         "sequence_bias",
         "stop_strings",
@@ -52,7 +51,6 @@ BLIND_PROCESSORS = tuple(
     for name in (
         "EpsilonLogitsWarper",
         "EtaLogitsWarper",
-        "InfNanRemoveLogitsProcessor",
         "LogitNormalization",
         "MinPLogitsWarper",
         "SuppressTokensLogitsProcessor",
@@ -65,8 +63,21 @@ BLIND_PROCESSORS = tuple(
 )
 """Logits processors that look at a row's logits and not at its tokens: rows of any length go through them together."""
 
+KEPT_PROCESSORS = 64
+"""Lengths of prompts whose logits processors are kept; some hold a number per token of the vocabulary."""
 DRAWN_AT_A_TIME = 2**24
 """Probabilities that are held in float64 at a time."""
+
+
+def unserved_option(options: SamplingOptions) -> str | None:
+    """Why options need `model.generate`; None if they do not."""
+    defaults = GenerationConfig._get_default_generation_params()
+    others = sorted(
+        name
+        for name, value in options.generation_kwargs.items()
+        if name not in SERVED_KWARGS and value is not None and value != defaults.get(name)
+    )
+    return f"generation_kwargs sets {', '.join(others)}" if others else None
 
 
 def generation_config(options: SamplingOptions) -> GenerationConfig:
@@ -123,8 +134,8 @@ class Sampler:
         self._lm: Any = causal_lm(model)
         self._options = options
         self._config = generation_config(options)
-        self._processors: dict[int, Any] = {}
-        first = self._processors_of(prompt_length=1)
+        self._processors: dict[tuple[int, torch.device], Any] = {}
+        first = self._make_processors(1, self._lm.device)
         self._blind = all(isinstance(processor, BLIND_PROCESSORS) for processor in first)
         self._plain = all(isinstance(processor, logits_process.TemperatureLogitsWarper) for processor in first)
 
@@ -169,27 +180,30 @@ class Sampler:
         """Logits after the processors. Those that read a row's tokens get rows of one length together, without padding."""
         if self._blind:
             unread_R1 = torch.zeros(len(logits_RV), 1, dtype=torch.long, device=logits_RV.device)
-            return self._processors_of(1)(unread_R1, logits_RV)
+            return self._processors_of(1, logits_RV.device)(unread_R1, logits_RV)
         scores_RV = torch.empty_like(logits_RV)
         by_length: dict[tuple[int, int], list[int]] = defaultdict(list)
         for row, (prompt, ids) in enumerate(zip(prompts, written, strict=True)):
             by_length[len(prompt), len(ids)].append(row)
         for (prompt_length, _), rows in by_length.items():
             read = torch.tensor([prompts[row] + written[row] for row in rows], device=logits_RV.device)
-            scores_RV[rows] = self._processors_of(prompt_length)(read, logits_RV[rows])
+            scores_RV[rows] = self._processors_of(prompt_length, logits_RV.device)(read, logits_RV[rows])
         return scores_RV
 
-    def _processors_of(self, prompt_length: int) -> Any:
+    def _processors_of(self, prompt_length: int, device: torch.device) -> Any:
         """For prompts of one length: where a completion begins and where it must end counts from the prompt's start."""
-        if prompt_length not in self._processors:
-            config = copy.deepcopy(self._config)
-            config.max_length = prompt_length + self._options.max_completion_length
-            device = self._lm.device
-            self._lm._prepare_special_tokens(config, device=device)
-            self._processors[prompt_length] = self._lm._get_logits_processor(
-                config, input_ids_seq_length=prompt_length, device=device
-            )
-        return self._processors[prompt_length]
+        key = prompt_length, device
+        if key not in self._processors:
+            if len(self._processors) == KEPT_PROCESSORS:
+                self._processors.clear()
+            self._processors[key] = self._make_processors(prompt_length, device)
+        return self._processors[key]
+
+    def _make_processors(self, prompt_length: int, device: torch.device) -> Any:
+        config = copy.deepcopy(self._config)
+        config.max_length = prompt_length + self._options.max_completion_length
+        self._lm._prepare_special_tokens(config, device=device)
+        return self._lm._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device)
 
 
 def _logps(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from .cache import GroupCache, Step
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = 256
-"""Columns are rounded up to a multiple of this; the kernels want a multiple of 16 at least."""
+LEAST_COLUMNS = 256
+"""Columns are rounded up to the next power of two from this on; the kernels want a multiple of 16 at least."""
+Call = Callable[[], Tensor]
 
 
 @dataclass
@@ -41,61 +42,84 @@ class EagerSteps:
         return output.logits[:, 0], len(step.tokens_R)
 
 
-def _record_cuda(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Record what `call` launches; the result launches it again, and returns the same memory."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # what is made at the first call, such as autocast's copies, must not be recorded
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = call()
+class CudaRecorder:
+    """Records what a call launches; the result launches it again, and returns the same memory.
 
-    def launch() -> Tensor:
-        graph.replay()
-        return output
+    All recordings share one pool of memory: they never run at the same time, and what one leaves is read before the next.
+    """
 
-    return launch
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Call) -> Call:
+        side, own = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(own)
+        with torch.cuda.stream(side):  # what is made at the first call, such as autocast's copies, must not be recorded
+            call()
+        own.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # other threads, such as those that watch collectives, may use the device meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                output = call()
+        finally:
+            torch.cuda.set_stream(own)  # where a failed recording would leave its own
+
+        def launch() -> Tensor:
+            graph.replay()
+            return output
+
+        return launch
 
 
 @dataclass
 class RecordedSteps:
-    """Records steps and repeats them; goes on with `eager` once something cannot be recorded."""
+    """Records steps and repeats them; once one cannot be recorded, it is `refused`, and steps are called one by one."""
 
     eager: EagerSteps
-    record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] = _record_cuda
-    _recorded: dict[tuple[int, ...], tuple[Step, Callable[[], Tensor]]] = field(default_factory=dict)
-    _refused: bool = False
+    record: Callable[[Call], Call]
+    refused: bool = False
+    _recorded: dict[tuple[int, ...], tuple[Step, Call]] = field(default_factory=dict)
+    _logits: Tensor | None = None
+    """Where every recording leaves its logits, of shape (slots, V)."""
 
     def __call__(self, step: Step) -> tuple[Tensor, int]:
         """As `EagerSteps`."""
-        if self._refused:
-            return self.eager(step)
         padded = self._padded(step)
-        key = (*padded.rows_NG.shape, len(padded.tokens_R), padded.prompt_columns, padded.columns)
+        rows, computed = len(step.tokens_R), len(padded.tokens_R)
+        if self.refused or self._logits is None:
+            logits, _ = self.eager(padded)
+            self._logits = logits.new_empty(self.eager.cache.max_rows, logits.shape[1])
+            return logits[:rows], computed
+        key = (*padded.rows_NG.shape, computed, padded.prompt_columns, padded.columns)
         if key not in self._recorded:
             try:
-                self._recorded[key] = padded, self.record(lambda: self.eager(replace(padded, _masks={}))[0])
+                self._recorded[key] = padded, self.record(lambda: self._leave_logits(padded))
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 logger.warning(
-                    "Decoding steps cannot be recorded as CUDA graphs and are launched one by one: %s", error
+                    "Decoding steps cannot be recorded as CUDA graphs; they are launched one by one: %s", error
                 )
-                self._refused = True
-                return self.eager(step)
+                self.refused = True
+                return self(step)
         static, launch = self._recorded[key]
         for tensor in fields(Step):
             if isinstance(new := getattr(padded, tensor.name), Tensor):
                 getattr(static, tensor.name).copy_(new)
-        return launch()[: len(step.tokens_R)], len(padded.tokens_R)
+        return launch()[:rows], computed
+
+    def _leave_logits(self, step: Step) -> Tensor:
+        assert self._logits is not None
+        logits, rows = self.eager(replace(step))  # with masks of its own
+        return self._logits[:rows].copy_(logits)
 
     def _padded(self, step: Step) -> Step:
         """Rows, prompts and columns rounded up; further rows write into slots that no row is in."""
         cache = self.eager.cache
         rows = min(_rounded(len(step.tokens_R)), cache.max_rows)
         prompts, group = step.rows_NG.shape
-        prompts, group_rounded = min(_rounded(prompts), cache.max_prompts), _rounded(group)
-        prompt = step.place_R // group
+        prompts = min(_rounded(prompts), cache.max_prompts)
 
         def pad(values: Tensor, size: int) -> Tensor:
             return torch.nn.functional.pad(values, (0, size - len(values)))
@@ -105,15 +129,20 @@ class RecordedSteps:
             tokens_R=pad(step.tokens_R, rows),
             positions_R=pad(step.positions_R, rows),
             lengths_R=pad(step.lengths_R, rows),
-            rows_NG=torch.nn.functional.pad(step.rows_NG, (0, group_rounded - group, 0, prompts - len(step.rows_NG))),
-            place_R=pad(prompt * group_rounded + step.place_R % group, rows),
+            rows_NG=torch.nn.functional.pad(step.rows_NG, (0, _rounded(group) - group, 0, prompts - len(step.rows_NG))),
+            prompt_R=pad(step.prompt_R, rows),
+            place_R=pad(step.place_R, rows),
+            row_R=torch.arange(rows, device=step.row_R.device),  # a further row writes where no row is
             prompt_lengths_N=pad(step.prompt_lengths_N, prompts),
             prompt_columns=cache.max_prompt_tokens,
-            columns=min(-(-step.columns // COLUMNS) * COLUMNS, cache.max_completion_tokens),
-            _masks={},
+            columns=min(max(LEAST_COLUMNS, _power_of_two(step.columns)), cache.max_completion_tokens),
         )
 
 
 def _rounded(count: int) -> int:
     """The next power of two, or multiple of 64."""
-    return 1 << (count - 1).bit_length() if count <= 64 else -(-count // 64) * 64
+    return _power_of_two(count) if count <= 64 else -(-count // 64) * 64
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
