@@ -19,7 +19,7 @@ from workload import MODELS, Case, PeakMemory, ended_at, in_child, make_model, n
 
 
 SYSTEMS = ("generate", "continuous", "group")
-CASES = {"zero-shot": Case(32, 75), "eight-shot": Case(8, 1800)}
+CASES = {"zero-shot": Case(32, 75), "eight-shot": Case(8, 1800), "tiny": Case(2, 20, 2)}
 
 
 # ---- One system, in a process of its own ----
@@ -156,10 +156,10 @@ def compare(model: str, name: str, case: Case, args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["zero-shot", "eight-shot"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["5m", "32m"])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
-    parser.add_argument("--rows_in_flight", type=int, default=256, help="of this package's engine")
+    parser.add_argument("--rows_in_flight", type=int, default=128, help="of this package's engine")
     parser.add_argument("--calls", type=int, default=2, help="timed calls of a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each system, in turns")
     parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)

@@ -19,7 +19,7 @@ from workload import ANSWER_LENGTHS, MODELS, Case, PeakMemory, ended_at, in_chil
 
 
 SYSTEMS = ("trl", "grpo_trl")
-CASES = {"zero-shot": Case(4, 75), "eight-shot": Case(2, 1800)}
+CASES = {"zero-shot": Case(4, 75), "eight-shot": Case(2, 1800), "tiny": Case(2, 20, 2)}
 PHASES = ("sampling", "rewards", "scoring", "update")
 WARM_UP = 1
 
@@ -185,7 +185,7 @@ def compare(model: str, name: str, case: Case, args) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["zero-shot", "eight-shot"])
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["5m", "32m"])
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a process")

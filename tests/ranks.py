@@ -5,13 +5,16 @@ The global batch is the same for any number of ranks, so the results must be too
 
 import os
 import sys
+import tempfile
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from .conftest import make_model
+from grpo_trl import GRPOConfig, GRPOTrainer
+
+from .conftest import make_model, make_tokenizer
 from .training import train, weights
 
 
@@ -61,9 +64,32 @@ def run_case(prompts=INFORMATIVE, completions=16, **options):
 
 
 def sampled():
-    """The completions that this rank samples for the same prompt as the other."""
-    trainer = train(make_model(), ["ab="] * 4, rollout_func=None, reward_funcs=length, per_device_train_batch_size=8)
-    return [completion.ids for completion in trainer._window.completions]
+    """What this rank samples by itself: in an evaluation of fewer prompts than ranks, in training, and in another one."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            make_model().double(),
+            length,
+            GRPOConfig(
+                output_dir=folder,
+                per_device_train_batch_size=16 // world_size,
+                num_generations=4,
+                max_steps=2,
+                max_completion_length=8,
+                gradient_checkpointing=False,
+                report_to="none",
+                save_strategy="no",
+                use_cpu=True,
+                disable_tqdm=True,
+            ),
+            Dataset.from_dict({"prompt": [*INFORMATIVE, "x", "yz", "0=", "1=2"]}),
+            processing_class=make_tokenizer(),
+        )
+        few = trainer.evaluate(Dataset.from_dict({"prompt": ["bc"]}))
+        trainer.train()
+        more = trainer.evaluate(Dataset.from_dict({"prompt": ["a", "bc", "def"]}))
+    written = [(c.prompt_ids, c.ids) for c in trainer._window.completions]
+    return {"written": written, "evaluations": [few, more], "after": weights(trainer.model)}
 
 
 def length(completions):

@@ -9,8 +9,11 @@ import psutil
 import pytest
 import torch
 
-from .ranks import CASES, run_cases
+from .ranks import CASES, run_cases, sampled
 from .training import relative_error
+
+
+TIMED = ("time", "runtime", "per_second")
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +54,29 @@ def test_weights_are_those_of_one_process(case, one, two):
         assert relative_error(one[case]["before"], rank[case]["after"], one[case]["after"]) < 1e-5
 
 
-def test_ranks_sample_with_noise_of_their_own(two):
-    assert two[0]["sampled"] != two[1]["sampled"]
+def test_two_ranks_sample_what_one_samples(two):
+    """In float64; in float32 rounding decides between tokens that are nearly tied."""
+    alone = sampled()
+    written = [rank["sampled"]["written"] for rank in two]
+    assert [len(rows) for rows in written] == [8, 8]
+    assert sorted(written[0] + written[1]) == sorted(alone["written"])
+    assert len({tuple(ids) for _, ids in alone["written"]}) > 8
+    for rank in two:
+        for mine, other in zip(rank["sampled"]["evaluations"], alone["evaluations"], strict=True):
+            assert untimed(mine) == pytest.approx(untimed(other), rel=1e-9, nan_ok=True)
+        for name, value in alone["after"].items():
+            assert torch.allclose(rank["sampled"]["after"][name], value, rtol=1e-9, atol=1e-12)
+
+
+def untimed(metrics):
+    return {k: v for k, v in metrics.items() if not any(word in k for word in TIMED)}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_metrics_are_those_of_one_process(case, one, two):
     """Evaluation has five prompts, so that one rank has one more than the other."""
-    timed = ("time", "runtime", "per_second")
     for rank in two:
         for kind in ("log", "evaluation"):
-            expected = {k: v for k, v in one[case][kind].items() if not any(word in k for word in timed)}
+            expected = untimed(one[case][kind])
             actual = {k: v for k, v in rank[case][kind].items() if k in expected}
             assert actual == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -144,11 +144,11 @@ class GRPOConfig(TrainingArguments):
     generation_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of transformers.GenerationConfig, as JSON."}
     )
-    max_rows_in_flight: int = field(
-        default=256,
+    max_rows_in_flight: int | None = field(
+        default=None,
         metadata={
             "help": "Completions that are decoded at a time, at most; the others wait. Bounds the memory of their keys and "
-            "values, and changes nothing in what is sampled, up to rounding."
+            "values, and changes nothing in what is sampled, up to rounding. Default: 256, on a CPU 128."
         },
     )
     chat_template_kwargs: dict[str, Any] | str | None = field(
@@ -341,7 +341,7 @@ class GRPOConfig(TrainingArguments):
         check("top_p", 0 < self.top_p <= 1, "it must be above 0 and at most 1")
         check("top_k", self.top_k >= 0, "use 0 (all tokens) or more")
         check("min_p", self.min_p is None or 0 <= self.min_p <= 1, "it must be between 0 and 1")
-        check("max_rows_in_flight", self.max_rows_in_flight >= 1, "use at least 1, e.g. 256")
+        check("max_rows_in_flight", self.max_rows_in_flight is None or self.max_rows_in_flight >= 1, "use at least 1")
         check("repetition_penalty", self.repetition_penalty > 0, "it must be above 0; 1.0 changes nothing")
         check("beta", 0 <= self.beta < math.inf, "it must be 0 or more, e.g. 0.04")
         check("epsilon", 0 < self.epsilon < 1, "it must be between 0 and 1, e.g. 0.2")

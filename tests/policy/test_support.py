@@ -6,7 +6,7 @@ import torch
 import transformers
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-from grpo_trl.policy import Packer, disagreement, enable_scoring, score, score_completions, unservable
+from grpo_trl.policy import Packer, disagreement, enable_scoring, ignored_window, score, score_completions, unservable
 
 from .families import FAMILIES, SIZES, WINDOWED, make_completions, make_family
 
@@ -70,6 +70,41 @@ def test_nothing_speaks_against_the_families_that_are_served(case):
 )
 def test_layers_that_are_no_attention_are_a_reason(kind, reason):
     assert unservable(make_other(kind)) == reason
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_positions_that_depend_on_the_longest_row_are_a_reason(kind, nested):
+    model = make_family("llama")
+    parameters = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0}
+    model.config.rope_parameters = {"full_attention": parameters} if nested else parameters
+    assert unservable(model) == f"LlamaForCausalLM turns positions by the longest row of a batch (rope_type {kind})"
+
+
+WINDOW_IN_MASK = {
+    "Qwen2Moe": EXPERTS
+    | {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2},
+    "Phimoe": {"num_key_value_heads": 2, "num_local_experts": 2, "sliding_window": 4},
+}
+
+
+@pytest.mark.parametrize("prefix", WINDOW_IN_MASK)
+def test_a_window_that_attention_does_not_hear_of_is_a_reason(prefix):
+    config = getattr(transformers, f"{prefix}Config")(**SIZES, **WINDOW_IN_MASK[prefix])
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config)
+    reason = f"{prefix}ForCausalLM has a window of 4 tokens in its mask alone"
+    assert ignored_window(model) == reason
+    assert compare(model) == reason
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_served_families_tell_their_attention_of_their_window(case):
+    name, changes = CASES[case]
+    model = make_family(name, **changes).train()
+    before = model.config._attn_implementation
+    assert ignored_window(model) is None
+    assert model.config._attn_implementation == before
+    assert model.training
 
 
 def test_attention_in_chunks_is_a_reason_whatever_the_layers_are_called():

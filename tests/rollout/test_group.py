@@ -4,6 +4,7 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
 from grpo_trl.rollout import (
@@ -560,6 +561,22 @@ def test_a_model_that_raises_when_decoded_by_groups_is_handed_to_generate(model,
     assert_generate_writes(engine, model, make_options(), caplog, "NotImplementedError: no such thing")
 
 
+def test_a_model_that_fsdp_shards_is_handed_to_generate(model, caplog):
+    engine = GroupEngine(model, make_options(), tokenizer=make_tokenizer())
+    layer = model.model.layers[0]
+    layer.__class__ = type(
+        "FSDPLayer", (FSDPModule, type(layer)), {}
+    )  # as fully_shard does it, after the engine was made
+    assert not warnings(caplog)
+    engine._hand_over_if(engine._disagreement(make_request()))
+    assert "FSDP shards its weights" in warnings(caplog)[0]
+
+
+def test_options_that_say_what_is_so_anyway_are_served(model, caplog):
+    sample(model, generation_kwargs={"num_beams": 1, "use_cache": True})
+    assert not warnings(caplog)
+
+
 @pytest.mark.parametrize("mixed_precision", [False, True])
 def test_half_precision_is_allowed_to_differ_more(model, caplog, monkeypatch, mixed_precision):
     right = cache.attend_part
@@ -630,6 +647,13 @@ def test_fewer_rows_are_in_flight_where_memory_is_short(model, caplog, monkeypat
     shapes = record_inputs(model)
     engine.rollout(make_request())
     assert max(rows for rows, _ in shapes) == fits
+
+
+def test_ranks_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    whole = group._free_memory(torch.device("cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert group._free_memory(torch.device("cpu")) == pytest.approx(whole / 4, rel=0.1)
 
 
 def test_rows_that_just_fit_are_all_in_flight(model, caplog, monkeypatch):

@@ -262,6 +262,17 @@ def test_rows_are_processed_together_only_where_no_processor_reads_tokens(settin
     assert len(calls) == ((0 if not settings else 1) if blind else 3)
 
 
+def test_processors_of_a_few_prompt_lengths_are_kept(monkeypatch):
+    monkeypatch.setattr(sampling, "KEPT_PROCESSORS", 2)
+    sampler = make_sampler(generation_kwargs={"min_new_tokens": 2})
+    prompts = [[5] * length for length in (1, 2, 3, 4, 5)]
+    logits = random_logits(5)
+    kept = draw(sampler, logits, [0.5] * 5, prompts)
+    assert len(sampler._processors) <= 2
+    monkeypatch.setattr(sampling, "KEPT_PROCESSORS", 64)
+    assert torch.equal(kept.tokens_R, draw(sampler, logits, [0.5] * 5, prompts).tokens_R)
+
+
 def test_logits_that_are_not_finite_give_log_probabilities_that_are_not():
     logits = random_logits(3)
     logits[1, 5] = torch.nan

@@ -27,7 +27,6 @@ PREFILL_TOKENS = 4096
 @dataclass(eq=False)
 class _Prompt:
     ids: list[int]
-    index: int
     waiting: deque["_Row"] = field(default_factory=deque)
     in_flight: int = 0
     slot: int = -1
@@ -85,7 +84,7 @@ class Decoding:
     def __post_init__(self) -> None:
         length = self.options.max_completion_length
         self._device = self.model.device
-        self._prompts = [_Prompt(ids, i) for i, ids in enumerate(self.request.prompt_ids)]
+        self._prompts = [_Prompt(ids) for ids in self.request.prompt_ids]
         self._rows = [
             _Row(prompt, uniforms(seed, g, length))
             for prompt, seed in zip(self._prompts, self.request.seeds, strict=True)

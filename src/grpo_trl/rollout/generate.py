@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
@@ -20,7 +20,6 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..policy import Completion, evaluation_mode
 from .base import Rollout, RolloutRequest, SamplingOptions
@@ -64,7 +63,7 @@ class GenerateEngine:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 stopping_criteria=StoppingCriteriaList([ends]),
-                synced_gpus=is_fsdp_managed_module(self.model),  # ZeRO-3's weights are whole in `context`
+                synced_gpus=sharded_by_fsdp(self.model),  # ZeRO-3's weights are whole in `context`
             )
         written = output[:, input_ids.shape[1] :].tolist()
         completions = [
@@ -74,6 +73,15 @@ class GenerateEngine:
             )
         ]
         return Rollout(completions, computed_tokens=len(rows) * len(written[0]))
+
+
+def sharded_by_fsdp(model: nn.Module) -> bool:
+    """Whether FSDP gathers weights at each call of a module in `model`."""
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
 
 
 class _Ends(StoppingCriteria):

@@ -17,13 +17,12 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ..policy import Completion, attending_by, causal_lm, evaluation_mode, ignored_window, tolerance, unservable
 from .base import Rollout, RolloutRequest, SamplingOptions
 from .cache import NAME, GroupCache
 from .decoding import Decoding
-from .generate import GenerateEngine
+from .generate import GenerateEngine, sharded_by_fsdp
 from .sampling import Sampler, stop_strings, unserved_option
 from .steps import CudaRecorder, EagerSteps, RecordedSteps
 from .weights import packed_weights
@@ -51,7 +50,8 @@ class GroupEngine:
     Args:
         model: The unwrapped policy.
         options: How tokens are drawn.
-        max_rows_in_flight: Completions that are decoded at a time, at most; fewer where memory is short.
+        max_rows_in_flight: Completions that are decoded at a time, at most; fewer where memory is short. By default 256,
+            on a CPU 128, where more gain little.
         tokenizer: Finds `stop_strings`.
         context: What the forward passes run in, e.g. the accelerator's autocast.
         mixed_precision: Whether that is half precision, whatever the weights are.
@@ -64,7 +64,7 @@ class GroupEngine:
         model: Any,
         options: SamplingOptions,
         *,
-        max_rows_in_flight: int = 256,
+        max_rows_in_flight: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         mixed_precision: bool = False,
@@ -126,7 +126,8 @@ class GroupEngine:
         Raises:
             MemoryError: Not even one row fits.
         """
-        rows = min(self.max_rows_in_flight, len(request.prompt_ids) * request.num_generations)
+        most = self.max_rows_in_flight or (128 if self.model.device.type == "cpu" else 256)
+        rows = min(most, len(request.prompt_ids) * request.num_generations)
         free = FREE_SHARE * _free_memory(self.model.device)
         wanted = self._cache_of(request, rows)
         while rows and self._bytes_of(cache := self._cache_of(request, rows)) > free:
@@ -170,21 +171,12 @@ class GroupEngine:
     def _disagreement(self, request: RolloutRequest) -> str | None:
         """Why what this engine says of its own tokens is not what the model says; None if it is.
 
-        The shortest and the longest prompt are continued twice each, by a few tokens; not all rows fit into flight.
-        Measures the memory of a token too.
+        Prompts are continued by a few tokens; not all rows fit into flight. Measures the memory of a token too.
         """
         name = type(causal_lm(self.model)).__name__
-        if is_fsdp_managed_module(self.model):
+        if sharded_by_fsdp(self.model):
             return "FSDP shards its weights, and ranks compute different numbers of steps"
-        order = sorted(range(len(request.prompt_ids)), key=lambda i: len(request.prompt_ids[i]))
-        chosen = sorted({order[0], order[-1]})
-        sample = replace(
-            request,
-            prompts=[request.prompts[i] for i in chosen],
-            prompt_ids=[request.prompt_ids[i] for i in chosen],
-            seeds=[request.seeds[i] for i in chosen],
-            num_generations=2,
-        )
+        sample = _sample_of(request)
         # Nothing ends before its length, so that there are tokens to compare
         endless = replace(
             self.options,
@@ -198,9 +190,7 @@ class GroupEngine:
             completions = self._write(sample, endless, None, cache).completions
         except (FloatingPointError, torch.OutOfMemoryError):
             raise
-        except (
-            Exception
-        ) as error:  # whatever a model's own code raises where it is called in a way that it does not know
+        except Exception as error:  # whatever a model's own code raises where it is called in a new way
             return f"{name} cannot be decoded by groups ({type(error).__name__}: {error})"
         self._bytes_per_token = cache.bytes_per_token
         if not self._bytes_per_token:
@@ -221,6 +211,18 @@ class GroupEngine:
             abs(log_probs[t, token].item() - logp)
             for t, (token, logp) in enumerate(zip(completion.ids, completion.sampler_logps, strict=True))
         ]
+
+
+def _sample_of(request: RolloutRequest) -> RolloutRequest:
+    """Two completions of the shortest prompt, and two of the longest."""
+    order = sorted(range(len(request.prompt_ids)), key=lambda i: len(request.prompt_ids[i]))
+    chosen = sorted({order[0], order[-1]})
+    return RolloutRequest(
+        prompts=[request.prompts[i] for i in chosen],
+        prompt_ids=[request.prompt_ids[i] for i in chosen],
+        num_generations=2,
+        seeds=[request.seeds[i] for i in chosen],
+    )
 
 
 def _columns(tokens: int) -> int:

@@ -11,10 +11,16 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, pad
 
 
 ROWS = 256
-"""For how many rows oneDNN lays weights out; they serve fewer and more as well."""
+"""For how many rows oneDNN lays weights out: it decides the layout, which serves fewer as well."""
+MOST_ROWS = 64
+"""With more rows than this the layout of training is about as fast."""
+ROUNDED = 8
+"""Rows are filled up to a multiple of this: oneDNN keeps half a megabyte of code for each number of rows and kind of
+layer."""
 FREE_SHARE = 0.1
 """Share of the free memory that copies of weights may take."""
 
@@ -32,12 +38,12 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
     if torch.is_autocast_enabled("cpu") or size > FREE_SHARE * psutil.virtual_memory().available:
         linears = []
     try:
-        for linear in linears:
-            linear.forward = _Packed(linear)  # type: ignore[method-assign]
+        for layer in linears:
+            layer.forward = _Packed(layer)  # type: ignore[method-assign]
         yield
     finally:
-        for linear in linears:
-            vars(linear).pop("forward", None)
+        for layer in linears:
+            vars(layer).pop("forward", None)
 
 
 def _is_packable(weight: Tensor) -> bool:
@@ -45,11 +51,17 @@ def _is_packable(weight: Tensor) -> bool:
 
 
 class _Packed:
-    """The forward of a linear layer, in oneDNN."""
+    """The forward of a linear layer, in oneDNN where the rows are few."""
 
     def __init__(self, linear: nn.Linear):
+        self.linear = linear
         self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
-        self.bias = linear.bias
 
     def __call__(self, input: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
+        rows_RK = input.reshape(-1, input.shape[-1])
+        count = len(rows_RK)
+        if count > MOST_ROWS:
+            return linear(input, self.linear.weight, self.linear.bias)
+        filled_RK = pad(rows_RK, (0, 0, 0, -count % ROUNDED))
+        output_RK = torch.ops.mkldnn._linear_pointwise(filled_RK, self.weight, self.linear.bias, "none", [], "")
+        return output_RK[:count].view(*input.shape[:-1], -1)
