@@ -86,7 +86,7 @@ def slow(*values):
         slow("qwen2", WINDOWED["qwen2"], 16),
         slow("gemma2", WINDOWED["gemma2"], 16),
         slow("gpt_neox", {}, 16),
-        slow("deepseek_v3", {}, 256),
+        slow("olmo2", {}, 256),
     ],
 )
 def test_a_rollout_of_recorded_steps_is_the_eager_one(monkeypatch, family, changes, columns):
