@@ -44,7 +44,7 @@ def measure(system: str, args) -> dict:
 
         def on_step_end(self, _, state, control, **kwargs):
             seconds.append(now() - self.start)
-            control.should_training_stop = reached(rewards, args.goal)
+            control.should_training_stop |= reached(rewards, args.goal)
 
     options = {
         "output_dir": tempfile.mkdtemp(),
@@ -96,8 +96,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--goal", type=float, default=0.8)
     parser.add_argument("--batch_size", type=int, default=64, help="completions of a step")
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--max_steps", type=int, default=100)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--max_steps", type=int, default=150)
     parser.add_argument("--child", choices=SYSTEMS, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
