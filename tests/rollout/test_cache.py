@@ -206,7 +206,7 @@ def start(cache, module, heads, prompt_lengths, seed=50):
     return query, output, prompts, layout
 
 
-def step_once(cache, module, heads, sequences, prompt_lengths, window, softcap, seed, **columns):
+def assert_next_step_is_dense(cache, module, heads, sequences, prompt_lengths, window, softcap, seed, **columns):
     """One step of all sequences through the cache, compared with dense attention."""
     num_heads, key_heads, size, value_size = heads
     rows = len(sequences)
@@ -232,10 +232,12 @@ def test_merged_parts_are_dense_attention_over_prompt_and_own_tokens(heads, wind
     _, _, prompts, _ = start(cache, module, heads, lengths)
     sequences = [Sequence(slot, prompts[slot]) for slot in (0, 2, 0, 2, 1)]
     for step in range(3):
-        step_once(cache, module, heads, sequences, lengths, window, softcap, seed=step)
+        assert_next_step_is_dense(cache, module, heads, sequences, lengths, window, softcap, seed=step)
     sequences.append(Sequence(2, prompts[2]))
     for step in range(3, 7):
-        step_once(cache, module, heads, sequences, lengths, window, softcap, seed=step, prompt_columns=16, columns=16)
+        assert_next_step_is_dense(
+            cache, module, heads, sequences, lengths, window, softcap, seed=step, prompt_columns=16, columns=16
+        )
 
 
 def test_a_prefill_attends_within_each_prompt():
@@ -257,14 +259,14 @@ def test_rows_and_prompts_that_move_take_their_tokens_along():
     _, _, prompts, _ = start(cache, module, heads, lengths)
     sequences = [Sequence(slot, prompts[slot]) for slot in (0, 2, 1, 2)]
     for step in range(3):
-        step_once(cache, module, heads, sequences, lengths, None, None, seed=step)
+        assert_next_step_is_dense(cache, module, heads, sequences, lengths, None, None, seed=step)
     cache.move_row(3, 0, 3)  # the only row of prompt 0 ends
     sequences[0] = sequences.pop()
     cache.move_prompt(2, 0, 4)
     for sequence in sequences:
         sequence.slot = 0 if sequence.slot == 2 else sequence.slot
     for step in range(3, 6):
-        step_once(cache, module, heads, sequences, [4, 5], None, None, seed=step)
+        assert_next_step_is_dense(cache, module, heads, sequences, [4, 5], None, None, seed=step)
 
 
 def test_a_slot_that_is_used_again_shows_nothing_of_who_had_it():
@@ -273,11 +275,13 @@ def test_a_slot_that_is_used_again_shows_nothing_of_who_had_it():
     _, _, prompts, _ = start(cache, module, heads, [7, 6])
     sequences = [Sequence(slot, prompts[slot]) for slot in (0, 1)]
     for step in range(4):
-        step_once(cache, module, heads, sequences, [7, 6], None, None, seed=step)
+        assert_next_step_is_dense(cache, module, heads, sequences, [7, 6], None, None, seed=step)
     _, _, prompts, _ = start(cache, module, heads, [3, 2], seed=80)
     sequences = [Sequence(slot, prompts[slot]) for slot in (0, 1)]
     for step in range(4, 7):
-        step_once(cache, module, heads, sequences, [3, 2], None, None, seed=step, prompt_columns=16, columns=16)
+        assert_next_step_is_dense(
+            cache, module, heads, sequences, [3, 2], None, None, seed=step, prompt_columns=16, columns=16
+        )
 
 
 def test_layers_have_memory_of_their_own():
@@ -290,7 +294,7 @@ def test_layers_have_memory_of_their_own():
         sequences.append([Sequence(0, prompts[0])])
     for step in range(3):
         for i, module in enumerate(layers):
-            step_once(cache, module, heads, sequences[i], lengths, None, None, seed=10 * step + i)
+            assert_next_step_is_dense(cache, module, heads, sequences[i], lengths, None, None, seed=10 * step + i)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
