@@ -3,13 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint slow quickstarts
+.PHONY: quickstart test lint slow soak quickstarts
 
 quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/ready ## the tests that a developer runs
-	$(BIN)/python -m pytest --cov
+	$(BIN)/python -m pytest --cov -n 2
 
 lint: $(VENV)/ready ## style and types
 	$(BIN)/ruff check .
@@ -18,6 +18,9 @@ lint: $(VENV)/ready ## style and types
 
 slow: $(VENV)/ready ## the tests that take minutes each: GSM8K with a real model
 	$(BIN)/python -m pytest -m slow --ignore tests/test_quickstart.py --durations=0 -rP
+
+soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour
+	$(BIN)/python -m tests.soak --kills 200
 
 quickstarts: $(VENV)/ready ## the quickstart for three seeds at both levels
 	$(BIN)/python -m pytest -m slow tests/test_quickstart.py -rP

@@ -4,6 +4,7 @@ The global batch is the same for any number of ranks, so the results must be too
 """
 
 import os
+import signal
 import sys
 import tempfile
 
@@ -13,6 +14,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl.errors import RunStopped
 
 from .conftest import make_model, make_tokenizer
 from .training import train, weights
@@ -96,10 +98,156 @@ def length(completions):
     return [float(len(text)) for text in completions]
 
 
+# ---- What one rank meets and all must survive ----
+LAST = int(os.environ.get("WORLD_SIZE", "1")) - 1
+"""The rank that meets it."""
+
+
+def is_last():
+    return int(os.environ.get("RANK", "0")) == LAST
+
+
+class OnLastRank(TrainerCallback):
+    """Calls a function on the last rank at the end of a step."""
+
+    def __init__(self, step, function):
+        self.step, self.function = step, function
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step and is_last():
+            self.function()
+
+
+def in_windows_of_two_steps(folder, resume=None, callbacks=None, **options):
+    """Sampled by the trainer; every step is saved. The trainer, and what it raised."""
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8 // (LAST + 1),
+        "num_generations": 4,
+        "num_iterations": 2,
+        "beta": 0.1,
+        "learning_rate": 0.01,
+        "max_steps": 6,
+        "max_completion_length": 8,
+        "gradient_checkpointing": False,
+        "logging_steps": 4,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    reward_funcs = options.pop("reward_funcs", length)
+    model = options.pop("model", None) or make_model()
+    prompts = Dataset.from_dict({"prompt": [*INFORMATIVE, "x", "yz", "0=", "1=2"]})
+    args = GRPOConfig(**(defaults | options))
+    trainer = GRPOTrainer(model, reward_funcs, args, prompts, processing_class=make_tokenizer(), callbacks=callbacks)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except (SystemExit, RunStopped) as stop:
+        return trainer, stop
+    return trainer, None
+
+
+def end(trainer):
+    written = [(c.prompt_ids, c.ids, c.advantage) for c in trainer._window.completions]
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"after": weights(trainer.model), "written": written, "log": logs}
+
+
+def interrupted(folder):
+    """A run, the same resumed inside a window, and the same stopped by a signal that one rank gets, and resumed."""
+    whole, _ = in_windows_of_two_steps(f"{folder}/whole")
+    resumed, _ = in_windows_of_two_steps(f"{folder}/resumed", f"{folder}/whole/checkpoint-3")
+    callbacks = [OnLastRank(3, lambda: os.kill(os.getpid(), signal.SIGTERM))]
+    _, stop = in_windows_of_two_steps(f"{folder}/stopped", callbacks=callbacks, save_strategy="no")
+    saved = sorted(os.listdir(f"{folder}/stopped"))
+    again, _ = in_windows_of_two_steps(f"{folder}/stopped", True, save_strategy="no")
+    return {"ends": [end(whole), end(resumed), end(again)], "code": stop.code, "saved": saved}
+
+
+def short_of_memory(folder):
+    """Training, with and without memory that runs out on the last rank."""
+    ends = []
+    for limit in (10**9, 30):
+        model = make_model()
+        sizes = []
+
+        def hook(module, args, kwargs, limit=limit, sizes=sizes):
+            if "scored" in kwargs and is_last():
+                sizes.append(kwargs["input_ids"].numel())
+                if sizes[-1] > limit:
+                    raise torch.OutOfMemoryError("made up")
+
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+        trainer, _ = in_windows_of_two_steps(f"{folder}/{limit}", model=model, save_strategy="no", optim="sgd")
+        ends.append(weights(trainer.model))
+    return {"ends": ends, "largest": max(sizes, default=None)}
+
+
+def not_finite(folder):
+    """The last rank's gradient is broken in the second step."""
+    model, steps = make_model(), []
+
+    def hook(gradient):
+        steps.append(0)
+        return gradient * float("nan") if is_last() and len(steps) == 3 else gradient  # two pieces a step
+
+    model.model.embed_tokens.weight.register_hook(hook)
+    snapshots = Snapshots()
+    options = {"num_iterations": 1, "beta": 0.0, "save_strategy": "no", "logging_steps": 1}
+    trainer, _ = in_windows_of_two_steps(f"{folder}/run", model=model, callbacks=[snapshots], **options)
+    return {"moved": snapshots.moved, "skipped": [entry.get("nonfinite_steps") for entry in trainer.state.log_history]}
+
+
+class Snapshots(TrainerCallback):
+    """Whether each step moved the weights."""
+
+    def __init__(self):
+        self.moved, self.before = [], None
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.before = weights(model)
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        after = weights(model)
+        self.moved.append(any(not torch.equal(after[name], value) for name, value in self.before.items()))
+        self.before = after
+
+
+def failing_rewards(folder):
+    """A reward function that throws on the last rank: what is excluded, and what stops all ranks."""
+    outcome = {}
+    for action in ("exclude", "raise"):
+        options = {"on_reward_error": action, "reward_funcs": hates_short, "save_strategy": "no", "logging_steps": 1}
+        trainer, stop = in_windows_of_two_steps(f"{folder}/{action}", **options)
+        failures = [entry.get("rewards/hates_short/failures") for entry in trainer.state.log_history]
+        outcome[action] = {"steps": trainer.state.global_step, "stop": repr(stop), "failures": failures}
+    return outcome
+
+
+def hates_short(completions):
+    if is_last() and any(len(text) % 3 == 0 for text in completions):
+        raise KeyError("made up")
+    return length(completions)
+
+
+INCIDENTS = {
+    "interrupted": interrupted,
+    "short of memory": short_of_memory,
+    "not finite": not_finite,
+    "failing rewards": failing_rewards,
+}
+
+
+def run_incidents(folder):
+    """Each in a folder of its own, which all ranks share."""
+    return {name: incident(f"{folder}/{name}") for name, incident in INCIDENTS.items()}
+
+
 def run_cases():
     return {name: run_case(**case) for name, case in CASES.items()}
 
 
 if __name__ == "__main__":
-    results = run_cases() | {"sampled": sampled()}
+    results = run_cases() | {"sampled": sampled(), "incidents": run_incidents(f"{sys.argv[1]}-runs")}
     torch.save(results, f"{sys.argv[1]}.{os.environ['RANK']}")

@@ -25,8 +25,17 @@ def refusal(**options) -> str:
 
 
 # ---- Defaults ----
-OWN_OPTIONS = {"loss_level", "max_rows_in_flight", "max_tokens_per_piece", "prompt_overflow", "shared_prefix"}
+OWN_OPTIONS = {
+    "loss_level",
+    "max_rows_in_flight",
+    "max_tokens_per_piece",
+    "prompt_overflow",
+    "shared_prefix",
+    *("reward_workers", "reward_timeout", "reward_retries", "reward_memory_limit", "on_reward_error"),
+    *("max_reward_failure_rate", "max_nonfinite_steps", "dead_run_patience", "on_dead_run", "phase_warning_seconds"),
+}
 OTHER_DEFAULTS = {
+    "ddp_broadcast_buffers": (False, None),  # a forward that is made anew must wait for nobody
     "gradient_checkpointing": (None, True),  # resolved to True; transformers renames the option
     "logging_nan_inf_filter": (False, True),  # a loss that is not finite must be seen
 }

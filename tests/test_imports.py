@@ -11,10 +11,10 @@ import grpo_trl
 
 PACKAGE = Path(grpo_trl.__file__).parent
 LAYERS = (
-    ("objective", "seeds"),
+    ("objective", "seeds", "errors"),
     ("policy", "rewards", "rollout", "metrics"),
-    ("data", "models", "launch", "scoring", "state", "config", "report"),
-    ("evaluation", "trainer"),
+    ("data", "models", "launch", "scoring", "signals", "guards", "watchdog", "state", "config", "report"),
+    ("evaluation", "windows", "resumable", "trainer"),
     ("__init__",),
 )
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
@@ -104,14 +104,14 @@ def test_what_is_pure_knows_no_logger_and_no_rank(room):
     assert not {name for name in outer_imports_of(room) if name.startswith("torch.distributed")}
 
 
-def test_only_the_trainer_knows_the_trainer_of_transformers():
+def test_only_the_trainer_and_its_base_know_the_trainer_of_transformers():
     names = {"Trainer", "TrainerCallback", "TrainerControl", "TrainerState"}
     knowing = {
         module
         for module in MODULES
         if {n.split(".")[-1] for n in imports_of(module) if n.startswith("transformers")} & names
     }
-    assert knowing == {("trainer",)}
+    assert knowing == {("trainer",), ("resumable",)}
 
 
 def test_only_the_trainer_imports_the_trainer_and_its_config():
@@ -119,4 +119,5 @@ def test_only_the_trainer_imports_the_trainer_and_its_config():
     assert {m: used for m, used in users.items() if used} == {
         ("__init__",): {"config", "trainer"},
         ("trainer",): {"config"},
+        ("resumable",): {"config"},
     }

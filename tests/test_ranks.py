@@ -9,6 +9,8 @@ import psutil
 import pytest
 import torch
 
+from grpo_trl.signals import EXIT_CODE
+
 from .ranks import CASES, run_cases, sampled
 from .training import relative_error
 
@@ -66,6 +68,47 @@ def test_two_ranks_sample_what_one_samples(two):
             assert untimed(mine) == pytest.approx(untimed(other), rel=1e-9, nan_ok=True)
         for name, value in alone["after"].items():
             assert torch.allclose(rank["sampled"]["after"][name], value, rtol=1e-9, atol=1e-12)
+
+
+# ---- What one rank meets ----
+
+
+def test_a_run_of_two_ranks_that_was_interrupted_ends_as_if_it_had_not_been(two):
+    for rank in two:
+        incident = rank["incidents"]["interrupted"]
+        whole, *others = incident["ends"]
+        for other in others:
+            assert all(torch.equal(other["after"][name], value) for name, value in whole["after"].items())
+            assert other["written"] == whole["written"]
+            assert [*map(untimed, other["log"])] == [*map(untimed, whole["log"])]
+        assert incident["code"] == EXIT_CODE
+        assert incident["saved"] == ["checkpoint-3"]
+
+
+def test_a_rank_that_runs_out_of_memory_makes_its_step_anew(two):
+    for rank in two:
+        plain, small = rank["incidents"]["short of memory"]["ends"]
+        assert all(torch.allclose(small[name], value, rtol=1e-4, atol=1e-6) for name, value in plain.items())
+    assert two[0]["incidents"]["short of memory"]["largest"] is None
+    assert two[1]["incidents"]["short of memory"]["largest"] > 30
+
+
+def test_no_rank_makes_a_step_that_is_not_finite_on_one(two):
+    for rank in two:
+        incident = rank["incidents"]["not finite"]
+        assert incident["moved"] == [True, False, True, True, True, True]
+        assert incident["skipped"][:3] == [None, 1.0, None]
+
+
+def test_a_reward_function_that_fails_on_one_rank_fails_for_all(two):
+    for rank in two:
+        excluded, raised = (rank["incidents"]["failing rewards"][action] for action in ("exclude", "raise"))
+        assert excluded["steps"] == 6
+        assert max(filter(None, excluded["failures"])) >= 1
+        assert excluded["stop"] == "None"
+        assert raised["steps"] < 6
+        assert "RunStopped" in raised["stop"]
+        assert "hates_short" in raised["stop"]
 
 
 def untimed(metrics):

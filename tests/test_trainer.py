@@ -453,7 +453,8 @@ def test_the_reference_moves_when_it_is_synced():
         ),
         ({"max_completion_length": 128}, r"max_completion_length=128 leaves no room.*context of 128.*at most 127"),
         ({"max_completion_length": 124}, r"prompts of train_dataset leave no room.*max_completion_length=124"),
-        ({"rollout_func": None, "reward_funcs": lambda completions: [1.0]}, r"'<lambda>' returned 1 values for 4"),
+        ({"reward_funcs": lambda nobody_has: [1.0]}, r"'<lambda>' takes nobody_has"),
+        ({"reward_timeout": 1.0}, r"reward_timeout=1.0 needs reward_workers=1"),
         ({"reward_funcs": []}, "reward_funcs is empty"),
         ({"beta": 0.1, "sync_ref_model": True, "peft_config": LORA}, "sync_ref_model=True"),
     ],
@@ -513,7 +514,7 @@ def test_overflowing_prompts_are_dropped_or_cut(caplog):
     long = "a" * 126
     for policy, rows in (("drop", 4), ("truncate_left", 5)):
         trainer = sample(make_model(), [*PROMPTS, long], prompt_overflow=policy)
-        assert len(trainer._prompts) == rows
+        assert len(trainer._windows.prompts) == rows
         assert "1 of 5 prompts" in caplog.text
         caplog.clear()
-    assert trainer._prompts.prompts([4])[0].ids == make_tokenizer()("a" * 120)["input_ids"]
+    assert trainer._windows.prompts.prompts([4])[0].ids == make_tokenizer()("a" * 120)["input_ids"]

@@ -1,10 +1,32 @@
-"""GRPO for language models, as a `transformers.Trainer`."""
+"""GRPO for language models, as a `transformers.Trainer`.
 
-from importlib.metadata import version
+Names are imported when they are used, so that a worker process that calls a reward function of this package loads no torch.
+"""
 
-from .config import GRPOConfig
-from .trainer import GRPOTrainer
+import importlib
+from typing import TYPE_CHECKING, Any
 
 
-__all__ = ["GRPOConfig", "GRPOTrainer"]
-__version__ = version("grpo_trl")
+if TYPE_CHECKING:
+    from .config import GRPOConfig
+    from .errors import RunStopped
+    from .trainer import GRPOTrainer
+
+__all__ = ["GRPOConfig", "GRPOTrainer", "RunStopped"]
+__version__: str
+
+_MODULES = {"GRPOConfig": "config", "GRPOTrainer": "trainer", "RunStopped": "errors"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("grpo_trl")
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

@@ -13,8 +13,10 @@ import torch
 from transformers import TrainingArguments
 
 from .data import CONTEXT, OVERFLOW_POLICIES, PromptLimit, Schedule
+from .guards import DEAD_RUN_ACTIONS
 from .objective import LOSS_LEVELS
 from .objective.advantages import SCALES
+from .rewards.failures import ON_ERROR
 from .rollout import SamplingOptions
 
 
@@ -66,6 +68,10 @@ class GRPOConfig(TrainingArguments):
         default=False, metadata={"help": "Show reward functions the column 'prompt' alone."}
     )
 
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={"help": "Send the first rank's buffers to all in each step; language models need it not."},
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Replace a loss that is not finite by the mean of those before it in the log."}
     )
@@ -96,6 +102,59 @@ class GRPOConfig(TrainingArguments):
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward function. Default: all 1."}
+    )
+
+    # Rewards and guards
+    reward_workers: int = field(
+        default=0,
+        metadata={
+            "help": "Processes in which reward functions run, on each rank. 0: they run in the training process."
+        },
+    )
+    reward_timeout: float | None = field(
+        default=None, metadata={"help": "Seconds that a call of a reward function may take. Needs reward_workers."}
+    )
+    reward_retries: int = field(
+        default=0, metadata={"help": "How often a call of a reward function that failed is made anew as it is."}
+    )
+    reward_memory_limit: float = field(
+        default=4.0, metadata={"help": "GiB of memory that a process of reward_workers may take (on Linux)."}
+    )
+    on_reward_error: str = field(
+        default="exclude",
+        metadata={
+            "help": "What becomes of a completion that a reward function fails on: it has no reward and no advantage "
+            "('exclude'), or the run is saved and stops ('raise').",
+            "choices": list(ON_ERROR),
+        },
+    )
+    max_reward_failure_rate: float = field(
+        default=0.5,
+        metadata={"help": "Save and stop when a reward function fails on more than this share of a window."},
+    )
+    max_nonfinite_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Save and stop after so many optimizer steps in a row whose loss or gradient is not finite; such "
+            "steps change no weights."
+        },
+    )
+    dead_run_patience: int | None = field(
+        default=20,
+        metadata={
+            "help": "So many windows in a row in which no group has rewards that differ, or every completion is cut off, "
+            "are a dead run. None: never."
+        },
+    )
+    on_dead_run: str = field(
+        default="warn",
+        metadata={
+            "help": "Say that a run is dead ('warn'), or save and stop ('stop').",
+            "choices": list(DEAD_RUN_ACTIONS),
+        },
+    )
+    phase_warning_seconds: float | None = field(
+        default=600, metadata={"help": "Say which phase, of which rank, takes longer than this. None: never."}
     )
 
     # Geometry
@@ -294,6 +353,8 @@ class GRPOConfig(TrainingArguments):
             ("loss_level", tuple(LOSS_LEVELS)),
             ("scale_rewards", SCALES),
             ("prompt_overflow", OVERFLOW_POLICIES),
+            ("on_reward_error", ON_ERROR),
+            ("on_dead_run", DEAD_RUN_ACTIONS),
             ("shared_prefix", ("auto", True, False)),
         ):
             if getattr(self, name) not in choices:
@@ -349,6 +410,13 @@ class GRPOConfig(TrainingArguments):
         check("num_generations_eval", self.eval_generations >= 1, "use at least 1")
         check("ref_model_sync_steps", self.ref_model_sync_steps >= 1, "use at least 1")
         check("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "it must be between 0 and 1")
+        check("reward_workers", self.reward_workers >= 0, "use 0 (none) or more")
+        check("reward_retries", self.reward_retries >= 0, "use 0 or more")
+        check("reward_memory_limit", self.reward_memory_limit > 0, "it must be above 0, e.g. 4.0")
+        check("max_reward_failure_rate", 0 <= self.max_reward_failure_rate <= 1, "it must be between 0 and 1")
+        check("max_nonfinite_steps", self.max_nonfinite_steps >= 1, "use at least 1")
+        for name in ("reward_timeout", "dead_run_patience", "phase_warning_seconds"):
+            check(name, getattr(self, name) is None or getattr(self, name) > 0, "it must be above 0, or None")
         for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
             check(name, isinstance(getattr(self, name), (dict, NoneType)), "it must be a dict, as JSON '{\"key\": 1}'")
 

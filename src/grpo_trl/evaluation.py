@@ -9,6 +9,7 @@ from .data import PromptSet
 from .metrics import MetricLog
 from .rollout import RoundRunner
 from .seeds import derive_seed
+from .signals import together
 
 
 def evaluate_prompts(
@@ -43,6 +44,9 @@ def evaluate_prompts(
 
     Returns:
         TRL's metrics, without a prefix.
+
+    Raises:
+        StopRequested, RunStopped, RuntimeError: See `together`.
     """
     metrics, unread = MetricLog(), MetricLog()
     own = range(rank, len(prompts), world_size)
@@ -52,8 +56,10 @@ def evaluate_prompts(
         batch = own[start : start + step]
         # A rank that has run out of prompts goes on with the first: sampling and reward models may be collective
         log = metrics if batch else unread
-        sampled = runner.run(
-            prompts.prompts(batch or range(1)), num_generations, derive_seed(seed, "eval"), trainer_state, log
-        )
-        log.add_all(sampled.metrics())
+
+        def sample(batch: range = batch or range(1), log: MetricLog = log) -> None:
+            sampled = runner.run(prompts.prompts(batch), num_generations, derive_seed(seed, "eval"), trainer_state, log)
+            log.add_all(sampled.metrics())
+
+        together(sample, rank, gather)
     return metrics.reduce(gather)

@@ -63,6 +63,23 @@ class Mean:
 
 
 @dataclass(frozen=True)
+class Sum:
+    """The total."""
+
+    total: Number
+
+    def __add__(self, other: Sum) -> Sum:
+        return Sum(self.total + other.total)
+
+    def on_cpu(self) -> Sum:
+        return Sum(float(self.total))
+
+    @property
+    def value(self) -> float | None:
+        return float(self.total)
+
+
+@dataclass(frozen=True)
 class Max:
     """The largest; -inf stands for nothing."""
 
@@ -202,6 +219,21 @@ class MetricLog:
     def add_all(self, metrics: dict[str, Metric]) -> None:
         for name, metric in metrics.items():
             self.add(name, metric)
+
+    def take(self, other: MetricLog) -> None:
+        """Add all that `other` holds, which is then empty."""
+        self.add_all(other._metrics)
+        other._metrics = {}
+
+    def state(self) -> dict[str, list[Any]]:
+        """What `load_state` of another process goes on from: for each name the kind of metric and its numbers."""
+        cpu = {name: metric.on_cpu() for name, metric in self._metrics.items()}
+        return {name: [type(metric).__name__, *vars(metric).values()] for name, metric in cpu.items()}
+
+    def load_state(self, state: dict[str, list[Any]]) -> None:
+        """Add what a `state` holds."""
+        kinds = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Std)}
+        self.add_all({name: kinds[kind](*numbers) for name, (kind, *numbers) in state.items()})
 
     @contextlib.contextmanager
     def timed(self, name: str) -> Iterator[Timer]:

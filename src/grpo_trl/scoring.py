@@ -3,14 +3,17 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import nn
 
 from .policy import Completion, Packer, Piece, disagreement, score_completions, unservable
 
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Scorer:
@@ -27,6 +30,8 @@ class Scorer:
         mixed_precision: Whether the policy computes in half precision, whatever its weights are.
         needs_all: Whether completions without an advantage have a gradient too, as the KL term gives them.
         gather: From a list of objects on this rank to the concatenated lists of all ranks.
+        recovers: Whether this rank may make other pieces than it began with when memory runs out. It may not where other
+            ranks wait for it in a forward.
 
     Raises:
         ValueError: `shared_prefix=True`, and the model cannot be served.
@@ -42,6 +47,7 @@ class Scorer:
         mixed_precision: bool,
         needs_all: bool,
         gather: Callable[[list[Any]], list[Any]],
+        recovers: bool = True,
     ):
         self.packer = replace(packer, shared_prefix=shared_prefix is not False)
         self.temperature = temperature
@@ -49,6 +55,7 @@ class Scorer:
         self._required = shared_prefix is True
         self._needs_all = needs_all
         self._gather = gather
+        self._recovers = recovers
         self._compared = False
         if self.packer.shared_prefix:
             self._pad_if(unservable(model))
@@ -69,15 +76,88 @@ class Scorer:
 
     def with_logps(self, model: nn.Module, completions: Sequence[Completion], name: str) -> list[Completion]:
         """`completions`, the informative ones with their log-probabilities under `model` in the field `name`."""
-        logps = iter(score_completions(model, self.informative(completions), self.packer, self.temperature))
+        informative = self.informative(completions)
+        logps = iter(
+            self._in_memory(informative, lambda: score_completions(model, informative, self.packer, self.temperature))
+        )
         return [
             replace(c, **cast("dict[str, Any]", {name: next(logps)})) if self._is_informative(c) else c
             for c in completions
         ]
 
-    def pieces(self, completions: Sequence[Completion], world_size: int) -> list[Piece]:
-        """The informative completions of an optimizer step, all of whose `completions` on this rank count."""
-        return self.packer.pieces(self.informative(completions), num_completions=len(completions) * world_size)
+    def in_pieces(
+        self,
+        completions: Sequence[Completion],
+        world_size: int,
+        work: Callable[[list[Piece]], Result],
+        undo: Callable[[], None],
+    ) -> Result:
+        """`work` on the informative completions of an optimizer step, all of whose `completions` on this rank count.
+
+        Where memory runs out, `undo` is called, and `work` anew on smaller pieces.
+
+        Raises:
+            torch.OutOfMemoryError: Memory runs out, and pieces cannot be smaller.
+        """
+        informative = self.informative(completions)
+        count = len(completions) * world_size
+        return self._in_memory(informative, lambda: work(self.packer.pieces(informative, num_completions=count)), undo)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run must know to make the same pieces."""
+        return {
+            "compared": self._compared,
+            "shared_prefix": self.packer.shared_prefix,
+            "max_tokens": self.packer.max_tokens,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._compared = state["compared"]
+        shared_prefix = self.packer.shared_prefix and state["shared_prefix"]
+        limits = [limit for limit in (self.packer.max_tokens, state["max_tokens"]) if limit is not None]
+        self.packer = replace(self.packer, shared_prefix=shared_prefix, max_tokens=min(limits, default=None))
+
+    def _in_memory(
+        self, completions: Sequence[Completion], work: Callable[[], Result], undo: Callable[[], None] = lambda: None
+    ) -> Result:
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                message = str(error).splitlines()[0]
+            # out of the handler, whose traceback holds what the pieces have allocated
+            undo()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._shrink(completions, message)
+
+    def _shrink(self, completions: Sequence[Completion], message: str) -> None:
+        """Cut into pieces of half the tokens from now on.
+
+        Raises:
+            torch.OutOfMemoryError: That is not possible.
+        """
+        size = self.packer.largest(completions)
+        smaller = replace(self.packer, max_tokens=size // 2)
+        if not self._recovers:
+            raise torch.OutOfMemoryError(
+                f"Memory ran out in a piece of {size} tokens ({message}), while other ranks wait for this one. Resume with "
+                f"max_tokens_per_piece={size // 2}: it changes nothing in the gradient."
+            )
+        if smaller.largest(completions) == size:
+            raise torch.OutOfMemoryError(
+                f"Memory ran out in a piece of {size} tokens, a single completion ({message}). Lower "
+                "max_completion_length or the length of prompts, set gradient_checkpointing=True, or use ZeRO or LoRA."
+            )
+        logger.warning(
+            "Memory ran out in a piece of %d tokens; the optimizer step, and all further ones, are made in pieces of %d "
+            "tokens at most, with the same gradient. max_tokens_per_piece=%d says so in advance. (%s)",
+            size,
+            size // 2,
+            size // 2,
+            message,
+        )
+        self.packer = smaller
 
     def _is_informative(self, completion: Completion) -> bool:
         return any(completion.mask) and bool(completion.advantage or self._needs_all)

@@ -2,9 +2,8 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +16,6 @@ from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -29,8 +27,9 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from .config import GRPOConfig
 from .data import PromptLimit, PromptSet
 from .evaluation import evaluate_prompts
+from .guards import DeadRun, NonFinite, Share, check_failures
 from .launch import check_launch, gathered_weights
-from .metrics import Mean, MetricLog, loss_metrics
+from .metrics import Mean, MetricLog, Sum, loss_metrics
 from .models import (
     Reference,
     add_adapter,
@@ -40,20 +39,21 @@ from .models import (
     load_policy,
     load_tokenizer,
 )
-from .objective import group_advantages, grpo_loss
+from .objective import grpo_loss
 from .policy import Completion, Packer, Piece, enable_scoring, evaluation_mode, score, serve_shared_prefix
 from .report import append_objective, merge_tables, print_completions, write_completions
+from .resumable import ResumableTrainer
 from .rewards import Rewards
-from .rollout import GroupEngine, RolloutEngine, RolloutFuncEngine, Round, RoundRunner
+from .rollout import GroupEngine, RolloutEngine, RolloutFuncEngine, RoundRunner
 from .scoring import Scorer
-from .seeds import derive_seed
-from .state import Window
+from .state import RunState, Window, fingerprint, resumed_state
+from .windows import WindowMaker
 
 
 PHASES = ("time/sampling", "time/rewards", "time/scoring", "time/update")
 
 
-class GRPOTrainer(Trainer):
+class GRPOTrainer(ResumableTrainer):
     """Trains a language model with Group Relative Policy Optimization.
 
     For each prompt it samples a group of completions, rewards them, and moves the model towards those that were better
@@ -115,6 +115,11 @@ class GRPOTrainer(Trainer):
             model_init_kwargs=args.init_kwargs,
             chat_template_kwargs=args.template_kwargs,
             batch_size=args.per_device_train_batch_size,
+            workers=args.reward_workers,
+            timeout=args.reward_timeout,
+            retries=args.reward_retries,
+            memory_limit=int(args.reward_memory_limit * 2**30),
+            on_error=args.on_reward_error,
         )
         super().__init__(
             model=policy,
@@ -132,15 +137,17 @@ class GRPOTrainer(Trainer):
             disable_dropout(self.model)
         self.model.add_model_tags(["grpo_trl", "grpo"])
 
-        self._metrics = MetricLog()
+        self._metrics, self._step_metrics = MetricLog(), MetricLog()
         self._window: Window | None = None
         self._timer = _StepTimer(self._metrics)
         self.add_callback(self._timer)
+        self._dead_run = DeadRun(args.dead_run_patience, args.on_dead_run, args.max_completion_length)
+        self._nonfinite = NonFinite(args.max_nonfinite_steps)
         self._scorer = self._make_scorer()
         self._prepare_reference(new_adapter=peft_config is not None)
-        self._prepare_prompts(writes_prompts=rollout_func is not None)
         rewards.prepare_models(lambda m: self.accelerator.prepare_model(m, device_placement=True, evaluation_mode=True))
         self._runner = self._make_runner(rewards, rollout_func)
+        self._prepare_prompts(writes_prompts=rollout_func is not None)
         set_seed(args.seed, device_specific=True)  # dropout differs between ranks
 
     # ---- Construction ----
@@ -151,7 +158,7 @@ class GRPOTrainer(Trainer):
             max_tokens=self.args.max_tokens_per_piece,
             pad_token_id=self.processing_class.pad_token_id,
             device=self.args.device,
-            agree=lambda count: max(gather_object([count])),
+            agree=(lambda count: max(gather_object([count]))) if self._waits_in_forward else int,
         )
         return Scorer(
             self.model,
@@ -161,7 +168,13 @@ class GRPOTrainer(Trainer):
             mixed_precision=self.accelerator.mixed_precision != "no",
             needs_all=self.args.beta > 0,
             gather=gather_object,
+            recovers=not self._waits_in_forward,
         )
+
+    @property
+    def _waits_in_forward(self) -> bool:
+        """Whether ranks wait for each other in every forward and backward, so that they must make equally many."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def _prepare_reference(self, new_adapter: bool) -> None:
         self._reference: Reference | None = None
@@ -185,9 +198,22 @@ class GRPOTrainer(Trainer):
         if self.train_dataset is None:
             return
         limit = self.args.prompt_limit(context, trained_on=not writes_prompts)
-        self._prompts = self._prompt_set(self.train_dataset, "train_dataset", limit)
-        self._schedule = self.args.schedule(len(self._prompts))
+        prompts = self._prompt_set(self.train_dataset, "train_dataset", limit)
+        self._schedule = self.args.schedule(len(prompts))
         self._schedule.check()
+        self._windows = WindowMaker(
+            prompts=prompts,
+            schedule=self._schedule,
+            runner=self._runner,
+            scorer=self._scorer,
+            reference=self._reference,
+            scale_rewards=self.args.scale_rewards,
+            seed=self.args.seed,
+            rank=self.args.process_index,
+            gather=gather_object,
+            check=self._check_window,
+            watch=self._watchdog.phase,
+        )
 
     def _prompt_set(self, dataset: Dataset, name: str, limit: PromptLimit) -> PromptSet:
         return PromptSet(
@@ -210,7 +236,7 @@ class GRPOTrainer(Trainer):
     def _make_runner(self, rewards: Rewards, rollout_func: Callable[..., dict[str, Any]] | None) -> RoundRunner:
         ends = eos_token_ids(self.model, self.processing_class)
         if rollout_func is not None:
-            engine: RolloutEngine = RolloutFuncEngine(rollout_func, self, ends)
+            engine: RolloutEngine = RolloutFuncEngine(rollout_func, self, ends, self._signals.breaking_in)
         else:
             engine = GroupEngine(
                 self.model,
@@ -221,8 +247,11 @@ class GRPOTrainer(Trainer):
                 mixed_precision=self.accelerator.mixed_precision != "no",
                 gather=gather_object,
                 show_progress=self._shows_progress,
+                check=self._signals.check,
             )
-        return RoundRunner(engine, rewards, self.processing_class)
+        return RoundRunner(
+            engine, rewards, self.processing_class, watch=self._watchdog.phase, breaking_in=self._signals.breaking_in
+        )
 
     @contextmanager
     def _whole_policy(self) -> Iterator[None]:
@@ -240,6 +269,9 @@ class GRPOTrainer(Trainer):
         if self.train_dataset is None:
             raise ValueError("train_dataset=None; pass a dataset with a column 'prompt' to train.")
         self._window = None
+        self._metrics.reduce(list)  # what an earlier train() did not log
+        if self._resumed is not None:
+            self._load_run_state(self._resumed)
         items = cast("torch.utils.data.Dataset[int]", range(self._schedule.items_per_epoch))
         return DataLoader(items, batch_size=1, collate_fn=_only)
 
@@ -249,65 +281,61 @@ class GRPOTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
-    ) -> tuple[list[list[Piece]], None]:
-        """The pieces of the next optimizer step, by micro-step; samples the windows that they need. Called once a step."""
+    ) -> tuple[list[list[Completion]], None]:
+        """The next optimizer step: all of its completions come in its last micro-step. Samples the windows that it needs.
+
+        Called once a step.
+        """
         self._timer.start_step()
+        self._between_steps()
         count = len(list(itertools.islice(epoch_iterator, num_batches)))
         batch_size = self.args.per_device_train_batch_size
         completions: list[Completion] = []
         for place in self._schedule.places(self.state.global_step, count):
             if self._window is None or self._window.index != place.window:
-                self._window = self._sample_window(place.window)
+                self._window = self._windows.make(place.window, self.model_wrapped, self.state, self._metrics)
             completions += self._window.completions[place.micro_step * batch_size :][:batch_size]
-        pieces = self._scorer.pieces(completions, self.args.world_size)
-        self._metrics.add("policy_signal", Mean(0.0, len(completions) - len(self._scorer.informative(completions))))
         self._timer.start_update()
-        return [pieces[i * len(pieces) // count : (i + 1) * len(pieces) // count] for i in range(count)], None
+        nothing: list[list[Completion]] = [[]] * (count - 1)
+        return [*nothing, completions], None
 
-    def _sample_window(self, index: int) -> Window:
-        """Sample, reward and score this rank's share of window `index`."""
-        rank = self.args.process_index
-        prompts = self._prompts.prompts(self._schedule.rows(index, rank))
-        seed = derive_seed(self.args.seed, "window", index)
-        sampled = self._runner.run(prompts, self.args.num_generations, seed, self.state, self._metrics)
-        self._metrics.add_all(sampled.metrics())
-        self.state.num_input_tokens_seen += sum(gather_object([sampled.num_tokens]))
-        advantages = self._advantages(sampled).flatten().tolist()
-        completions = [replace(c, advantage=a) for c, a in zip(sampled.completions, advantages, strict=True)]
-        with self._metrics.timed("time/scoring"):
-            self._scorer.compare(self.model_wrapped, completions)
-            if not self._schedule.on_policy:
-                completions = self._scorer.with_logps(self.model_wrapped, completions, "old_logps")
-            if self._reference is not None:
-                with self._reference.evaluating(self.model_wrapped) as reference:
-                    completions = self._scorer.with_logps(reference, completions, "ref_logps")
-        return Window(index, completions, sampled.table() | {"advantage": advantages})
-
-    def _advantages(self, sampled: Round) -> Tensor:
-        """Advantages by group, of shape (P, G)."""
-        window_rewards = None
-        if self.args.scale_rewards == "batch":
-            window_rewards = torch.tensor(gather_object(sampled.rewards.total_B.tolist()), dtype=torch.float64)
-        return group_advantages(sampled.total_PG, self.args.scale_rewards, window_rewards)
+    def _check_window(self, shares: Sequence[Share]) -> None:
+        check_failures(shares, self.args.max_reward_failure_rate)
+        self._dead_run.see(shares)
 
     # ---- The loss ----
-    def training_step(  # type: ignore[override]  # what Trainer passes on is a list of pieces
-        self, model: nn.Module, inputs: list[Piece], num_items_in_batch: Any = None
+    def training_step(  # type: ignore[override]  # what Trainer passes on is a list of completions
+        self, model: nn.Module, inputs: list[Completion], num_items_in_batch: Any = None
     ) -> Tensor:
-        """Forward and backward of a micro-step's pieces, of which there may be none; the sum of their losses.
+        """Forward and backward of an optimizer step's completions, piece by piece; the sum of the losses."""
+        if not inputs:
+            return torch.zeros((), device=self.args.device)
+        with self._watchdog.phase("the update"):
+            loss = self._scorer.in_pieces(
+                inputs, self.args.world_size, lambda pieces: self._backward(model, pieces), undo=model.zero_grad
+            )
+        self._metrics.take(self._step_metrics)
+        self._metrics.add("loss", Mean.of(loss))
+        self._metrics.add("policy_signal", Mean(0.0, len(inputs) - len(self._scorer.informative(inputs))))
+        self._step = inputs, loss
+        return loss
 
-        Only the last piece of an optimizer step synchronises gradients.
-        """
+    def _backward(self, model: nn.Module, pieces: list[Piece]) -> Tensor:
+        """Only the last piece synchronises gradients. DDP's is empty, so that until then no rank waits for another."""
+        self._step_metrics = MetricLog()
+        self._step_flos = 0.0
         loss = torch.zeros((), device=self.args.device)
-        synchronise = self.accelerator.sync_gradients
-        for place, piece in enumerate(inputs, start=1):
-            last = place == len(inputs)
-            self.accelerator.gradient_state._set_sync_gradients(synchronise and last)
+        if self.args.world_size > 1 and not self._waits_in_forward:
+            pieces = [*pieces, self._scorer.packer.piece([], pieces[0].num_completions)]
+        for place, piece in enumerate(pieces, start=1):
+            last = place == len(pieces)
+            self.accelerator.gradient_state._set_sync_gradients(last)
             with (
                 nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model),
                 serve_shared_prefix(model) if piece.layout else nullcontext(),  # for what the backward pass recomputes
             ):
-                loss = loss + super().training_step(model, piece, num_items_in_batch)  # type: ignore[arg-type]
+                loss = loss + super().training_step(model, piece)  # type: ignore[arg-type]
+            self._step_flos += super().floating_point_ops({"input_ids": piece.input_ids_RS})
         return loss
 
     def compute_loss(  # type: ignore[override]  # what Trainer passes on is a piece
@@ -327,17 +355,82 @@ class GRPOTrainer(Trainer):
             beta=self.args.beta,
             ref_logps_BT=inputs.ref_logps_BT,
         )
-        self._metrics.add_all(loss_metrics(output, scores, inputs))
+        self._step_metrics.add_all(loss_metrics(output, scores, inputs))
         return output.loss * self.args.world_size / inputs.num_completions
 
     def _prepare_inputs(self, inputs: Piece) -> Piece:  # type: ignore[override]
         return inputs  # on the device already, in the precision that it needs
 
-    def _track_num_input_tokens(self, inputs: list[Piece]) -> None:
+    def _track_num_input_tokens(self, inputs: list[Completion]) -> None:
         """Tokens are counted when a window is sampled."""
 
-    def floating_point_ops(self, inputs: list[Piece]) -> int:  # type: ignore[override]
-        return sum(super(GRPOTrainer, self).floating_point_ops({"input_ids": p.input_ids_RS}) for p in inputs)
+    def floating_point_ops(self, inputs: list[Completion]) -> float:  # type: ignore[override]
+        return self._step_flos if inputs else 0.0
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called between clipping and the update, which is skipped here if it is not finite."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        completions, loss = self._step
+        scaled = self.accelerator.scaler is not None  # whose gradients overflow at times; it skips these steps itself
+        if self._nonfinite.see(loss, None if scaled else grad_norm, self.accelerator.reduce):
+            self._metrics.add("nonfinite_steps", Sum(float(self.is_world_process_zero())))
+            if self._nonfinite.exhausted and not self._waits_in_forward:
+                self._nonfinite.culprits = gather_object(self._culprits(model, completions))
+            model.zero_grad()
+        return grad_norm
+
+    def _culprits(self, model: nn.Module, completions: list[Completion]) -> list[str]:
+        """Which of this rank's completions have a loss or a gradient that is not finite, each by itself."""
+        found = []
+        for completion in self._scorer.informative(completions):
+            model.zero_grad()
+            piece = self._scorer.packer.piece([completion], len(completions))
+            with (
+                self.accelerator.no_sync(model),
+                serve_shared_prefix(model) if piece.layout else nullcontext(),
+            ):
+                loss = super().training_step(model, piece)  # type: ignore[arg-type]
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            if not all(bool(values.isfinite().all()) for values in (loss, *gradients)):
+                found.append(repr(self.processing_class.decode(completion.prompt_ids + completion.ids)))
+        return found
+
+    # ---- What survives ----
+    def _run_state(self) -> RunState:
+        next_window = self._schedule.places(self.state.global_step, 1)[0].window
+        in_use = self._window is not None and self._window.index == next_window
+        reference = self._moving_reference()
+        return RunState(
+            schedule=fingerprint(self._schedule),
+            world_size=self.args.world_size,
+            window=self._window if in_use else None,
+            metrics=self._metrics.state(),
+            scoring=self._scorer.state(),
+            guards={"dead_run": self._dead_run.counts, "nonfinite": self._nonfinite.count},
+            reference=reference.state_dict() if reference is not None and self.is_world_process_zero() else None,
+        )
+
+    def _load_run_state(self, state: RunState) -> None:
+        self._window = state.window
+        self._metrics.load_state(state.metrics)
+        self._scorer.load_state(state.scoring)
+        self._dead_run.counts = state.guards["dead_run"]
+        self._nonfinite.count = state.guards["nonfinite"]
+        reference = self._moving_reference()
+        if reference is not None and state.reference is not None:
+            reference.load_state_dict(state.reference)
+
+    def _read_run_state(self, folder: Path) -> RunState:
+        return resumed_state(folder, self.args.process_index, self.args.world_size, self._schedule)
+
+    def _moving_reference(self) -> nn.Module | None:
+        """A reference whose weights change, so that they belong into a checkpoint."""
+        if not self.args.sync_ref_model or self._reference is None:
+            return None
+        return self.accelerator.unwrap_model(self._reference.model)
+
+    def _check_boundary(self) -> None:
+        self._nonfinite.check()
 
     # ---- What one sees ----
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -1,6 +1,9 @@
 import asyncio
 import functools
 import math
+import pickle
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from grpo_trl.rewards import RewardBatch, RewardNotes
-from grpo_trl.rewards.call import EventLoop, FunctionReward, ModelReward
+from grpo_trl.rewards.call import EventLoop, FunctionReward
+from grpo_trl.rewards.models import ModelReward
 
 from ..conftest import SIZES, make_tokenizer
 
@@ -27,8 +31,10 @@ def make_batch(**columns: list) -> RewardBatch:
     )
 
 
-def call(function, batch: RewardBatch | None = None, notes: RewardNotes | None = None) -> list[float]:
-    return FunctionReward(function)(batch or make_batch(), notes or RewardNotes())
+def call(function, batch: RewardBatch | None = None) -> list[float]:
+    answer = FunctionReward(function)(batch or make_batch())
+    assert answer.wrong == {}
+    return answer.values
 
 
 def lengths(completions):
@@ -65,7 +71,7 @@ def scaled(completions, scale):
 )
 def test_every_kind_of_callable_is_called_and_named(function, name):
     reward = FunctionReward(function)
-    assert reward(make_batch(), RewardNotes()) == [1.0, 2.0, 3.0, 4.0]
+    assert reward(make_batch()).values == [1.0, 2.0, 3.0, 4.0]
     assert reward.name == name
     assert not reward.is_async
 
@@ -74,7 +80,8 @@ def test_every_kind_of_callable_is_called_and_named(function, name):
 def test_every_kind_of_coroutine_function_is_recognised(function):
     reward = FunctionReward(function)
     assert reward.is_async
-    assert EventLoop().run([reward.call_async(make_batch(), RewardNotes())]) == [[1.0, 2.0, 3.0, 4.0]]
+    [answer] = EventLoop().run([reward.call_async(make_batch())])
+    assert answer.values == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_a_function_gets_only_what_it_names():
@@ -145,8 +152,7 @@ def test_a_column_never_hides_an_argument_of_the_trainer():
         log_metric("called", 1)
         return [0.0] * 4
 
-    notes = RewardNotes()
-    call(reward, batch, notes)
+    notes = FunctionReward(reward)(batch).notes
     assert seen == {"prompts": ["a=", "a=", "b=", "b="], "state": STATE}
     assert notes.metrics == {"called": [1.0]}
 
@@ -158,7 +164,12 @@ def test_an_argument_that_nobody_has_is_named_with_its_function():
     with pytest.raises(
         ValueError, match=r"'picky' takes solution, difficulty, .*may take answer, completion_ids, comp"
     ):
-        call(picky)
+        FunctionReward(picky).check(make_batch())
+
+
+@pytest.mark.parametrize("function", [lengths, lambda **kwargs: [], lambda answer, *rest, depth=1: []])
+def test_a_function_that_can_be_called_passes_the_check(function):
+    FunctionReward(function).check(make_batch())
 
 
 def test_notes_collect_columns_and_metrics():
@@ -168,8 +179,7 @@ def test_notes_collect_columns_and_metrics():
         log_metric("accuracy", torch.tensor(0.75))
         return lengths(completions)
 
-    notes = RewardNotes()
-    call(reward, notes=notes)
+    notes = FunctionReward(reward)(make_batch()).notes
     assert notes.columns == {"parsed": ["1", "22", "333", "4444"]}
     assert notes.metrics == {"accuracy": [0.25, 0.75]}
     assert all(type(value) is float for value in notes.metrics["accuracy"])
@@ -210,15 +220,6 @@ def test_none_becomes_nan():
         ({0: 1.0}, "returned dict; it must return a list"),
         ((x for x in range(4)), "returned generator; it must return a list"),
         (torch.tensor(1.0), "returned Tensor; it must return a list"),
-        ([1.0, "2", 3.0, 4.0], r"returned '2' \(str\) for completion 1"),
-        ([1.0, 2.0, math.nan, 4.0], r"returned nan \(float\) for completion 2"),
-        ([1.0, 2.0, 3.0, math.inf], r"returned inf \(float\) for completion 3"),
-        ([-math.inf, 2.0, 3.0, 4.0], r"returned -inf \(float\) for completion 0"),
-        (torch.tensor([1.0, torch.nan, 3.0, 4.0]), r"returned nan \(float\) for completion 1"),
-        (torch.ones(4, 1), r"returned \[1.0\] \(list\) for completion 0"),
-        ([1.0, 2.0, [3.0], 4.0], r"returned \[3.0\] \(list\) for completion 2"),
-        ([1.0, 2.0, 3.0, 4j], r"returned 4j \(complex\) for completion 3"),
-        ([1.0, 2.0, 3.0, torch.ones(2)], r"returned tensor\(\[1., 1.\]\) \(Tensor\) for completion 3"),
     ],
 )
 def test_what_is_no_reward_is_refused_by_name(returned, message):
@@ -229,12 +230,42 @@ def test_what_is_no_reward_is_refused_by_name(returned, message):
         call(wrong)
 
 
+@pytest.mark.parametrize(
+    "returned, place, message",
+    [
+        ([1.0, "2", 3.0, 4.0], 1, "returned '2' (str);"),
+        ([1.0, 2.0, math.nan, 4.0], 2, "returned nan (float);"),
+        ([1.0, 2.0, 3.0, math.inf], 3, "returned inf (float);"),
+        ([-math.inf, 2.0, 3.0, 4.0], 0, "returned -inf (float);"),
+        (torch.tensor([1.0, torch.nan, 3.0, 4.0]), 1, "returned nan (float);"),
+        ([1.0, torch.tensor(torch.nan), 3.0, 4.0], 1, "returned tensor(nan) (Tensor);"),
+        ([1.0, 2.0, [3.0], 4.0], 2, "returned [3.0] (list);"),
+        ([1.0, 2.0, 3.0, 4j], 3, "returned 4j (complex);"),
+        ([1.0, 2.0, 3.0, torch.ones(2)], 3, "returned tensor([1., 1.]) (Tensor);"),
+        ([1.0, 10**400, 3.0, 4.0], 1, f"returned 1{'0' * 199} (int);"),
+    ],
+)
+def test_a_value_that_is_no_reward_fails_its_own_completion(returned, place, message):
+    answer = FunctionReward(lambda completions: returned)(make_batch())
+    assert list(answer.wrong) == [place]
+    assert answer.wrong[place].startswith(message)
+    assert "must return a finite number, or None" in answer.wrong[place]
+    expected = [1.0, 2.0, 3.0, 4.0]
+    assert math.isnan(answer.values[place])
+    assert [v for i, v in enumerate(answer.values) if i != place] == [v for v in expected if v != place + 1]
+
+
+def test_every_value_may_be_none_of_a_reward():
+    answer = FunctionReward(lambda completions: torch.ones(4, 1))(make_batch())
+    assert sorted(answer.wrong) == [0, 1, 2, 3]
+
+
 def test_coroutines_are_checked_like_functions():
     async def wrong(completions):
         return [1.0]
 
     with pytest.raises(ValueError, match="'wrong' returned 1 values for 4"):
-        EventLoop().run([FunctionReward(wrong).call_async(make_batch(), RewardNotes())])
+        EventLoop().run([FunctionReward(wrong).call_async(make_batch())])
 
 
 def test_coroutines_run_at_the_same_time_and_keep_their_order():
@@ -263,9 +294,90 @@ def test_the_event_loop_outlives_a_call():
 
 def test_coroutines_can_be_awaited_from_inside_another_event_loop():
     async def notebook():
-        return EventLoop().run([FunctionReward(async_lengths).call_async(make_batch(), RewardNotes())])
+        return EventLoop().run([FunctionReward(async_lengths).call_async(make_batch())])
 
-    assert asyncio.run(notebook()) == [[1.0, 2.0, 3.0, 4.0]]
+    [answer] = asyncio.run(notebook())
+    assert answer.values == [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()])
+def test_a_coroutine_that_exits_does_not_end_the_event_loop(error):
+    async def leaving(completions):
+        raise error
+
+    loop = EventLoop()
+    with pytest.raises(RuntimeError, match=type(error).__name__):
+        loop.run([FunctionReward(leaving).call_async(make_batch())])
+    [answer] = loop.run([FunctionReward(async_lengths).call_async(make_batch())])
+    assert answer.values == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_when_a_coroutine_raises_the_others_are_cancelled():
+    cancelled = threading.Event()
+
+    async def waiting():
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async def broken():
+        await asyncio.sleep(0.05)
+        raise OSError("no judge")
+
+    with pytest.raises(OSError, match="no judge"):
+        EventLoop().run([waiting(), broken()])
+    assert cancelled.wait(10)
+
+
+# ---- Parts of a batch, and what workers get of it ----
+def test_a_part_of_a_batch_holds_some_rows_of_everything():
+    part = make_batch(answer=list("wxyz"), other=[1, 2, 3, 4]).part(range(1, 3))
+    assert part == RewardBatch(
+        ["a=", "b="], ["22", "333"], [[7, 7], [8] * 3], {"answer": ["x", "y"], "other": [2, 3]}, STATE, 1
+    )
+
+
+def sent(function, batch):
+    return FunctionReward(function).for_worker(batch)
+
+
+def test_a_worker_gets_what_the_function_names():
+    state = SimpleNamespace(global_step=3, log_history=[{}])
+    batch = RewardBatch(["p"], ["c"], [[1]], {"answer": ["a"], "image": ["large"]}, state, 1)
+    assert sent(lengths, batch) == RewardBatch([], ["c"], [], {})
+    assert sent(lambda prompts, answer: 0, batch) == RewardBatch(["p"], ["c"], [], {"answer": ["a"]})
+    assert sent(lambda completion_ids, trainer_state: 0, batch) == RewardBatch([], ["c"], [[1]], {}, state)
+
+
+def test_a_worker_gets_everything_for_kwargs_and_the_plain_values_of_the_state():
+    state = SimpleNamespace(global_step=3, epoch=0.5, best_model_checkpoint=None, log_history=[{}])
+    batch = RewardBatch(["p"], ["c"], [[1]], {"answer": ["a"]}, state, 1)
+    plain = SimpleNamespace(global_step=3, epoch=0.5, best_model_checkpoint=None)
+    assert sent(lambda **kwargs: 0, batch) == RewardBatch(["p"], ["c"], [[1]], {"answer": ["a"]}, plain)
+    assert sent(lambda **kwargs: 0, RewardBatch([], [], [], {})).trainer_state is None
+
+
+def test_an_answer_survives_the_way_back_from_a_worker():
+    def reward(completions, log_extra, log_metric):
+        log_extra("parsed", completions)
+        log_metric("accuracy", 0.25)
+        return [1.0, "2", 3.0, 4.0]
+
+    answer = FunctionReward(reward)(make_batch())
+    back = pickle.loads(pickle.dumps(answer))
+    assert back.wrong == answer.wrong
+    assert back.notes == answer.notes
+
+
+def test_notes_of_two_functions_are_appended():
+    notes, other = RewardNotes(), RewardNotes()
+    notes.log_metric("m", 1)
+    other.log_metric("m", 2)
+    other.log_extra("c", "ab")
+    notes.add(other)
+    assert (notes.metrics, notes.columns) == ({"m": [1.0, 2.0]}, {"c": ["a", "b"]})
 
 
 # ---- Reward models ----
@@ -296,7 +408,7 @@ def test_a_model_rewards_each_text_as_if_it_were_alone(tokenizer):
         lambda module, args, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     reward = ModelReward(model, tokenizer, {}, batch_size=2)
-    values = reward(model_batch(PROMPTS, COMPLETIONS), RewardNotes())
+    values = reward(model_batch(PROMPTS, COMPLETIONS)).values
     assert rows == [2, 2, 1]
     expected = [by_hand(model, tokenizer, p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert values == pytest.approx(expected, abs=1e-5)
@@ -312,7 +424,7 @@ def test_a_model_sees_texts_as_they_stand_padded_on_the_right():
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
     )
-    ModelReward(model, tokenizer, {}, batch_size=2)(model_batch(["ab=", "c="], ["1", ""]), RewardNotes())
+    ModelReward(model, tokenizer, {}, batch_size=2)(model_batch(["ab=", "c="], ["1", ""]))
     assert seen == [[[15, 16, 42, 6], [17, 42, 0, 0]]]
 
 
@@ -323,7 +435,7 @@ def test_a_model_rewards_conversations_through_the_chat_template():
     prompts = [[{"role": "user", "content": p}] for p in ("ab", "c")]
     completions = [[{"role": "assistant", "content": c}] for c in ("1", "23")]
     reward = ModelReward(model, tokenizer, {"mark": "z"}, batch_size=8)
-    values = reward(model_batch(prompts, completions), RewardNotes())
+    values = reward(model_batch(prompts, completions)).values
     texts = ["z<user>ab<assistant>1", "z<user>c<assistant>23"]
     assert values == pytest.approx([by_hand(model, tokenizer, text) for text in texts], abs=1e-5)
 
@@ -332,8 +444,16 @@ def test_a_model_rewards_without_dropout_and_without_gradient(tokenizer):
     model = make_reward_model(attention_dropout=0.5).train()
     graphs = []
     model.score.register_forward_hook(lambda module, args, output: graphs.append(output.requires_grad))
-    values = ModelReward(model, tokenizer, {}, batch_size=8)(model_batch(PROMPTS, COMPLETIONS), RewardNotes())
+    values = ModelReward(model, tokenizer, {}, batch_size=8)(model_batch(PROMPTS, COMPLETIONS)).values
     model.eval()
     expected = [by_hand(model, tokenizer, p + c) for p, c in zip(PROMPTS, COMPLETIONS, strict=True)]
     assert values == pytest.approx(expected, abs=1e-5)
     assert graphs[0] is False
+
+
+def test_a_logit_that_is_not_finite_is_no_reward(tokenizer):
+    model = make_reward_model()
+    with torch.no_grad():
+        model.score.weight.fill_(torch.nan)
+    answer = ModelReward(model, tokenizer, {}, batch_size=8)(model_batch(["a="], ["1"]))
+    assert list(answer.wrong) == [0]

@@ -1,12 +1,16 @@
 import asyncio
+import contextlib
 import functools
+import subprocess
+import sys
 
 import pytest
 import torch
 from transformers import Qwen2ForSequenceClassification
 
-from grpo_trl.rewards import RewardBatch, Rewards
-from grpo_trl.rewards.call import ModelReward
+import grpo_trl.rewards
+from grpo_trl.rewards import RewardBatch, RewardError, Rewards
+from grpo_trl.rewards.models import ModelReward
 
 from ..conftest import make_tokenizer
 from .test_call import by_hand, make_reward_model
@@ -88,12 +92,134 @@ def test_async_functions_that_wait_for_each_other_both_finish():
     assert Rewards([first, second])(make_batch()).total_B.tolist() == [0, 2, 4, 6]
 
 
-def test_an_exception_of_a_function_reaches_the_caller():
-    async def broken(completions):
-        raise RuntimeError("the judge is out")
+# ---- Failures (those of workers: test_pool.py) ----
+def fails_on(bad: str, exception: BaseException | None = None):
+    def broken(completions):
+        if bad in completions:
+            raise exception or RuntimeError("the judge is out")
+        return [1.0] * len(completions)
 
-    with pytest.raises(RuntimeError, match="the judge is out"):
-        Rewards([lengths, broken])(make_batch())
+    return broken
+
+
+def fails_on_async(bad: str):
+    async def broken(completions):
+        return fails_on(bad)(completions)
+
+    return broken
+
+
+@pytest.mark.parametrize("broken", [fails_on("xx"), fails_on_async("xx")])
+def test_a_completion_on_which_a_function_fails_has_no_reward(broken, caplog):
+    table = Rewards([lengths, broken])(make_batch())
+    assert table.failed_BF.tolist() == [[False, row == 2] for row in range(4)]
+    assert table.values_BF[[0, 1, 3]].tolist() == [[0, 1], [1, 1], [3, 1]]
+    assert table.values_BF[2, 0] == 2
+    assert table.values_BF[2, 1].isnan()
+    assert table.total_B[[0, 1, 3]].tolist() == [1, 2, 4]
+    assert table.total_B[2].isnan()
+    [record] = caplog.records
+    assert "'broken' failed on a completion: RuntimeError: the judge is out\nThe completion: xx\n" in record.message
+    assert "in broken" in record.message
+
+
+def test_a_failure_of_a_function_without_weight_leaves_the_reward_defined():
+    table = Rewards([lengths, fails_on("xx")], weights=[1.0, 0.0])(make_batch())
+    assert table.failed_BF[:, 1].tolist() == [False, False, True, False]
+    assert table.total_B.tolist() == [0, 1, 2, 3]
+
+
+def test_none_that_is_returned_is_no_failure():
+    table = Rewards([lengths, never])(make_batch())
+    assert not table.failed_BF.any()
+    assert table.failed_BF.dtype == torch.bool
+    assert table.failed_BF.shape == (4, 2)
+
+
+def test_an_async_function_is_retried_and_its_parts_are_called_at_the_same_time():
+    made, together = [], asyncio.Semaphore(4)
+
+    async def judge(completions):
+        made.append(len(completions))
+        if len(completions) > 1:
+            raise OSError("one at a time")
+        await together.acquire()
+        while not together.locked():  # until all four are here
+            await asyncio.sleep(0.01)
+        return [1.0]
+
+    batch = make_batch()
+    table = Rewards(judge, retries=1)(RewardBatch(batch.prompts, batch.completions, batch.completion_ids, {}, None, 2))
+    assert made == [4, 4, 2, 2, 1, 1, 1, 1]
+    assert table.total_B.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("broken", [fails_on("xx"), fails_on_async("xx")])
+def test_raise_stops_with_the_completion_that_is_to_blame(broken):
+    with pytest.raises(RewardError, match="the judge is out") as raised:
+        Rewards([broken, lengths], on_error="raise")(make_batch())
+    assert (raised.value.name, raised.value.completion) == ("broken", "xx")
+    assert "RuntimeError: the judge is out" in raised.value.traceback
+
+
+@pytest.mark.parametrize("exception", [SystemExit(1), KeyboardInterrupt()])
+def test_what_ends_the_process_ends_it(exception):
+    with pytest.raises(type(exception)):
+        Rewards(fails_on("xx", exception))(make_batch())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_function_that_takes_what_nobody_has_is_no_failure_but_a_mistake(workers):
+    called = []
+
+    def first(completions):
+        called.append(1)
+        return [1.0] * 4
+
+    def picky(completions, solution):
+        return [1.0] * 4
+
+    with pytest.raises(ValueError, match="'picky' takes solution"):
+        Rewards([first, picky], workers=workers)(make_batch())
+    assert not called
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"timeout": 2.0}, r"reward_timeout=2.0 needs reward_workers=1 or more: .* cannot be stopped"),
+        ({"workers": -1}, "reward_workers=-1 must be 0 or more"),
+        ({"retries": -1}, "reward_retries=-1 must be 0 or more"),
+        ({"workers": 1, "timeout": 0}, "reward_timeout=0 must be more than 0"),
+        ({"workers": 1, "timeout": float("nan")}, "reward_timeout=nan must be more than 0"),
+        ({"workers": 1, "memory_limit": 0}, "reward_memory_limit=0 must be more than 0"),
+        ({"on_error": "ignore"}, "on_reward_error='ignore' must be one of 'exclude', 'raise'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Rewards(lengths, **options)
+
+
+def test_each_function_is_watched_under_its_name():
+    names = []
+
+    @contextlib.contextmanager
+    def watch(name):
+        names.append(name)
+        yield
+
+    async def judge(completions):
+        return [1.0] * len(completions)
+
+    Rewards([judge, lengths, lengths, even_only])(make_batch(), watch=watch)
+    assert names == ["lengths", "lengths_2", "even_only", "judge"]
+
+
+def test_closing_without_workers_does_nothing():
+    rewards = Rewards(lengths)
+    rewards.close()
+    assert rewards(make_batch()).total_B.tolist() == [0, 1, 2, 3]
 
 
 def test_notes_of_all_functions_are_gathered_and_new_for_each_call():
@@ -205,3 +331,29 @@ def test_a_function_named_like_a_column_of_the_table_is_refused():
 
     with pytest.raises(ValueError, match=r"named 'completion'.*rename"):
         Rewards(completion)
+
+
+# ---- What importing costs ----
+def test_all_names_of_the_room_are_there():
+    for name in grpo_trl.rewards.__all__:
+        assert getattr(grpo_trl.rewards, name).__name__ == name
+    assert sorted(name for names in grpo_trl.rewards._MODULES.values() for name in names) == grpo_trl.rewards.__all__
+    assert set(grpo_trl.rewards.__all__) <= set(dir(grpo_trl.rewards))
+    with pytest.raises(AttributeError, match="no attribute 'Reward'"):
+        _ = grpo_trl.rewards.Reward
+
+
+def test_all_names_of_the_package_are_there():
+    for name in grpo_trl.__all__:
+        assert getattr(grpo_trl, name).__name__ == name
+    assert grpo_trl.__version__[0].isdigit()
+    assert {*grpo_trl.__all__, "__version__"} <= set(dir(grpo_trl))
+    with pytest.raises(AttributeError, match="no attribute 'Trainer'"):
+        _ = grpo_trl.Trainer
+
+
+@pytest.mark.parametrize("name", ["RewardBatch", "format_tags", "json_schema", "length_penalty", "python_tests"])
+def test_a_function_is_imported_without_torch(name):
+    code = f"import sys; from grpo_trl.rewards import {name}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr

@@ -17,6 +17,8 @@ IDS = [[7, 1], [7, 7, 2], [], [7, 7, 7, 7], [1], [7, 1, 7, 7]]  # the last two-t
 VALUES = torch.tensor(
     [[1.0, NAN], [3.0, 10.0], [2.0, NAN], [0.5, NAN], [NAN, NAN], [0.5, NAN]], dtype=torch.float64
 )  # of six completions, two functions
+FAILED = torch.zeros(6, 2, dtype=torch.bool)
+FAILED[4, 0] = True
 TOTAL = torch.tensor([1.0, 13.0, 2.0, 0.5, NAN, 0.5], dtype=torch.float64)
 
 
@@ -26,7 +28,7 @@ def make_round(notes: RewardNotes | None = None, total=TOTAL, num_generations: i
         prompts=["a"] * 3 + ["b"] * 3,
         completions=[Completion([5, 6], ids, [True] * len(ids), ended=ids[-1:] in ([1], [2])) for ids in IDS],
         texts=["t0", "t1", "t2", "t3", "t4", "t5"],
-        rewards=RewardTable(["f", "g"], VALUES, total, notes or RewardNotes()),
+        rewards=RewardTable(["f", "g"], VALUES, total, notes or RewardNotes(), FAILED),
     )
 
 
@@ -47,6 +49,7 @@ def test_reward_metrics_are_those_of_the_defined_rewards():
     assert metrics["rewards/f/std"] == pytest.approx(std([1, 3, 2, 0.5, 0.5]))
     assert metrics["rewards/g/mean"] == 10.0
     assert metrics["rewards/g/std"] is None
+    assert (metrics["rewards/f/failures"], metrics["rewards/g/failures"]) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_lengths_count_the_tokens_that_the_model_wrote():
         Completion([5], [7, 8, 1], [True, False, True]),
         Completion([5], [7, 8], [False, False], ended=False),
     ]
-    table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardNotes())
+    table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardNotes(), torch.zeros(2, 1, dtype=torch.bool))
     metrics = values(Round(2, ["a"] * 2, completions, ["", ""], table))
     assert metrics["completions/mean_length"] == 1.0
     assert metrics["completions/mean_terminated_length"] == 2.0
@@ -87,7 +90,7 @@ def test_lengths_count_the_tokens_that_the_model_wrote():
 
 def test_where_nothing_ended_there_is_no_terminated_length():
     completions = [Completion([5], [token], [True], ended=False) for token in (7, 8)]
-    table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardNotes())
+    table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardNotes(), torch.zeros(2, 1, dtype=torch.bool))
     metrics = values(Round(2, ["a"] * 2, completions, ["", ""], table))
     assert metrics["completions/clipped_ratio"] == 1.0
     assert [metrics[f"completions/{kind}_terminated_length"] for kind in ("mean", "min", "max")] == [None] * 3

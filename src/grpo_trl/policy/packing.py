@@ -68,10 +68,20 @@ class Packer:
 
     def cut(self, completions: Sequence[Completion]) -> list[list[int]]:
         """Indices of the completions of each piece; the same number of pieces on every rank, at least one."""
+        pieces = self._cut(completions)
+        return pieces + [[] for _ in range(max(1, self.agree(len(pieces))) - len(pieces))]
+
+    def largest(self, completions: Sequence[Completion]) -> int:
+        """Tokens of the largest piece of `completions` on this rank, padding included."""
+        pieces = [[completions[i] for i in indices] for indices in self._cut(completions)]
+        if self.shared_prefix:
+            return max(map(_tokens, pieces), default=0)
+        return max((len(p) * max(len(c.prompt_ids) + len(c.inputs) for c in p) for p in pieces), default=0)
+
+    def _cut(self, completions: Sequence[Completion]) -> list[list[int]]:
         cut = _cut_packed if self.shared_prefix else _cut_padded
         count = math.ceil(len(completions) / self.batch_size)
-        pieces = cut(completions, count, self.max_tokens) if completions else []
-        return pieces + [[] for _ in range(max(1, self.agree(len(pieces))) - len(pieces))]
+        return cut(completions, count, self.max_tokens) if completions else []
 
     def piece(self, completions: Sequence[Completion], num_completions: int) -> Piece:
         """One piece of `completions`, which may be none."""
@@ -205,7 +215,7 @@ def _cut_padded(completions: Sequence[Completion], count: int, max_tokens: int |
     rows = math.ceil(len(order) / count)
     for i in order:
         if pieces and max_tokens is not None:
-            rows = max_tokens // size(pieces[-1][0])
+            rows = max_tokens // size(pieces[-1][0])  # 0 where one completion is too large by itself
         if not pieces or len(pieces[-1]) >= rows:
             pieces.append([])
         pieces[-1].append(i)

@@ -1,7 +1,52 @@
-"""Reward functions and models: what may be passed, how they are called, how their values become one reward."""
+"""Reward functions and models: what may be passed, how they are called, how their values become one reward.
 
-from .call import RewardBatch, RewardNotes
-from .rewards import Rewards, RewardTable
+Names are imported when they are used, so that a worker process that calls one function loads neither torch nor the rest.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 
-__all__ = ["RewardBatch", "RewardNotes", "RewardTable", "Rewards"]
+if TYPE_CHECKING:
+    from .answers import MathAnswer, gsm8k_answer, math_answer
+    from .call import RewardBatch, RewardNotes
+    from .failures import RewardError
+    from .form import format_tags, json_schema, length_penalty, repetition_penalty
+    from .programs import python_tests
+    from .rewards import Rewards, RewardTable
+
+__all__ = [
+    "MathAnswer",
+    "RewardBatch",
+    "RewardError",
+    "RewardNotes",
+    "RewardTable",
+    "Rewards",
+    "format_tags",
+    "gsm8k_answer",
+    "json_schema",
+    "length_penalty",
+    "math_answer",
+    "python_tests",
+    "repetition_penalty",
+]
+
+_MODULES = {
+    "answers": ("MathAnswer", "gsm8k_answer", "math_answer"),
+    "call": ("RewardBatch", "RewardNotes"),
+    "failures": ("RewardError",),
+    "form": ("format_tags", "json_schema", "length_penalty", "repetition_penalty"),
+    "programs": ("python_tests",),
+    "rewards": ("RewardTable", "Rewards"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,7 @@
-"""Calling one reward function or reward model, and checking what it returns."""
+"""Calling one reward function, here or in a worker, and checking what it returns.
+
+A worker imports this module, which therefore imports neither torch nor transformers.
+"""
 
 import asyncio
 import functools
@@ -7,11 +10,9 @@ import math
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
-
-import torch
-from transformers import PreTrainedTokenizerBase
 
 
 @dataclass
@@ -29,17 +30,25 @@ class RewardNotes:
         """Log a number; it is averaged over calls and ranks until the next log."""
         self.metrics[name].append(float(value))
 
+    def add(self, other: "RewardNotes") -> None:
+        """Append the notes of another function."""
+        for column, values in other.columns.items():
+            self.columns[column].extend(values)
+        for name, numbers in other.metrics.items():
+            self.metrics[name].extend(numbers)
+
 
 @dataclass(frozen=True)
 class RewardBatch:
     """What reward functions see, one entry per completion: prompts and completions as text (or lists of messages), token
-    ids, and the dataset's other columns."""
+    ids, and the dataset's other columns. The completions of a prompt, its group, follow each other."""
 
     prompts: list[Any]
     completions: list[Any]
     completion_ids: list[list[int]]
     columns: dict[str, list[Any]]
     trainer_state: Any = None
+    num_generations: int = 1
 
     def arguments(self, notes: RewardNotes) -> dict[str, Any]:
         """Keyword arguments of a reward function. A column never hides one of the trainer's own names."""
@@ -52,6 +61,54 @@ class RewardBatch:
             "log_metric": notes.log_metric,
         }
 
+    def part(self, rows: range) -> "RewardBatch":
+        """Some completions that follow each other."""
+        return replace(
+            self,
+            prompts=self.prompts[rows.start : rows.stop],
+            completions=self.completions[rows.start : rows.stop],
+            completion_ids=self.completion_ids[rows.start : rows.stop],
+            columns={name: values[rows.start : rows.stop] for name, values in self.columns.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one call gave."""
+
+    values: list[float]
+    """One per completion of the call: a finite number, or NaN where it returned None or what is no reward."""
+    wrong: dict[int, str]
+    """What is wrong with the values that are no reward, by their place in the call."""
+    notes: RewardNotes
+
+    @classmethod
+    def of(cls, returned: Any, count: int, notes: RewardNotes, name: str) -> "Answer":
+        """Read what the function `name` returned for `count` completions.
+
+        Raises:
+            ValueError: It is no list of `count` values.
+        """
+        values = returned.tolist() if hasattr(returned, "tolist") else returned
+        if not isinstance(values, (list, tuple)):
+            raise ValueError(
+                f"The reward function {name!r} returned {type(returned).__name__}; it must return a list with one "
+                "number, or None, per completion."
+            )
+        if len(values) != count:
+            raise ValueError(
+                f"The reward function {name!r} returned {len(values)} values for {count} completions; it must return "
+                "one number, or None, per completion."
+            )
+        numbers = [_number(value) for value in values]
+        wrong = {
+            i: f"returned {repr(values[i])[:200]} ({type(values[i]).__name__}); it must return a finite number, or None "
+            "where it does not apply"
+            for i, number in enumerate(numbers)
+            if number is None
+        }
+        return cls([math.nan if number is None else number for number in numbers], wrong, notes)
+
 
 class FunctionReward:
     """A callable, sync or async, that takes what it names of `RewardBatch.arguments` (all of it with `**kwargs`)."""
@@ -63,104 +120,72 @@ class FunctionReward:
             getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is a coroutine function
         )
 
-    def __call__(self, batch: RewardBatch, notes: RewardNotes) -> list[float]:
-        """Rewards in the order of the batch; NaN where the function returned None."""
+    def __call__(self, batch: RewardBatch) -> Answer:
+        """Call the function on the whole batch.
+
+        Raises:
+            ValueError: It returned no list with one value per completion.
+            Exception: What the function raises.
+        """
+        notes = RewardNotes()
         returned = self.function(**self._select(batch.arguments(notes)))
-        return self._checked(returned, len(batch.prompts))
+        return Answer.of(returned, len(batch.completions), notes, self.name)
 
-    async def call_async(self, batch: RewardBatch, notes: RewardNotes) -> list[float]:
-        returned = await self.function(**self._select(batch.arguments(notes)))
-        return self._checked(returned, len(batch.prompts))
-
-    def _select(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    async def call_async(self, batch: RewardBatch) -> Answer:
+        """The same for a coroutine function."""
+        notes = RewardNotes()
         try:
-            parameters = inspect.signature(self.function).parameters
-        except ValueError:  # some built-in callables have no signature
-            return arguments
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return arguments
-        required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
-        missing = [name for name in required if name not in arguments]
-        if missing:
+            returned = await self.function(**self._select(batch.arguments(notes)))
+        except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and its caller would wait for ever
+            raise RuntimeError(f"{type(error).__name__} in an async function") from error
+        return Answer.of(returned, len(batch.completions), notes, self.name)
+
+    def check(self, batch: RewardBatch) -> None:
+        """Refuse a function that cannot be called on the batch.
+
+        Raises:
+            ValueError: The function takes what neither the dataset nor the trainer has.
+        """
+        arguments = batch.arguments(RewardNotes())
+        required = [
+            name
+            for name, p in (self._parameters() or {}).items()
+            if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
+        ]
+        if missing := [name for name in required if name not in arguments]:
             raise ValueError(
                 f"The reward function {self.name!r} takes {', '.join(missing)}, which neither the dataset nor the trainer "
                 f"has; it may take {', '.join(sorted(arguments))}, or **kwargs."
             )
-        return {name: value for name, value in arguments.items() if name in parameters}
 
-    def _checked(self, returned: Any, count: int) -> list[float]:
-        values = returned.tolist() if hasattr(returned, "tolist") else returned
-        if not isinstance(values, (list, tuple)):
-            raise ValueError(
-                f"The reward function {self.name!r} returned {type(returned).__name__}; it must return a list with one "
-                "number, or None, per completion."
-            )
-        if len(values) != count:
-            raise ValueError(
-                f"The reward function {self.name!r} returned {len(values)} values for {count} completions; it must return "
-                "one number, or None, per completion."
-            )
-        return [self._number(value, row) for row, value in enumerate(values)]
+    def for_worker(self, batch: RewardBatch) -> RewardBatch:
+        """What a worker is sent of a batch: what the function names.
 
-    def _number(self, value: Any, row: int) -> float:
-        if value is None:
-            return math.nan
-        if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
-            value = value.item()
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(
-                f"The reward function {self.name!r} returned {value!r} ({type(value).__name__}) for completion {row}; it "
-                "must return a finite number, or None where it does not apply."
-            )
-        return float(value)
+        With `**kwargs` that is everything, the trainer's state reduced to its plain values: the whole of it grows with each
+        log, and loading it would have the worker import transformers.
+        """
+        named = self._parameters()
+        if named is None:
+            return replace(batch, trainer_state=_plain(batch.trainer_state))
+        return replace(
+            batch,
+            prompts=batch.prompts if "prompts" in named else [],
+            completion_ids=batch.completion_ids if "completion_ids" in named else [],
+            columns={name: values for name, values in batch.columns.items() if name in named},
+            trainer_state=batch.trainer_state if "trainer_state" in named else None,
+        )
 
+    def _parameters(self) -> dict[str, inspect.Parameter] | None:
+        """What the function names; None if it takes everything."""
+        try:
+            parameters = inspect.signature(self.function).parameters
+        except ValueError:  # some built-in callables have no signature
+            return None
+        return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else dict(parameters)
 
-class ModelReward:
-    """A sequence-classification model with one label; its logit is the reward.
-
-    Args:
-        model: The reward model.
-        tokenizer: Its tokenizer, with a pad token.
-        chat_template_kwargs: Passed to the tokenizer's `apply_chat_template` for conversational prompts.
-        batch_size: Completions per forward.
-    """
-
-    is_async = False
-
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        chat_template_kwargs: dict[str, Any],
-        batch_size: int,
-    ):
-        self.model = model
-        self.tokenizer = tokenizer
-        self.chat_template_kwargs = chat_template_kwargs
-        self.batch_size = batch_size
-        self.name = model.config._name_or_path.rstrip("/").split("/")[-1] or type(model).__name__
-
-    @torch.no_grad()
-    def __call__(self, batch: RewardBatch, notes: RewardNotes) -> list[float]:
-        texts = [self._text(p, c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
-        device = next(self.model.parameters()).device
-        rewards: list[float] = []
-        self.model.eval()
-        for start in range(0, len(texts), self.batch_size):
-            inputs = self.tokenizer(
-                texts[start : start + self.batch_size],
-                return_tensors="pt",
-                padding=True,
-                padding_side="right",
-                add_special_tokens=False,
-            ).to(device)
-            rewards += self.model(**inputs).logits[:, 0].double().tolist()
-        return rewards
-
-    def _text(self, prompt: Any, completion: Any) -> str:
-        if isinstance(prompt, str):
-            return prompt + completion
-        return str(self.tokenizer.apply_chat_template(prompt + completion, tokenize=False, **self.chat_template_kwargs))
+    def _select(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        named = self._parameters()
+        return arguments if named is None else {name: value for name, value in arguments.items() if name in named}
 
 
 class EventLoop:
@@ -172,16 +197,45 @@ class EventLoop:
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self, coroutines: Sequence[Coroutine[Any, Any, list[float]]]) -> list[list[float]]:
-        """Await all at the same time; their results in the order given."""
+    def run(self, coroutines: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+        """Await all at the same time; their results in the order given. If one raises, the others are cancelled."""
         if self._loop is None:
             self._loop = asyncio.new_event_loop()
             threading.Thread(target=self._loop.run_forever, name="grpo_trl-rewards", daemon=True).start()
 
-        async def gather() -> list[list[float]]:
-            return await asyncio.gather(*coroutines)
+        async def gather() -> list[Any]:
+            tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
 
-        return asyncio.run_coroutine_threadsafe(gather(), self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(gather(), self._loop)
+        try:
+            return future.result()
+        finally:
+            future.cancel()  # what a signal handler has raised here must not leave them running
+
+
+def _number(value: Any) -> float | None:
+    """The float that a returned value stands for, NaN for None; None for what is no reward."""
+    if value is None:
+        return math.nan
+    if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
+        value = value.item()
+    try:
+        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+    except OverflowError:  # an integer larger than any float
+        return None
+
+
+def _plain(state: Any) -> SimpleNamespace | None:
+    """The attributes of the trainer's state that are numbers, strings or None."""
+    if state is None:
+        return None
+    kinds = (int, float, str, type(None))
+    return SimpleNamespace(**{k: v for k, v in getattr(state, "__dict__", {}).items() if isinstance(v, kinds)})
 
 
 def _callable_name(function: Callable[..., Any]) -> str:

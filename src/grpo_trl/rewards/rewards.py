@@ -3,16 +3,21 @@
 Axes: B completions, F reward functions.
 """
 
+import asyncio
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from .call import EventLoop, FunctionReward, ModelReward, RewardBatch, RewardNotes
+from .call import EventLoop, FunctionReward, RewardBatch, RewardNotes
+from .failures import ON_ERROR, Call, FailureReport, Ledger
+from .models import ModelReward, load_reward_model, reward_tokenizer
+from .pool import RewardPool, Watch
 
 
 @dataclass(frozen=True)
@@ -21,10 +26,12 @@ class RewardTable:
 
     names: list[str]
     values_BF: Tensor
-    """float64; NaN where a function returned None."""
+    """float64; NaN where a function returned None or failed."""
     total_B: Tensor
-    """Weighted sum of the functions that apply, float64; NaN where none does."""
+    """Weighted sum of the functions that apply, float64; NaN where none does, or where one that has a weight failed."""
     notes: RewardNotes
+    failed_BF: Tensor
+    """bool; True where the function failed on the completion."""
 
 
 class Rewards:
@@ -39,10 +46,15 @@ class Rewards:
         model_init_kwargs: Passed to `from_pretrained` of reward models given as paths.
         chat_template_kwargs: Passed to `apply_chat_template` of reward models.
         batch_size: Completions per forward of a reward model.
+        workers: Processes that call the functions which can be pickled; 0 to call all in this process.
+        timeout: Seconds that a call in a worker, or of an async function, may take.
+        retries: How often a call that fails is repeated before its completions are called alone.
+        memory_limit: Bytes of data per worker; None for no limit.
+        on_error: "exclude" leaves the total of a completion undefined on which a function failed; "raise" raises.
 
     Raises:
-        ValueError: No reward function, another number of weights or tokenizers than of reward functions, or a weight that
-            is not finite.
+        ValueError: No reward function, another number of weights or tokenizers than of reward functions, a weight that
+            is not finite, or options that do not fit each other.
         TypeError: A reward function that is none of the above.
     """
 
@@ -55,7 +67,13 @@ class Rewards:
         model_init_kwargs: dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         batch_size: int = 8,
+        workers: int = 0,
+        timeout: float | None = None,
+        retries: int = 0,
+        memory_limit: int | None = None,
+        on_error: str = "exclude",
     ):
+        _check_options(workers, timeout, retries, memory_limit, on_error)
         funcs = _as_list(reward_funcs)
         if not funcs:
             raise ValueError("reward_funcs is empty; pass at least one reward function.")
@@ -67,30 +85,20 @@ class Rewards:
         if not all(map(math.isfinite, weights)):
             raise ValueError(f"reward_weights={weights} must be finite numbers, e.g. {[1.0] * len(funcs)}.")
         self.weights_F = torch.tensor(weights, dtype=torch.float64)
-        self.functions: list[FunctionReward | ModelReward] = []
-        for func, tokenizer in zip(funcs, tokenizers, strict=True):
-            if isinstance(func, str):
-                func = AutoModelForSequenceClassification.from_pretrained(
-                    func, num_labels=1, **(model_init_kwargs or {})
-                )
-            if isinstance(func, nn.Module):
-                tokenizer = _reward_tokenizer(
-                    func, tokenizer, (model_init_kwargs or {}).get("trust_remote_code", False)
-                )
-                self.functions.append(ModelReward(func, tokenizer, chat_template_kwargs or {}, batch_size))
-            elif callable(func):
-                self.functions.append(FunctionReward(func))
-            else:
-                raise TypeError(
-                    f"A reward function is {func!r} ({type(func).__name__}); it must be a callable, a "
-                    "sequence-classification model, or the path of one."
-                )
+        self.functions = [
+            _reward(func, tokenizer, model_init_kwargs or {}, chat_template_kwargs or {}, batch_size)
+            for func, tokenizer in zip(funcs, tokenizers, strict=True)
+        ]
         self.names = _distinct([function.name for function in self.functions])
         if taken := sorted({"prompt", "completion", "advantage", "step"} & set(self.names)):
             raise ValueError(
                 f"A reward function is named {taken[0]!r}, as a column of the table is; rename the function."
             )
+        self.retries = retries
+        self.timeout = timeout
+        self._report = FailureReport(on_error)
         self._event_loop = EventLoop()
+        self._pool = RewardPool(workers, timeout, memory_limit) if workers else None
 
     def prepare_models(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
         """Replace each reward model by `prepare(model)`, which places it on its device."""
@@ -98,28 +106,116 @@ class Rewards:
             if isinstance(function, ModelReward):
                 function.model = prepare(function.model)
 
-    def __call__(self, batch: RewardBatch) -> RewardTable:
-        """Call every function on the batch: synchronous ones in turn, async ones at the same time.
+    def close(self) -> None:
+        """End the workers. A later call starts others."""
+        if self._pool:
+            self._pool.close()
+
+    def __call__(self, batch: RewardBatch, watch: Watch = nullcontext) -> RewardTable:
+        """Call every function on the batch: in the workers first, then here the rest, synchronous functions in turn and
+        async ones at the same time.
+
+        Args:
+            batch: The completions.
+            watch: Entered around each wait with the names of the functions that it waits for.
 
         Raises:
-            ValueError: A function returned the wrong number or type of values, or takes what nobody has.
+            ValueError: A function takes what nobody has, or gave `log_extra` another number of values than completions.
+            RewardError: A function failed on a completion, with `on_error="raise"`.
         """
+        for function in self.functions:
+            if isinstance(function, FunctionReward):
+                function.check(batch)
+        ledgers = [
+            Ledger(name, function, batch, self.retries, self._report)
+            for name, function in zip(self.names, self.functions, strict=True)
+        ]
+        self._fill(ledgers, watch)
         notes = RewardNotes()
-        values_BF = torch.full((len(batch.prompts), len(self.functions)), torch.nan, dtype=torch.float64)
-        waiting = [(f, x) for f, x in enumerate(self.functions) if isinstance(x, FunctionReward) and x.is_async]
-        for f, function in enumerate(self.functions):
-            if not function.is_async:
-                values_BF[:, f] = torch.tensor(function(batch, notes), dtype=torch.float64)
-        if waiting:
-            results = self._event_loop.run([function.call_async(batch, notes) for _, function in waiting])
-            for (f, _), values in zip(waiting, results, strict=True):
-                values_BF[:, f] = torch.tensor(values, dtype=torch.float64)
-        return RewardTable(self.names, values_BF, self.total(values_BF), notes)
+        columns = []
+        for ledger in ledgers:
+            values, own_notes = ledger.close()
+            columns.append(values)
+            notes.add(own_notes)
+        values_BF = torch.tensor(columns, dtype=torch.float64).T.contiguous()
+        failed_BF = torch.tensor([ledger.failed for ledger in ledgers]).T.contiguous()
+        return RewardTable(self.names, values_BF, self.total(values_BF, failed_BF), notes, failed_BF)
 
-    def total(self, values_BF: Tensor) -> Tensor:
-        """Weighted sum over the functions that apply to a completion; NaN where none does. Shape (B,), float64."""
+    def total(self, values_BF: Tensor, failed_BF: Tensor) -> Tensor:
+        """Weighted sum over the functions that apply to a completion. Shape (B,), float64.
+
+        NaN where no function applies, and where a function whose weight is not 0 failed: the sum of the others would read
+        as a judgement.
+        """
         total_B = (values_BF * self.weights_F).nansum(1)
-        return total_B.masked_fill(values_BF.isnan().all(1), torch.nan)
+        undefined_B = values_BF.isnan().all(1) | (failed_BF & (self.weights_F != 0)).any(1)
+        return total_B.masked_fill(undefined_B, torch.nan)
+
+    def _fill(self, ledgers: list[Ledger], watch: Watch) -> None:
+        left = self._pool.run(ledgers, watch) if self._pool else ledgers
+        for ledger in left:
+            if not _is_async(ledger):
+                with watch(ledger.name):
+                    _call_here(ledger)
+        if waiting := [ledger for ledger in left if _is_async(ledger)]:
+            with watch(", ".join(ledger.name for ledger in waiting)):
+                self._event_loop.run([self._await(ledger, call) for ledger in waiting for call in ledger.calls()])
+
+    async def _await(self, ledger: Ledger, call: Call) -> None:
+        """A call of an async function, then, all at the same time, the calls that are to be made instead if it failed."""
+        try:
+            outcome = await asyncio.wait_for(ledger.function.call_async(ledger.batch.part(call.rows)), self.timeout)
+        except Exception as error:
+            outcome = error
+        await asyncio.gather(*(self._await(ledger, further) for further in ledger.record(call, outcome)))
+
+
+def _call_here(ledger: Ledger) -> None:
+    """Make all calls of a synchronous function in this process."""
+    queue = deque(ledger.calls())
+    while queue:
+        call = queue.popleft()
+        try:
+            outcome = ledger.function(ledger.batch.part(call.rows))
+        except Exception as error:
+            outcome = error
+        queue.extend(ledger.record(call, outcome))
+
+
+def _is_async(ledger: Ledger) -> bool:
+    return isinstance(ledger.function, FunctionReward) and ledger.function.is_async
+
+
+def _reward(
+    func: Any, tokenizer: Any, init_kwargs: dict[str, Any], chat_template_kwargs: dict[str, Any], batch_size: int
+) -> FunctionReward | ModelReward:
+    """What calls `func`, with the reward model and its tokenizer loaded."""
+    if isinstance(func, str):
+        func = load_reward_model(func, init_kwargs)
+    if isinstance(func, nn.Module):
+        tokenizer = reward_tokenizer(func, tokenizer, init_kwargs.get("trust_remote_code", False))
+        return ModelReward(func, tokenizer, chat_template_kwargs, batch_size)
+    if callable(func):
+        return FunctionReward(func)
+    raise TypeError(
+        f"A reward function is {func!r} ({type(func).__name__}); it must be a callable, a sequence-classification model, "
+        "or the path of one."
+    )
+
+
+def _check_options(workers: int, timeout: float | None, retries: int, memory_limit: int | None, on_error: str) -> None:
+    for name, value in (("reward_workers", workers), ("reward_retries", retries)):
+        if value < 0:
+            raise ValueError(f"{name}={value} must be 0 or more.")
+    for name, limit in (("reward_timeout", timeout), ("reward_memory_limit", memory_limit)):
+        if limit is not None and not limit > 0:
+            raise ValueError(f"{name}={limit} must be more than 0, or None for no limit.")
+    if timeout is not None and not workers:
+        raise ValueError(
+            f"reward_timeout={timeout} needs reward_workers=1 or more: a call in the training process cannot be stopped."
+        )
+    if on_error not in ON_ERROR:
+        raise ValueError(f"on_reward_error={on_error!r} must be one of {', '.join(map(repr, ON_ERROR))}.")
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -132,15 +228,3 @@ def _distinct(names: list[str]) -> list[str]:
     """`["f", "g", "f"]` -> `["f", "g", "f_2"]`: two functions of one name must not share a metric."""
     counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
     return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts, strict=True)]
-
-
-def _reward_tokenizer(
-    model: Any, tokenizer: PreTrainedTokenizerBase | None, trust_remote_code: bool
-) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path, trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # A classification head reads the last token that is not padding, which it finds by this id.
-    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    return tokenizer

@@ -1,6 +1,7 @@
 """A user's `rollout_func` as an engine."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ..policy import Completion
@@ -18,7 +19,8 @@ class RolloutFuncEngine:
     `"prompt_ids"`, `"completion_ids"` (lists of token ids) and `"logprobs"` (the sampler's, one per completion token, or
     None). `"env_mask"`, if there, has a 1 for each completion token that the model wrote and a 0 for each that something
     else inserted. A completion has ended if its last token is one of `eos_token_ids`. All further keys are columns for
-    the reward functions; a value that is no list stands in each row.
+    the reward functions; a value that is no list stands in each row. It is called inside `breaking_in()`: a signal may
+    end it at any point.
     """
 
     def __init__(
@@ -26,15 +28,18 @@ class RolloutFuncEngine:
         rollout_func: Callable[[list[Any], Any], dict[str, Any]],
         trainer: Any,
         eos_token_ids: tuple[int, ...],
+        breaking_in: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self.rollout_func = rollout_func
         self.trainer = trainer
         self.eos_token_ids = eos_token_ids
+        self.breaking_in = breaking_in
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         group = request.num_generations
         prompts = [prompt for prompt in request.prompts for _ in range(group)]
-        output = self.rollout_func(prompts, self.trainer)
+        with self.breaking_in():
+            output = self.rollout_func(prompts, self.trainer)
         missing = [key for key in REQUIRED if key not in output]
         if missing:
             raise ValueError(f"rollout_func returned no {', '.join(missing)}; it must return {', '.join(REQUIRED)}.")

@@ -35,6 +35,7 @@ class GenerateEngine:
         tokenizer: Finds `stop_strings`.
         context: What the forward passes run in, e.g. the accelerator's autocast.
         show_progress: Draw a bar with the decoding steps and tokens/s.
+        check: Called at each decoding step, unless ranks wait for each other there; may raise.
     """
 
     def __init__(
@@ -44,17 +45,21 @@ class GenerateEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         show_progress: bool = False,
+        check: Callable[[], None] = lambda: None,
     ):
         self.model = model
         self.options = options
         self.context = context
         self.show_progress = show_progress
+        self.check = check
         self._stop = stop_strings(options, tokenizer)
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         rows = [ids for ids in request.prompt_ids for _ in range(request.num_generations)]
         input_ids, attention_mask = _left_pad(rows, self.options.pad_token_id, self.model.device)
-        ends = _Ends(self.options, self._stop, len(rows), self.model.device, show_progress=self.show_progress)
+        in_step = sharded_by_fsdp(self.model)  # ZeRO-3's weights are whole in `context`
+        check = (lambda: None) if in_step else self.check
+        ends = _Ends(self.options, self._stop, len(rows), self.model.device, self.show_progress, check)
         config = generation_config(self.options)
         config.stop_strings = None  # `ends` finds them
         unchanged = _as_it_was(self.model, request.seeds[0], config)
@@ -63,7 +68,7 @@ class GenerateEngine:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 stopping_criteria=StoppingCriteriaList([ends]),
-                synced_gpus=sharded_by_fsdp(self.model),  # ZeRO-3's weights are whole in `context`
+                synced_gpus=in_step,
             )
         written = output[:, input_ids.shape[1] :].tolist()
         completions = [
@@ -94,8 +99,10 @@ class _Ends(StoppingCriteria):
         rows: int,
         device: torch.device,
         show_progress: bool,
+        check: Callable[[], None],
     ):
         self.stop = stop
+        self.check = check
         self.eos = torch.tensor(options.eos_token_ids, dtype=torch.long, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -110,6 +117,7 @@ class _Ends(StoppingCriteria):
         )
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: object) -> Tensor:
+        self.check()
         self.lengths += ~self.ended
         self.ended |= torch.isin(input_ids[:, -1], self.eos)
         if self.stop is not None:

@@ -57,6 +57,7 @@ class GroupEngine:
         mixed_precision: Whether that is half precision, whatever the weights are.
         gather: From a list of objects on this rank to the concatenated lists of all ranks, which decide together.
         show_progress: Draw a bar with completions and tokens/s.
+        check: Called after each decoding step; may raise.
     """
 
     def __init__(
@@ -70,16 +71,18 @@ class GroupEngine:
         mixed_precision: bool = False,
         gather: Callable[[list[Any]], list[Any]] = list,
         show_progress: bool = False,
+        check: Callable[[], None] = lambda: None,
     ):
         self.model = model
         self.options = options
         self.max_rows_in_flight = max_rows_in_flight
         self.context = context
         self.show_progress = show_progress
+        self.check = check
         self._stop = stop_strings(options, tokenizer)
         self._mixed_precision = mixed_precision
         self._gather = gather
-        self._generate = GenerateEngine(model, options, tokenizer, context, show_progress)
+        self._generate = GenerateEngine(model, options, tokenizer, context, show_progress, check)
         self._bytes_per_token = 0
         """Of keys and values; 0 before the first rollout has measured it."""
         self._records = True
@@ -97,7 +100,12 @@ class GroupEngine:
                 if not self._reason:
                     rows = len(request.prompt_ids) * request.num_generations
                     with _Bar(rows, self.show_progress) as bar:
-                        return self._write(request, self.options, self._stop, self._sized_cache(request), bar.add)
+
+                        def on_tokens(tokens: int, ended: int) -> None:
+                            bar.add(tokens, ended)
+                            self.check()
+
+                        return self._write(request, self.options, self._stop, self._sized_cache(request), on_tokens)
         return self._generate.rollout(request)
 
     def _write(

@@ -3,6 +3,8 @@
 Axes: P prompts, G completions per prompt, B = P*G completions, F reward functions.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..metrics import Max, Mean, Metric, MetricLog, Min, Std
+from ..metrics import Max, Mean, Metric, MetricLog, Min, Std, Sum
 from ..policy import Completion
 from ..rewards import RewardBatch, Rewards, RewardTable
-from ..seeds import derive_seed
+from ..seeds import derive_seed, seeded
 from .base import RolloutEngine, RolloutRequest
 
 
@@ -54,6 +56,11 @@ class Round:
         return self.rewards.total_B.view(-1, self.num_generations)
 
     @property
+    def informative_P(self) -> Tensor:
+        """Whether the rewards of a group differ."""
+        return self.total_PG.nan_to_num(-torch.inf).amax(1) > self.total_PG.nan_to_num(torch.inf).amin(1)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all rows, the prompt counted with each of its completions."""
         return sum(len(c.prompt_ids) + len(c.ids) for c in self.completions)
@@ -82,16 +89,16 @@ class Round:
 
     def _reward_metrics(self) -> dict[str, Metric]:
         total_B = self.rewards.total_B
-        spread_P = self.total_PG.nan_to_num(-torch.inf).amax(1) > self.total_PG.nan_to_num(torch.inf).amin(1)
         metrics: dict[str, Metric] = {
             "reward": Mean.of(total_B, ~total_B.isnan()),
             "reward_std": Std.of(total_B),
-            "frac_reward_zero_std": Mean.of((~spread_P).double()),
+            "frac_reward_zero_std": Mean.of((~self.informative_P).double()),
         }
         for f, name in enumerate(self.rewards.names):
             values_B = self.rewards.values_BF[:, f]
             metrics[f"rewards/{name}/mean"] = Mean.of(values_B, ~values_B.isnan())
             metrics[f"rewards/{name}/std"] = Std.of(values_B)
+            metrics[f"rewards/{name}/failures"] = Sum(self.rewards.failed_BF[:, f].sum())
         for name, values in self.rewards.notes.metrics.items():
             if name in metrics or name in TRAINER_METRICS:
                 raise ValueError(f"log_metric({name!r}, ...) names a metric that the log has; choose another name.")
@@ -118,19 +125,31 @@ class RoundRunner:
         engine: Writes the completions.
         rewards: Judges them.
         tokenizer: Decodes them, without special tokens.
+        watch: Entered around each phase with its name.
+        breaking_in: Entered around code of the user, which a signal may end at any point.
     """
 
-    def __init__(self, engine: RolloutEngine, rewards: Rewards, tokenizer: PreTrainedTokenizerBase):
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rewards: Rewards,
+        tokenizer: PreTrainedTokenizerBase,
+        watch: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        breaking_in: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
         self.engine = engine
         self.rewards = rewards
         self.tokenizer = tokenizer
+        self.watch = watch
+        self.breaking_in = breaking_in
 
     def run(
         self, prompts: list[Prompt], num_generations: int, seed: int, trainer_state: Any, metrics: MetricLog
     ) -> Round:
         """`num_generations` rewarded completions of each prompt; the time of both phases goes to `metrics`.
 
-        A prompt's noise follows from `seed` and its row in the dataset.
+        A prompt's noise follows from `seed` and its row in the dataset; reward functions that draw random numbers draw the
+        same ones for the same `seed` and prompts.
         """
         request = RolloutRequest(
             prompts=[prompt.example["prompt"] for prompt in prompts],
@@ -138,7 +157,7 @@ class RoundRunner:
             num_generations=num_generations,
             seeds=[derive_seed(seed, prompt.row) for prompt in prompts],
         )
-        with metrics.timed("time/sampling") as timer:
+        with metrics.timed("time/sampling") as timer, self.watch("sampling"):
             rollout = self.engine.rollout(request)
         tokens = sum(len(c.ids) for c in rollout.completions)
         metrics.add("sampling/tokens_per_second", Mean(tokens, timer.seconds))
@@ -150,9 +169,11 @@ class RoundRunner:
                 completions=texts,
                 completion_ids=[c.ids for c in rollout.completions],
                 columns=_columns(rows) | rollout.columns,
+                num_generations=num_generations,
                 trainer_state=trainer_state,
             )
-            rewards = self.rewards(batch)
+            with seeded(derive_seed(seed, "rewards", prompts[0].row)), self.breaking_in():
+                rewards = self.rewards(batch, self.watch)
         return Round(num_generations, batch.prompts, rollout.completions, texts, rewards, rollout.computed_tokens)
 
     def _texts(self, rows: list[Prompt], completions: list[Completion]) -> list[Any]:

@@ -1,0 +1,171 @@
+"""What a run looks out for: rewards that fail, groups that teach nothing, updates that are not finite."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import RunStopped
+from .rollout import Round
+
+
+logger = logging.getLogger(__name__)
+
+NAMED = 5
+"""Completions that a message quotes, at most."""
+DEAD_RUN_ACTIONS = ("warn", "stop")
+
+
+@dataclass(frozen=True)
+class Share:
+    """What the ranks tell each other of their shares of a window."""
+
+    tokens: int
+    """Of prompts and completions, as `Round.num_tokens` counts them."""
+    rewards: list[float]
+    """Of each completion; NaN where undefined."""
+    informative: int
+    """Groups whose rewards differ."""
+    ended: int
+    """Completions that came to their end."""
+    failures: dict[str, int]
+    """Completions that each reward function failed on."""
+
+    @classmethod
+    def of(cls, sampled: Round) -> "Share":
+        return cls(
+            tokens=sampled.num_tokens,
+            rewards=sampled.rewards.total_B.tolist(),
+            informative=int(sampled.informative_P.sum()),
+            ended=sum(c.ended for c in sampled.completions),
+            failures=dict(zip(sampled.rewards.names, sampled.rewards.failed_BF.sum(0).tolist(), strict=True)),
+        )
+
+
+def check_failures(shares: Sequence[Share], max_rate: float) -> None:
+    """Stop a run whose rewards are broken.
+
+    Raises:
+        RunStopped: A reward function failed on more than `max_rate` of the completions of a window.
+    """
+    count = sum(len(share.rewards) for share in shares)
+    for name in shares[0].failures:
+        failed = sum(share.failures[name] for share in shares)
+        if failed > max_rate * count:
+            raise RunStopped(
+                f"The reward function {name!r} failed on {failed} of the {count} completions of a window "
+                f"(max_reward_failure_rate={max_rate}); the log has its first traceback. Repair it and resume, or raise "
+                "max_reward_failure_rate."
+            )
+
+
+class DeadRun:
+    """Counts windows in a row that taught nothing, or in which no completion came to its end.
+
+    Args:
+        patience: So many are too many; None: never.
+        action: `"warn"` or `"stop"`.
+        max_completion_length: For the message.
+    """
+
+    def __init__(self, patience: int | None, action: str, max_completion_length: int):
+        self.patience = patience
+        self.action = action
+        self.max_completion_length = max_completion_length
+        self.counts = {"uninformative": 0, "cut off": 0}
+
+    def see(self, shares: Sequence[Share]) -> None:
+        """Count a window.
+
+        Raises:
+            RunStopped: It was one too many, and `action="stop"`.
+        """
+        rewards = [reward for share in shares for reward in share.rewards]
+        met = {
+            "uninformative": not any(share.informative for share in shares),
+            "cut off": not any(share.ended for share in shares),
+        }
+        self.counts = {kind: self.counts[kind] + 1 if met[kind] else 0 for kind in met}
+        for kind, count in self.counts.items():
+            if self.patience is not None and count and count % self.patience == 0:
+                self._act(self._explanation(kind, count, rewards))
+
+    def _act(self, message: str) -> None:
+        if self.action == "stop":
+            raise RunStopped(f"{message} (dead_run_patience={self.patience}, on_dead_run='stop')")
+        logger.warning("%s (dead_run_patience=%d)", message, self.patience)
+
+    def _explanation(self, kind: str, count: int, rewards: list[float]) -> str:
+        if kind == "cut off":
+            return (
+                f"All completions of the last {count} windows were cut off at max_completion_length="
+                f"{self.max_completion_length} tokens. The model does not end its answers: raise the limit, or see whether "
+                "its chat template, and the end tokens of its generation settings, are those that it was trained with."
+            )
+        defined = [reward for reward in rewards if not math.isnan(reward)]
+        if not defined:
+            seen = "No completion of the last one has a reward: all reward functions returned None or failed."
+        elif min(defined) == max(defined):
+            seen = f"All rewards of the last one are {defined[0]:.4g}."
+        else:
+            seen = f"Rewards of the last one go from {min(defined):.4g} to {max(defined):.4g}, equal within each group."
+        return (
+            f"No group of the last {count} windows has rewards that differ, so nothing was learned. {seen} The task may be "
+            "too hard or solved, the reward function may never apply (log_completions=True shows what it judges), or all "
+            "completions of a group may be the same (temperature too low)."
+        )
+
+
+class NonFinite:
+    """Keeps updates that are not finite out of the weights.
+
+    Args:
+        patience: So many skipped optimizer steps in a row are too many.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+        self.count = 0
+        """Skipped in a row."""
+        self.culprits: list[str] = []
+
+    def see(self, loss: Tensor, grad_norm: Any, agree: Any) -> bool:
+        """Whether the optimizer step that is about to be made has to be skipped, on all ranks.
+
+        Args:
+            loss: Of the step on this rank.
+            grad_norm: Of its gradients; None where it is not known yet.
+            agree: From a flag as a tensor of shape () to its largest value over ranks.
+        """
+        values = [loss.detach().double()]
+        if grad_norm is not None:
+            values.append(torch.as_tensor(grad_norm, dtype=torch.float64, device=loss.device))
+        broken = bool(agree((~torch.stack(values).isfinite().all()).float()))
+        self.count = self.count + 1 if broken else 0
+        if broken:
+            logger.warning(
+                "The loss or the gradient is not finite; the optimizer step is skipped (%d in a row).", self.count
+            )
+        return broken
+
+    @property
+    def exhausted(self) -> bool:
+        return self.count >= self.patience
+
+    def check(self) -> None:
+        """Raises:
+        RunStopped: Too many steps were skipped in a row.
+        """
+        if self.exhausted:
+            named = [*self.culprits[:NAMED], *(["..."] if len(self.culprits) > NAMED else [])]
+            found = "\n".join(["", *named]) if named else "none is so by itself"
+            raise RunStopped(
+                f"The last {self.count} optimizer steps had a loss or a gradient that is not finite and were skipped "
+                f"(max_nonfinite_steps={self.patience}). The weights are those before them. Completions of the last one "
+                f"whose own loss or gradient is not finite: {found}\nLower learning_rate or set max_grad_norm, and see "
+                "whether the model itself is finite (bf16 in place of fp16)."
+            )

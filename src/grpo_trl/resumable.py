@@ -1,0 +1,155 @@
+"""A Trainer that a signal can stop and that goes on where it stopped: which checkpoint, when, and whole."""
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput
+
+from .config import GRPOConfig
+from .errors import RunStopped, StopRequested
+from .signals import EXIT_CODE, StopSignals, together
+from .state import UNFINISHED, RunState, finish_checkpoint, last_checkpoint, rotate_checkpoints
+from .watchdog import Watchdog
+
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """`transformers.Trainer` with checkpoints that are whole or absent and hold what a subclass is in the middle of.
+
+    A subclass says what that is (`_run_state`), reads it (`_read_run_state`) and goes on from it (`_load_run_state`). It
+    calls `_between_steps` between two optimizer steps, which is where a run can stop.
+    """
+
+    args: GRPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._signals = StopSignals()
+        self._watchdog = Watchdog(self.args.phase_warning_seconds, self.args.process_index)
+        self._resumed: RunState | None = None
+        self._unfinished: Path | None = None
+        """Where a checkpoint is being written."""
+        self._saved: Path | None = None
+        """The last checkpoint that was written or resumed from."""
+
+    def _run_state(self) -> RunState:
+        """This rank's share of what the run is in the middle of, between two optimizer steps."""
+        raise NotImplementedError
+
+    def _read_run_state(self, folder: Path) -> RunState:
+        """That of a checkpoint, if the run can go on from it."""
+        raise NotImplementedError
+
+    def _load_run_state(self, state: RunState) -> None:
+        """Go on from it; called before the first step of a resumed run."""
+        raise NotImplementedError
+
+    def _check_boundary(self) -> None:
+        """Called between two optimizer steps and after the last one, on all ranks.
+
+        Raises:
+            RunStopped: The run must not go on.
+        """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, as `transformers.Trainer.train`; resumed, a run goes on bit for bit as if it had not been interrupted.
+
+        SIGTERM and SIGUSR1 end it between two optimizer steps, with a checkpoint.
+
+        Args:
+            resume_from_checkpoint: The path of a checkpoint, or True: the last one in `output_dir`; where there is none,
+                the run starts at its beginning.
+            args: As in `transformers.Trainer.train`.
+            kwargs: As in `transformers.Trainer.train`.
+
+        Raises:
+            SystemExit: A signal has stopped the run; the code is `signals.EXIT_CODE`.
+            RunStopped: A guard has stopped the run, which is saved.
+            ValueError: The checkpoint holds another run.
+        """
+        folder = self._folder_to_resume(resume_from_checkpoint)
+        self._resumed = None if folder is None else self._read_run_state(folder)
+        self._saved = folder
+        with self._signals.listening():
+            try:
+                output = super().train(None if folder is None else str(folder), *args, **kwargs)
+                self._check_boundary()
+                return output
+            except StopRequested as stop:
+                logger.warning("%s: the run is saved in %s and can be resumed from there.", stop, self._save_boundary())
+                raise SystemExit(EXIT_CODE) from None
+            except torch.OutOfMemoryError as error:
+                if self.args.world_size > 1:  # other ranks are in the middle of the step
+                    raise
+                raise RunStopped(f"{error} (Saved in {self._save_boundary()}.)") from error
+            except RunStopped as stop:
+                raise RunStopped(f"{stop} (Saved in {self._save_boundary()}.)") from stop
+
+    def _between_steps(self) -> None:
+        """Raises, on all ranks:
+        StopRequested: A signal has come, to some rank.
+        RunStopped: The run must not go on.
+        """
+        together(self._signals.check, self.args.process_index, gather_object)
+        self._check_boundary()
+
+    def _folder_to_resume(self, given: str | bool | None) -> Path | None:
+        if given is True:
+            folder = last_checkpoint(Path(str(self.args.output_dir)))
+            if folder is None:
+                logger.warning("%s holds no checkpoint to resume from; the run starts anew.", self.args.output_dir)
+            return folder
+        return Path(given) if given else None
+
+    def _save_boundary(self) -> Path | None:
+        """Save what the last optimizer step left, unless that has been done; where it lies."""
+        if self.state.global_step and self._saved != self._checkpoint(self.state.global_step):
+            self._save_checkpoint(cast(nn.Module, self.model), trial=None)
+        return self._saved
+
+    def _checkpoint(self, step: int) -> Path:
+        return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save into a folder aside, which gets its name when it is complete on all ranks."""
+        final = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        self._unfinished = final.parent / UNFINISHED
+        if self.is_local_process_zero():
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        unfinished = self._unfinished / final.name
+        with self._watchdog.phase("saving"):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._unfinished = None
+            if self.state.best_model_checkpoint == str(unfinished):
+                self.state.best_model_checkpoint = str(final)
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / "trainer_state.json"))
+            if not self.args.save_only_model:
+                self._run_state().save(unfinished, self.args.process_index)
+            self.accelerator.wait_for_everyone()
+            if self.is_local_process_zero():
+                finish_checkpoint(unfinished, final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                rotate_checkpoints(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+                shutil.rmtree(unfinished.parent, ignore_errors=True)
+        self._saved = final
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._unfinished or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """A checkpoint is sent when it has its name."""

@@ -1,0 +1,184 @@
+"""Calls that fail: which completions are to blame, what is said of it, and what stays of the others' rewards."""
+
+import logging
+import math
+import traceback
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..errors import RunStopped
+from .call import Answer, RewardBatch, RewardNotes
+from .worker import WorkerError
+
+
+logger = logging.getLogger(__name__)
+
+ON_ERROR = ("exclude", "raise")
+COMPLETION_CHARACTERS = 500
+
+
+class RewardError(RunStopped):
+    """A reward function failed on a completion, and `on_reward_error="raise"`.
+
+    Args:
+        name: The reward function.
+        completion: What it failed on.
+        message: What went wrong, in one line.
+        traceback: Of the exception; empty where there was none, as for a worker that was killed.
+    """
+
+    def __init__(self, name: str, completion: Any, message: str, traceback: str):
+        super().__init__(describe(name, completion, message, traceback))
+        self.name = name
+        self.completion = completion
+        self.message = message
+        self.traceback = traceback
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, self.completion, self.message, self.traceback)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Some rows of the batch that a function is called on together, and how often that is repeated as it is."""
+
+    rows: range
+    retries: int
+
+
+class FailureReport:
+    """What is done about failures: the first of each function in the run is logged, or raised.
+
+    Args:
+        on_error: "exclude" or "raise".
+    """
+
+    def __init__(self, on_error: str):
+        self.on_error = on_error
+        self._logged: set[str] = set()
+
+    def completion_failed(self, name: str, completion: Any, message: str, traceback: str) -> None:
+        """A function gave no reward to a completion.
+
+        Raises:
+            RewardError: With `on_error="raise"`.
+        """
+        if self.on_error == "raise":
+            raise RewardError(name, completion, message, traceback)
+        self._log_first(name, describe(name, completion, message, traceback))
+
+    def only_together(self, name: str, count: int, message: str, traceback: str) -> None:
+        """A call on `count` completions failed, but no call on its parts."""
+        head = f"The reward function {name!r} failed on {count} completions together, on none of them alone: {message}"
+        self._log_first(name, f"{head}\n{traceback}".rstrip())
+
+    def _log_first(self, name: str, text: str) -> None:
+        if name not in self._logged:
+            self._logged.add(name)
+            logger.warning("%s\nFurther failures of it are only counted, in rewards/%s/failures.", text, name)
+
+
+class Ledger:
+    """What one function's calls have given for the completions of a batch.
+
+    A call that fails is repeated `retries` times as it is; then each of its groups is called alone, and of a group that
+    fails again each completion, that again `retries` times. A value that is no reward fails its own completion only.
+
+    Args:
+        name: The function's name in the log.
+        function: Whatever is called.
+        batch: All completions.
+        retries: How often the first and the last calls are repeated.
+        report: Told of each completion that failed for good.
+    """
+
+    def __init__(self, name: str, function: Any, batch: RewardBatch, retries: int, report: FailureReport):
+        self.name = name
+        self.function = function
+        self.batch = batch
+        self.retries = retries
+        self.report = report
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all that is recorded."""
+        self.failed = [False] * len(self.batch.completions)
+        self._answers: list[tuple[range, Answer]] = []
+        self._first_failure: tuple[int, str, str] | None = None
+
+    def calls(self, parts: int = 1) -> list[Call]:
+        """The batch as at most `parts` calls on whole groups."""
+        count, group = len(self.batch.completions), self.batch.num_generations
+        return self._split(range(count), math.ceil(count / group / parts) * group, self.retries)
+
+    def record(self, call: Call, outcome: Answer | Exception) -> list[Call]:
+        """Write down what a call gave, or that it failed; the calls to make instead.
+
+        Raises:
+            ValueError: `log_extra` got another number of values than the call had completions.
+            RewardError: A completion failed, and the report says that this stops the run.
+        """
+        if isinstance(outcome, Answer):
+            self._accept(call.rows, outcome)
+            return []
+        message, text = _explained(outcome)
+        self._first_failure = self._first_failure or (len(call.rows), message, text)
+        if call.retries:
+            return [replace(call, retries=call.retries - 1)]
+        if len(call.rows) > self.batch.num_generations > 1:
+            return self._split(call.rows, self.batch.num_generations, 0)
+        if len(call.rows) > 1:
+            return self._split(call.rows, 1, self.retries)
+        self._fail(call.rows[0], message, text)
+        return []
+
+    def close(self) -> tuple[list[float], RewardNotes]:
+        """Values of all completions, NaN where the function returned None or failed, and notes, None where it gave none.
+
+        Both are in the order of the completions, whatever the order of the answers.
+        """
+        if self._first_failure and not any(self.failed):
+            self.report.only_together(self.name, *self._first_failure)
+        values = [math.nan] * len(self.failed)
+        notes = RewardNotes()
+        for rows, answer in sorted(self._answers, key=lambda entry: entry[0].start):
+            values[rows.start : rows.stop] = answer.values
+            for name, column in answer.notes.columns.items():
+                whole = notes.columns.setdefault(name, [None] * len(values))
+                whole[rows.start : rows.stop] = column
+            for name, numbers in answer.notes.metrics.items():
+                notes.metrics[name].extend(numbers)
+        return values, notes
+
+    def _split(self, rows: range, size: int, retries: int) -> list[Call]:
+        return [Call(rows[start : start + size], retries) for start in range(0, len(rows), max(size, 1))]
+
+    def _accept(self, rows: range, answer: Answer) -> None:
+        for column, values in answer.notes.columns.items():
+            if len(values) != len(rows):
+                raise ValueError(
+                    f"log_extra({column!r}, ...) got {len(values)} values for {len(rows)} completions; give one each."
+                )
+        self._answers.append((rows, answer))
+        for place, message in answer.wrong.items():
+            self._fail(rows[place], message, "")
+
+    def _fail(self, row: int, message: str, text: str) -> None:
+        self.failed[row] = True
+        self.report.completion_failed(self.name, self.batch.completions[row], message, text)
+
+
+def describe(name: str, completion: Any, message: str, traceback: str) -> str:
+    """A failure in words: which function, why, the completion (its first characters), the traceback."""
+    text = completion if isinstance(completion, str) else repr(completion)
+    if len(text) > COMPLETION_CHARACTERS:
+        text = text[:COMPLETION_CHARACTERS] + "..."
+    head = f"The reward function {name!r} failed on a completion: {message}"
+    return f"{head}\nThe completion: {text}\n{traceback}".rstrip()
+
+
+def _explained(error: Exception) -> tuple[str, str]:
+    """The error in one line, and its traceback."""
+    if isinstance(error, WorkerError):
+        return str(error), error.traceback
+    return f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))

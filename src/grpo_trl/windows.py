@@ -1,0 +1,90 @@
+"""Making a window: prompts, completions, rewards, advantages, and what the old and the reference policy say of them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .data import PromptSet, Schedule
+from .guards import Share
+from .metrics import MetricLog
+from .models import Reference
+from .objective import group_advantages
+from .rollout import Round, RoundRunner
+from .scoring import Scorer
+from .seeds import derive_seed
+from .signals import together
+from .state import Window
+
+
+@dataclass
+class WindowMaker:
+    """Makes this rank's share of a window; all ranks go through the same collectives, whatever happens on one of them.
+
+    Args:
+        prompts: What is trained on.
+        schedule: Which prompts a window has.
+        runner: Samples and rewards.
+        scorer: Evaluates policies.
+        reference: The frozen policy; None without a KL term.
+        scale_rewards: See `group_advantages`.
+        seed: Of the run.
+        rank: Of this process.
+        gather: From a list of objects on this rank to the concatenated lists of all ranks.
+        check: Sees what all ranks say of their shares; may raise `RunStopped`.
+        watch: Entered around each phase with its name.
+    """
+
+    prompts: PromptSet
+    schedule: Schedule
+    runner: RoundRunner
+    scorer: Scorer
+    reference: Reference | None
+    scale_rewards: str
+    seed: int
+    rank: int
+    gather: Callable[[list[Any]], list[Any]]
+    check: Callable[[Sequence[Share]], None]
+    watch: Callable[[str], Any]
+
+    def make(self, index: int, policy: nn.Module, trainer_state: Any, metrics: MetricLog) -> Window:
+        """Window `index`, sampled from the wrapped `policy`. One that is not finished leaves no trace.
+
+        Raises:
+            StopRequested, RunStopped, RuntimeError: See `together`.
+        """
+        log = MetricLog()
+        sampled = together(lambda: self._sample(index, trainer_state, log), self.rank, self.gather)
+        shares = self.gather([Share.of(sampled)])
+        self.check(shares)
+        advantages = self._advantages(sampled, shares).flatten().tolist()
+        completions = [replace(c, advantage=a) for c, a in zip(sampled.completions, advantages, strict=True)]
+        with log.timed("time/scoring"), self.watch("scoring under the old and the reference policy"):
+            completions = self._scored(completions, policy)
+        metrics.take(log)
+        trainer_state.num_input_tokens_seen += sum(share.tokens for share in shares)
+        return Window(index, completions, sampled.table() | {"advantage": advantages})
+
+    def _sample(self, index: int, trainer_state: Any, log: MetricLog) -> Round:
+        prompts = self.prompts.prompts(self.schedule.rows(index, self.rank))
+        seed = derive_seed(self.seed, "window", index)
+        sampled = self.runner.run(prompts, self.schedule.num_generations, seed, trainer_state, log)
+        log.add_all(sampled.metrics())
+        sampled.table()  # raises on this rank what it would raise later
+        return sampled
+
+    def _scored(self, completions: list[Any], policy: nn.Module) -> list[Any]:
+        self.scorer.compare(policy, completions)
+        if not self.schedule.on_policy:
+            completions = self.scorer.with_logps(policy, completions, "old_logps")
+        if self.reference is not None:
+            with self.reference.evaluating(policy) as reference:
+                completions = self.scorer.with_logps(reference, completions, "ref_logps")
+        return completions
+
+    def _advantages(self, sampled: Round, shares: Sequence[Share]) -> Tensor:
+        """Advantages by group, of shape (P, G)."""
+        rewards = torch.tensor([reward for share in shares for reward in share.rewards], dtype=torch.float64)
+        return group_advantages(sampled.total_PG, self.scale_rewards, rewards)
