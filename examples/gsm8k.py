@@ -149,7 +149,8 @@ def main() -> None:
         raise SystemExit(
             f"{error}\nPass a folder that holds a model and its tokenizer: --model_name_or_path PATH"
         ) from error
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint  # a path, or "true" for the last one in output_dir, if there is one
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     if trainer.is_world_process_zero():
         if any(

@@ -14,7 +14,7 @@ LAYERS = (
     ("objective", "seeds", "errors"),
     ("policy", "rewards", "rollout", "metrics"),
     ("data", "models", "launch", "scoring", "signals", "guards", "watchdog", "state", "config", "report"),
-    ("evaluation", "windows", "resumable", "trainer"),
+    ("evaluation", "windows", "resumable", "assembly", "trainer"),
     ("__init__",),
 )
 LAYER = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
@@ -120,4 +120,5 @@ def test_only_the_trainer_imports_the_trainer_and_its_config():
         ("__init__",): {"config", "trainer"},
         ("trainer",): {"config"},
         ("resumable",): {"config"},
+        ("assembly",): {"config"},
     }

@@ -26,17 +26,17 @@ def one():
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     file = tmp_path_factory.mktemp("ranks") / "results"
-    launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"], file)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch([*torchrun, "-m", "tests.ranks"], file)
     return [torch.load(f"{file}.{rank}", weights_only=False) for rank in range(2)]
 
 
-def launch(command, file, timeout=150):
-    """Run `tests.ranks`, and leave no process behind whatever happens: torchrun gives each rank a session of its own."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def launch(command, file, timeout=150, environment=None):
+    """Run `command FILE`, and leave no process behind whatever happens: torchrun gives each rank a session of its own."""
     process = psutil.Popen(
-        [*command, "tests.ranks", str(file)],
+        [*command, str(file)],
         cwd=Path(__file__).parents[1],
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

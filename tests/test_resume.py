@@ -359,3 +359,22 @@ def test_what_reward_functions_note_survives(tmp_path):
     assert set(state.window.table["thing"]) == {"x"}
     resumed = run(tmp_path, True, reward=noting, num_iterations=2, max_steps=2, logging_steps=2)
     assert [entry["mine"] for entry in resumed.state.log_history if "mine" in entry] == [3.0]
+
+
+def test_a_step_of_several_windows_that_a_signal_ends_leaves_no_trace(tmp_path):
+    """Three windows a step, but one in the second; the signal comes in the third window of the third step."""
+    options = {"steps_per_generation": 1, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 8}
+    options |= {"save_strategy": "no", "max_steps": 4, "logging_steps": 4}
+    calls = []
+
+    def signalled(completions):
+        calls.append(0)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(100)
+        return letters(completions)
+
+    uninterrupted = end_of(run(tmp_path / "whole", reward=slow_is_letters(signalled), **options))
+    stopped(tmp_path / "stopped", reward=signalled, **options)
+    assert os.listdir(tmp_path / "stopped") == ["checkpoint-2"]
+    assert_same(end_of(run(tmp_path / "stopped", True, reward=signalled, **options)), uninterrupted)

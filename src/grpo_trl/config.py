@@ -210,6 +210,13 @@ class GRPOConfig(TrainingArguments):
             "values, and changes nothing in what is sampled, up to rounding. Default: 256, on a CPU 128."
         },
     )
+    ds3_gather_for_generation: bool = field(
+        default=True,
+        metadata={
+            "help": "Under ZeRO-3, gather all weights on each rank while completions are written. False: gather each layer "
+            "at each token, for models that do not fit on one GPU; much slower."
+        },
+    )
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments of apply_chat_template, as JSON."}
     )
@@ -287,6 +294,11 @@ class GRPOConfig(TrainingArguments):
     def template_kwargs(self) -> dict[str, Any]:
         """Further arguments of `apply_chat_template`."""
         return cast("dict[str, Any]", self.chat_template_kwargs or {})
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether the policy computes in half precision, whatever its weights are."""
+        return bool(self.bf16 or self.fp16)
 
     def sampling_options(self, pad_token_id: int, eos_token_ids: tuple[int, ...]) -> SamplingOptions:
         """The options of sampling, for a tokenizer's ids."""

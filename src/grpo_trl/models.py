@@ -1,7 +1,7 @@
 """Policy, adapter and reference: loading, freezing, checking."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import disable_dropout_in_model
+
+from .policy import enable_scoring
 
 
 REF_ADAPTER = "ref"
@@ -131,18 +133,19 @@ class Reference:
     Args:
         policy: The policy before it is trained, with its adapter.
         new_adapter: Whether the adapter was made for this run.
+        reload: Loads the policy as it was at first, for one that ZeRO-3 has sharded, which cannot be copied.
 
     Raises:
         ValueError: The adapter trains biases of the model under it, which the reference would share; or it is a prompt
-            that was trained before, which cannot be copied.
+            that was trained before, which cannot be copied; or the policy is sharded, with nothing to reload it from.
     """
 
-    def __init__(self, policy: Any, new_adapter: bool):
+    def __init__(self, policy: Any, new_adapter: bool, reload: Callable[[], nn.Module] | None = None):
         self.model: nn.Module | None = None
         self._policy = policy
         self._adapter: str | None = None
         if not isinstance(policy, PeftModel):
-            self.model = copy.deepcopy(policy).requires_grad_(False).eval()
+            self.model = _copy(policy, reload).requires_grad_(False).eval()
             return
         config = policy.peft_config[policy.active_adapter]
         if (bias := getattr(config, "bias", "none")) != "none":
@@ -168,6 +171,19 @@ class Reference:
         else:
             with _adapter(self._policy, self._adapter):
                 yield wrapped_policy
+
+
+def _copy(policy: nn.Module, reload: Callable[[], nn.Module] | None) -> nn.Module:
+    if not any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
+        return copy.deepcopy(policy)
+    if reload is None:
+        raise ValueError(
+            "beta > 0 needs a second copy of a model that ZeRO-3 has sharded already; pass the path of the model instead "
+            "of the model, so that it can be loaded twice."
+        )
+    model = reload()
+    enable_scoring(model)
+    return model
 
 
 @contextmanager

@@ -29,6 +29,8 @@ class Window:
     completions: Sequence[Completion]
     table: dict[str, list[Any]]
     """What `log_completions` shows of them, by column."""
+    tokens: int
+    """Of the window on all ranks, each prompt counted with each of its completions."""
 
 
 @dataclass
@@ -191,6 +193,7 @@ def _plain_window(window: Window) -> dict[str, Any]:
         "index": window.index,
         "completions": [dict(vars(completion)) for completion in window.completions],
         "table": {name: [_plain(value) for value in values] for name, values in window.table.items()},
+        "tokens": window.tokens,
     }
 
 

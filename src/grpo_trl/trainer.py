@@ -1,9 +1,11 @@
 """The training loop: which piece Trainer gets when, and what the loss of a piece is. Everything else has its own room."""
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,14 +23,16 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import speed_metrics
 from trl.trainer.callbacks import SyncRefModelCallback
 
+from .assembly import make_engine, make_prompts, make_rewards, make_scorer
 from .config import GRPOConfig
-from .data import PromptLimit, PromptSet
+from .data import PromptSet
 from .evaluation import evaluate_prompts
 from .guards import DeadRun, NonFinite, Share, check_failures
-from .launch import check_launch, gathered_weights
+from .launch import check_launch, check_sharding, fsdp_was_asked_for, gathered_weights, prepare_frozen
 from .metrics import Mean, MetricLog, Sum, loss_metrics
 from .models import (
     Reference,
@@ -40,12 +44,10 @@ from .models import (
     load_tokenizer,
 )
 from .objective import grpo_loss
-from .policy import Completion, Packer, Piece, enable_scoring, evaluation_mode, score, serve_shared_prefix
+from .policy import Completion, Piece, enable_scoring, evaluation_mode, score, serve_shared_prefix
 from .report import append_objective, merge_tables, print_completions, write_completions
 from .resumable import ResumableTrainer
-from .rewards import Rewards
-from .rollout import GroupEngine, RolloutEngine, RolloutFuncEngine, RoundRunner
-from .scoring import Scorer
+from .rollout import RolloutEngine, RolloutFuncEngine, RoundRunner
 from .state import RunState, Window, fingerprint, resumed_state
 from .windows import WindowMaker
 
@@ -108,19 +110,7 @@ class GRPOTrainer(ResumableTrainer):
         enable_scoring(policy)
         if isinstance(policy, PeftModel) and args.gradient_checkpointing:
             policy.enable_input_require_grads()
-        rewards = Rewards(
-            reward_funcs,
-            args.reward_weights,
-            reward_processing_classes,
-            model_init_kwargs=args.init_kwargs,
-            chat_template_kwargs=args.template_kwargs,
-            batch_size=args.per_device_train_batch_size,
-            workers=args.reward_workers,
-            timeout=args.reward_timeout,
-            retries=args.reward_retries,
-            memory_limit=int(args.reward_memory_limit * 2**30),
-            on_error=args.on_reward_error,
-        )
+        rewards = make_rewards(reward_funcs, reward_processing_classes, args)
         super().__init__(
             model=policy,
             args=args,
@@ -132,7 +122,9 @@ class GRPOTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_launch(args.n_gpu, args.world_size)  # a model that lies on several devices has set n_gpu to 1 by now
+        # A model that lies on several devices has set n_gpu to 1 by now
+        check_launch(args.n_gpu, args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
+        check_sharding(self.model, args.world_size)
         if args.disable_dropout:
             disable_dropout(self.model)
         self.model.add_model_tags(["grpo_trl", "grpo"])
@@ -143,46 +135,33 @@ class GRPOTrainer(ResumableTrainer):
         self.add_callback(self._timer)
         self._dead_run = DeadRun(args.dead_run_patience, args.on_dead_run, args.max_completion_length)
         self._nonfinite = NonFinite(args.max_nonfinite_steps)
-        self._scorer = self._make_scorer()
-        self._prepare_reference(new_adapter=peft_config is not None)
+        self._scorer = make_scorer(self.model, tokenizer, args, self._waits_in_forward)
+        reload = partial(load_policy, model, args.init_kwargs) if isinstance(model, str) else None
+        self._prepare_reference(new_adapter=peft_config is not None, reload=reload)
         rewards.prepare_models(lambda m: self.accelerator.prepare_model(m, device_placement=True, evaluation_mode=True))
-        self._runner = self._make_runner(rewards, rollout_func)
+        self._runner = RoundRunner(
+            self._make_engine(rollout_func),
+            rewards,
+            tokenizer,
+            watch=self._watchdog.phase,
+            breaking_in=self._signals.breaking_in,
+        )
         self._prepare_prompts(writes_prompts=rollout_func is not None)
         set_seed(args.seed, device_specific=True)  # dropout differs between ranks
 
     # ---- Construction ----
-    def _make_scorer(self) -> Scorer:
-        assert self.processing_class.pad_token_id is not None
-        packer = Packer(
-            batch_size=self.args.per_device_train_batch_size,
-            max_tokens=self.args.max_tokens_per_piece,
-            pad_token_id=self.processing_class.pad_token_id,
-            device=self.args.device,
-            agree=(lambda count: max(gather_object([count]))) if self._waits_in_forward else int,
-        )
-        return Scorer(
-            self.model,
-            packer,
-            shared_prefix=self.args.shared_prefix,
-            temperature=self.args.temperature,
-            mixed_precision=self.accelerator.mixed_precision != "no",
-            needs_all=self.args.beta > 0,
-            gather=gather_object,
-            recovers=not self._waits_in_forward,
-        )
-
     @property
     def _waits_in_forward(self) -> bool:
         """Whether ranks wait for each other in every forward and backward, so that they must make equally many."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
-    def _prepare_reference(self, new_adapter: bool) -> None:
+    def _prepare_reference(self, new_adapter: bool, reload: Callable[[], nn.Module] | None) -> None:
         self._reference: Reference | None = None
         if not self.args.beta:
             return
-        self._reference = Reference(self.model, new_adapter)
+        self._reference = Reference(self.model, new_adapter, reload)
         if self._reference.model is not None:
-            self._reference.model = self.accelerator.prepare_model(self._reference.model, evaluation_mode=True)
+            self._reference.model = prepare_frozen(self._reference.model, self.accelerator)
         if self.args.sync_ref_model:
             if self._reference.model is None:
                 raise ValueError(
@@ -194,11 +173,11 @@ class GRPOTrainer(ResumableTrainer):
     def _prepare_prompts(self, writes_prompts: bool) -> None:
         context = None if writes_prompts else context_length(self.model)
         self._eval_limit = self.args.prompt_limit(context)
-        self._eval_prompts = {} if self.eval_dataset is None else self._eval_prompt_sets(self.eval_dataset)
+        self._eval_prompts = self._prompt_sets(self.eval_dataset)
         if self.train_dataset is None:
             return
         limit = self.args.prompt_limit(context, trained_on=not writes_prompts)
-        prompts = self._prompt_set(self.train_dataset, "train_dataset", limit)
+        prompts = make_prompts(self.train_dataset, self.processing_class, self.args, limit, "train_dataset")
         self._schedule = self.args.schedule(len(prompts))
         self._schedule.check()
         self._windows = WindowMaker(
@@ -215,48 +194,35 @@ class GRPOTrainer(ResumableTrainer):
             watch=self._watchdog.phase,
         )
 
-    def _prompt_set(self, dataset: Dataset, name: str, limit: PromptLimit) -> PromptSet:
-        return PromptSet(
-            dataset,
-            self.processing_class,
-            limit,
-            chat_template_kwargs=self.args.template_kwargs,
-            prompt_only=self.args.remove_unused_columns,
-            name=name,
-        )
-
-    def _eval_prompt_sets(self, dataset: Dataset | dict[str, Dataset]) -> dict[str, PromptSet]:
-        if not isinstance(dataset, dict):
-            dataset = {"": dataset}
+    def _prompt_sets(self, dataset: Dataset | dict[str, Dataset] | None) -> dict[str, PromptSet]:
+        """What is evaluated on, by name; a single dataset has the name ""."""
+        parts = {} if dataset is None else dataset if isinstance(dataset, dict) else {"": dataset}
+        titles = {name: f"eval_dataset[{name!r}]" if name else "eval_dataset" for name in parts}
         return {
-            name: self._prompt_set(part, f"eval_dataset[{name!r}]" if name else "eval_dataset", self._eval_limit)
-            for name, part in dataset.items()
+            name: make_prompts(part, self.processing_class, self.args, self._eval_limit, titles[name])
+            for name, part in parts.items()
         }
 
-    def _make_runner(self, rewards: Rewards, rollout_func: Callable[..., dict[str, Any]] | None) -> RoundRunner:
+    def _make_engine(self, rollout_func: Callable[..., dict[str, Any]] | None) -> RolloutEngine:
         ends = eos_token_ids(self.model, self.processing_class)
         if rollout_func is not None:
-            engine: RolloutEngine = RolloutFuncEngine(rollout_func, self, ends, self._signals.breaking_in)
-        else:
-            engine = GroupEngine(
-                self.model,
-                self.args.sampling_options(self.processing_class.pad_token_id, ends),
-                max_rows_in_flight=self.args.max_rows_in_flight,
-                tokenizer=self.processing_class,
-                context=self._whole_policy,
-                mixed_precision=self.accelerator.mixed_precision != "no",
-                gather=gather_object,
-                show_progress=self._shows_progress,
-                check=self._signals.check,
-            )
-        return RoundRunner(
-            engine, rewards, self.processing_class, watch=self._watchdog.phase, breaking_in=self._signals.breaking_in
+            return RolloutFuncEngine(rollout_func, self, ends, self._signals.breaking_in)
+        return make_engine(
+            self.model,
+            self.processing_class,
+            self.args,
+            ends,
+            context=self._whole_policy,
+            check=self._signals.check,
+            in_step=self.is_fsdp_enabled or (is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation),
+            show_progress=self._shows_progress,
         )
 
     @contextmanager
     def _whole_policy(self) -> Iterator[None]:
         """What sampling runs in."""
-        with gathered_weights(self.model_wrapped), self.accelerator.autocast():
+        gathered = gathered_weights(self.model_wrapped) if self.args.ds3_gather_for_generation else nullcontext()
+        with gathered, self.accelerator.autocast():
             yield
 
     @property
@@ -284,17 +250,22 @@ class GRPOTrainer(ResumableTrainer):
     ) -> tuple[list[list[Completion]], None]:
         """The next optimizer step: all of its completions come in its last micro-step. Samples the windows that it needs.
 
-        Called once a step.
+        Called once a step. One that is not finished, because a signal comes, leaves no trace.
         """
         self._timer.start_step()
         self._between_steps()
         count = len(list(itertools.islice(epoch_iterator, num_batches)))
         batch_size = self.args.per_device_train_batch_size
         completions: list[Completion] = []
+        window, log, tokens = self._window, MetricLog(), 0
         for place in self._schedule.places(self.state.global_step, count):
-            if self._window is None or self._window.index != place.window:
-                self._window = self._windows.make(place.window, self.model_wrapped, self.state, self._metrics)
-            completions += self._window.completions[place.micro_step * batch_size :][:batch_size]
+            if window is None or window.index != place.window:
+                window = self._windows.make(place.window, self.model_wrapped, self.state, log)
+                tokens += window.tokens
+            completions += window.completions[place.micro_step * batch_size :][:batch_size]
+        self._window = window
+        self._metrics.take(log)
+        self.state.num_input_tokens_seen += tokens
         self._timer.start_update()
         nothing: list[list[Completion]] = [[]] * (count - 1)
         return [*nothing, completions], None
@@ -371,8 +342,13 @@ class GRPOTrainer(ResumableTrainer):
         """Called between clipping and the update, which is skipped here if it is not finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
         completions, loss = self._step
-        scaled = self.accelerator.scaler is not None  # whose gradients overflow at times; it skips these steps itself
-        if self._nonfinite.see(loss, None if scaled else grad_norm, self.accelerator.reduce):
+        if self.args.fp16:
+            grad_norm_seen = None  # overflows at times; the loss scale is lowered then, and the step skipped
+        elif self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
+            grad_norm_seen = math.inf  # the engine has stepped by now, or has found out and not stepped
+        else:
+            grad_norm_seen = grad_norm
+        if self._nonfinite.see(loss, grad_norm_seen, self.accelerator.reduce):
             self._metrics.add("nonfinite_steps", Sum(float(self.is_world_process_zero())))
             if self._nonfinite.exhausted and not self._waits_in_forward:
                 self._nonfinite.culprits = gather_object(self._culprits(model, completions))
@@ -470,7 +446,7 @@ class GRPOTrainer(ResumableTrainer):
         if isinstance(eval_dataset, str):
             prompt_sets = {"": self._eval_prompts[eval_dataset]}
         else:
-            prompt_sets = self._eval_prompts if eval_dataset is None else self._eval_prompt_sets(eval_dataset)
+            prompt_sets = self._eval_prompts if eval_dataset is None else self._prompt_sets(eval_dataset)
         if not prompt_sets:
             raise ValueError("eval_dataset=None; pass a dataset with a column 'prompt' to evaluate.")
         metrics: dict[str, float] = {}

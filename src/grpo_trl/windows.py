@@ -64,8 +64,8 @@ class WindowMaker:
         with log.timed("time/scoring"), self.watch("scoring under the old and the reference policy"):
             completions = self._scored(completions, policy)
         metrics.take(log)
-        trainer_state.num_input_tokens_seen += sum(share.tokens for share in shares)
-        return Window(index, completions, sampled.table() | {"advantage": advantages})
+        tokens = sum(share.tokens for share in shares)
+        return Window(index, completions, sampled.table() | {"advantage": advantages}, tokens)
 
     def _sample(self, index: int, trainer_state: Any, log: MetricLog) -> Round:
         prompts = self.prompts.prompts(self.schedule.rows(index, self.rank))

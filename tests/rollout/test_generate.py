@@ -219,7 +219,14 @@ def test_the_progress_bar_is_written_to_stderr_only_if_shown(model, capsys, show
 
 
 def test_the_progress_bar_tells_how_many_completions_still_run(capsys):
-    ends = _Ends(make_options(eos_token_ids=(EOS, 7)), None, rows=4, device=torch.device("cpu"), show_progress=True, check=lambda: None)
+    ends = _Ends(
+        make_options(eos_token_ids=(EOS, 7)),
+        None,
+        rows=4,
+        device=torch.device("cpu"),
+        show_progress=True,
+        check=lambda: None,
+    )
     ends.bar.mininterval = 0  # draws every step
     assert ends(torch.tensor([[1, 5], [5, EOS], [5, 7], [5, 5]]), None).tolist() == [False, True, True, False]
     assert ends(torch.tensor([[5, 5], [EOS, 8], [7, 8], [5, EOS]]), None).tolist() == [False, True, True, True]

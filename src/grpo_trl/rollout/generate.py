@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
@@ -36,6 +36,7 @@ class GenerateEngine:
         context: What the forward passes run in, e.g. the accelerator's autocast.
         show_progress: Draw a bar with the decoding steps and tokens/s.
         check: Called at each decoding step, unless ranks wait for each other there; may raise.
+        in_step: Whether ranks wait for each other in every forward, so that they must make equally many.
     """
 
     def __init__(
@@ -46,19 +47,20 @@ class GenerateEngine:
         context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         show_progress: bool = False,
         check: Callable[[], None] = lambda: None,
+        in_step: bool = False,
     ):
         self.model = model
         self.options = options
         self.context = context
         self.show_progress = show_progress
         self.check = check
+        self.in_step = in_step
         self._stop = stop_strings(options, tokenizer)
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         rows = [ids for ids in request.prompt_ids for _ in range(request.num_generations)]
         input_ids, attention_mask = _left_pad(rows, self.options.pad_token_id, self.model.device)
-        in_step = sharded_by_fsdp(self.model)  # ZeRO-3's weights are whole in `context`
-        check = (lambda: None) if in_step else self.check
+        check = (lambda: None) if self.in_step else self.check
         ends = _Ends(self.options, self._stop, len(rows), self.model.device, self.show_progress, check)
         config = generation_config(self.options)
         config.stop_strings = None  # `ends` finds them
@@ -68,7 +70,7 @@ class GenerateEngine:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 stopping_criteria=StoppingCriteriaList([ends]),
-                synced_gpus=in_step,
+                synced_gpus=self.in_step,
             )
         written = output[:, input_ids.shape[1] :].tolist()
         completions = [
@@ -78,15 +80,6 @@ class GenerateEngine:
             )
         ]
         return Rollout(completions, computed_tokens=len(rows) * len(written[0]))
-
-
-def sharded_by_fsdp(model: nn.Module) -> bool:
-    """Whether FSDP gathers weights at each call of a module in `model`."""
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    return any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
 
 
 class _Ends(StoppingCriteria):

@@ -22,7 +22,7 @@ from ..policy import Completion, attending_by, causal_lm, evaluation_mode, ignor
 from .base import Rollout, RolloutRequest, SamplingOptions
 from .cache import NAME, GroupCache
 from .decoding import Decoding
-from .generate import GenerateEngine, sharded_by_fsdp
+from .generate import GenerateEngine
 from .sampling import Sampler, stop_strings, unserved_option
 from .steps import CudaRecorder, EagerSteps, RecordedSteps
 from .weights import packed_weights
@@ -58,6 +58,8 @@ class GroupEngine:
         gather: From a list of objects on this rank to the concatenated lists of all ranks, which decide together.
         show_progress: Draw a bar with completions and tokens/s.
         check: Called after each decoding step; may raise.
+        in_step: Whether ranks wait for each other in every forward: sharded weights that `context` does not gather. Then
+            `model.generate` writes all completions, since ranks would compute different numbers of steps here.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class GroupEngine:
         gather: Callable[[list[Any]], list[Any]] = list,
         show_progress: bool = False,
         check: Callable[[], None] = lambda: None,
+        in_step: bool = False,
     ):
         self.model = model
         self.options = options
@@ -82,13 +85,14 @@ class GroupEngine:
         self._stop = stop_strings(options, tokenizer)
         self._mixed_precision = mixed_precision
         self._gather = gather
-        self._generate = GenerateEngine(model, options, tokenizer, context, show_progress, check)
+        self._generate = GenerateEngine(model, options, tokenizer, context, show_progress, check, in_step)
         self._bytes_per_token = 0
         """Of keys and values; 0 before the first rollout has measured it."""
         self._records = True
         """Whether decoding steps can be recorded, as far as is known."""
         self._reason: str | None = None
-        self._hand_over_if(unserved_option(options) or unservable(model))
+        sharded = "its weights are sharded, and ranks compute different numbers of steps" if in_step else None
+        self._hand_over_if(sharded or unserved_option(options) or unservable(model))
         self._sampler = None if self._reason else Sampler(model, options)
 
     def rollout(self, request: RolloutRequest) -> Rollout:
@@ -182,8 +186,6 @@ class GroupEngine:
         Prompts are continued by a few tokens; not all rows fit into flight. Measures the memory of a token too.
         """
         name = type(causal_lm(self.model)).__name__
-        if sharded_by_fsdp(self.model):
-            return "FSDP shards its weights, and ranks compute different numbers of steps"
         sample = _sample_of(request)
         # Nothing ends before its length, so that there are tokens to compare
         endless = replace(
