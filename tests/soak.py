@@ -92,7 +92,8 @@ def train(folder: Path, callbacks: list[TrainerCallback]) -> None:
     )
     trainer.train(resume_from_checkpoint=True)
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    torch.save({"weights": weights(trainer.model), "rewards": rewards}, folder / "end.pt")
+    torch.save({"weights": weights(trainer.model), "rewards": rewards}, folder / "ending.pt")
+    (folder / "ending.pt").rename(folder / "end.pt")
 
 
 def in_process(work: Callable[[], None], log: Path) -> int:
@@ -150,7 +151,7 @@ class Soak:
             callbacks = [LimitFiles(self.rng.randint(step + 1, STEPS), self.rng.choice([0, 3000, 30_000, 130_000]))]
         process = in_process(lambda: train(run, callbacks), log)
         if kind != "file size":
-            time.sleep(self.rng.random() * self.duration * (1 - step / STEPS))
+            time.sleep(self.rng.uniform(0, self.duration / 2))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, getattr(signal, kind))
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])

@@ -152,6 +152,7 @@ def sampled(stage, folder, **options):
         whole = make_sampling_trainer(f"{folder}/whole", of_engine, **options)
         whole.train()
         whole.save_model(f"{folder}/model")
+        whole.accelerator.wait_for_everyone()
         result = {"after": gathered(whole.model), "written": written_by(whole)}
     result["saved"] = weights(loaded(f"{folder}/model", options.get("lora")))
     if stage is None:

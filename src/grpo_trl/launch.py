@@ -46,6 +46,15 @@ def check_launch(n_gpu: int, world_size: int, fsdp: bool = False, device_type: s
         )
 
 
+def start_engine(device_type: str) -> None:
+    """Have DeepSpeed know the ranks before a model is loaded, which ZeRO-3 shards while it is loaded."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend="gloo" if device_type == "cpu" else None)
+
+
 def check_sharding(model: nn.Module, world_size: int) -> None:
     """Say what it costs that a model was loaded before ZeRO-3 could shard it."""
     parameters = list(model.parameters())

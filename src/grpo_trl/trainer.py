@@ -32,7 +32,7 @@ from .config import GRPOConfig
 from .data import PromptSet
 from .evaluation import evaluate_prompts
 from .guards import DeadRun, NonFinite, Share, check_failures
-from .launch import check_launch, check_sharding, fsdp_was_asked_for, gathered_weights, prepare_frozen
+from .launch import check_launch, check_sharding, fsdp_was_asked_for, gathered_weights, prepare_frozen, start_engine
 from .metrics import Mean, MetricLog, Sum, loss_metrics
 from .models import (
     Reference,
@@ -103,6 +103,7 @@ class GRPOTrainer(ResumableTrainer):
         rollout_func: Callable[[list[Any], Any], dict[str, Any]] | None = None,
     ):
         args = GRPOConfig() if args is None else args
+        start_engine(args.device.type)
         set_seed(args.seed)  # a new adapter starts from random weights
         policy = load_policy(model, args.init_kwargs if isinstance(model, str) or args.model_init_kwargs else {})
         tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
