@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from grpo_trl.errors import RunStopped, StopRequested
 from grpo_trl.signals import StopSignals, together
+from grpo_trl.state import RunState
 from grpo_trl.watchdog import Watchdog
 
 from .conftest import make_model, make_tokenizer
@@ -114,6 +115,7 @@ def test_too_many_in_a_row_stop_the_run_and_name_the_completion(tmp_path):
     assert all("f" in line for line in named)
     assert os.listdir(tmp_path) == ["checkpoint-3"]
     assert same(weights(model), start)
+    assert RunState.load(tmp_path / "checkpoint-3", 0).guards["nonfinite"] == 0  # so that it can be resumed
 
 
 # ---- Dead runs ----
@@ -343,6 +345,8 @@ def test_what_works_is_returned():
         (StopRequested("SIGTERM"), KeyError("k"), RuntimeError, "Rank 1: KeyError"),
         (StopRequested("SIGTERM"), None, StopRequested, "SIGTERM"),
         (StopRequested("SIGTERM"), StopRequested("SIGUSR1"), StopRequested, "SIGTERM"),
+        (RunStopped("why"), KeyError("k"), RuntimeError, "why"),
+        (RunStopped("why"), RunStopped("too"), RunStopped, "why"),
     ],
 )
 def test_what_a_rank_meets_all_ranks_meet(own, others, expected, text):

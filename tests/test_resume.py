@@ -378,3 +378,49 @@ def test_a_step_of_several_windows_that_a_signal_ends_leaves_no_trace(tmp_path):
     stopped(tmp_path / "stopped", reward=signalled, **options)
     assert os.listdir(tmp_path / "stopped") == ["checkpoint-2"]
     assert_same(end_of(run(tmp_path / "stopped", True, reward=signalled, **options)), uninterrupted)
+
+
+def test_a_finished_run_that_is_resumed_makes_no_further_step(tmp_path):
+    """Its last step lies inside an epoch."""
+    whole = run(tmp_path, max_steps=3)
+    again = run(tmp_path, True, max_steps=3)
+    assert again.state.global_step == 3
+    assert all(torch.equal(value, weights(again.model)[name]) for name, value in weights(whole.model).items())
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_what_a_signal_saves_can_be_resumed_even_where_checkpoints_hold_the_model_alone(tmp_path):
+    uninterrupted = end_of(run(tmp_path / "whole", save_strategy="no"))
+    stopped(tmp_path / "stopped", save_only_model=True, save_steps=3, callbacks=[SendAt(3)])
+    assert_same(end_of(run(tmp_path / "stopped", True, save_strategy="no")), uninterrupted)
+
+
+def test_other_prompts_or_another_seed_are_another_run(tmp_path, monkeypatch):
+    run(tmp_path, max_steps=1)
+    checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"seed of sampling: 42 then, 7 now"):
+        run(tmp_path, checkpoint, seed=7, data_seed=42)
+    monkeypatch.setattr("tests.test_resume.PROMPTS", [*PROMPTS[:-1], "other"])
+    with pytest.raises(ValueError, match=r"\(prompts: "):
+        run(tmp_path, checkpoint)
+
+
+def test_a_signal_that_comes_too_late_is_forgotten(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[SendAt(2)])
+    trainer.train()
+    assert "eval_reward" in trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS}))
+
+
+def test_a_step_of_several_windows_that_is_dropped_is_not_counted_as_dead(tmp_path):
+    calls = []
+
+    def flat(completions):
+        calls.append(0)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(100)
+        return [0.5] * len(completions)
+
+    options = {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}
+    trainer = stopped(tmp_path, reward=flat, **options)
+    assert trainer._dead_run.counts == {"uninformative": 0, "cut off": 0}

@@ -7,6 +7,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import GRPOConfig
 from .data import PromptLimit, PromptSet
@@ -17,7 +18,17 @@ from .scoring import Scorer
 
 
 def make_rewards(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -> Rewards:
-    """All reward functions, and where they run."""
+    """All reward functions, and where they run.
+
+    Raises:
+        ValueError: A reward model is given as a path under ZeRO-3.
+    """
+    given = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+    if is_deepspeed_zero3_enabled() and any(isinstance(func, str) for func in given):
+        raise ValueError(
+            "A reward model that is given as a path would be sharded by ZeRO-3, and its forward would wait for other "
+            "ranks. Load it before GRPOConfig is made, and pass the model and its tokenizer (reward_processing_classes)."
+        )
     return Rewards(
         reward_funcs,
         args.reward_weights,

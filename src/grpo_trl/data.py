@@ -4,6 +4,7 @@ Words: a window is the groups of one generation round over all ranks; a micro-st
 loop, `per_device_train_batch_size` completions per rank.
 """
 
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -74,6 +75,8 @@ class PromptSet:
         self.limit = limit
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.name = name
+        self.digest = ""
+        """Tells other prompts from these, by their tokens."""
         self.rows = self._fitting_rows()
 
     def __len__(self) -> int:
@@ -115,9 +118,12 @@ class PromptSet:
 
     def _fitting_rows(self) -> Sequence[int]:
         lengths: list[int] = []
-        column = self.dataset["prompt"]
+        column, digest = self.dataset["prompt"], hashlib.sha256()
         for start in range(0, len(self.dataset), TOKENIZE_BATCH):
-            lengths += map(len, self._tokenize(list(column[start : start + TOKENIZE_BATCH])))
+            ids = self._tokenize(list(column[start : start + TOKENIZE_BATCH]))
+            digest.update(repr(ids).encode())
+            lengths += map(len, ids)
+        self.digest = digest.hexdigest()[:16]
         if 0 in lengths:
             raise ValueError(
                 f"{self.name}[{lengths.index(0)}]['prompt'] has no tokens; a completion needs at least one to start from."

@@ -131,7 +131,8 @@ class NonFinite:
         self.patience = patience
         self.count = 0
         """Skipped in a row."""
-        self.culprits: list[str] = []
+        self.culprits: list[str] | None = None
+        """Completions that make it so; None if they were not looked for."""
 
     def see(self, loss: Tensor, grad_norm: Any, agree: Any) -> bool:
         """Whether the optimizer step that is about to be made has to be skipped, on all ranks.
@@ -161,11 +162,13 @@ class NonFinite:
         RunStopped: Too many steps were skipped in a row.
         """
         if self.exhausted:
-            named = [*self.culprits[:NAMED], *(["..."] if len(self.culprits) > NAMED else [])]
-            found = "\n".join(["", *named]) if named else "none is so by itself"
+            named = self.culprits or []
+            found = "\n".join(["", *named[:NAMED], *(["..."] if len(named) > NAMED else [])])
+            if not named:
+                found = "none is so by itself" if self.culprits is not None else "not looked for under ZeRO and FSDP"
             raise RunStopped(
                 f"The last {self.count} optimizer steps had a loss or a gradient that is not finite and were skipped "
                 f"(max_nonfinite_steps={self.patience}). The weights are those before them. Completions of the last one "
-                f"whose own loss or gradient is not finite: {found}\nLower learning_rate or set max_grad_norm, and see "
-                "whether the model itself is finite (bf16 in place of fp16)."
+                f"whose own loss or gradient is not finite: {found}\nSee whether the model itself is finite (bf16 in place "
+                "of fp16), and start from its weights with a lower learning_rate, or with max_grad_norm."
             )

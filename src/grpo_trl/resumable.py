@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
@@ -13,6 +12,7 @@ from transformers.trainer_utils import TrainOutput
 
 from .config import GRPOConfig
 from .errors import RunStopped, StopRequested
+from .scoring import DoesNotFit
 from .signals import EXIT_CODE, StopSignals, together
 from .state import UNFINISHED, RunState, finish_checkpoint, last_checkpoint, rotate_checkpoints
 from .watchdog import Watchdog
@@ -84,14 +84,14 @@ class ResumableTrainer(Trainer):
                 self._check_boundary()
                 return output
             except StopRequested as stop:
-                logger.warning("%s: the run is saved in %s and can be resumed from there.", stop, self._save_boundary())
+                logger.warning("%s: the run stops. %s", stop, self._save_boundary())
                 raise SystemExit(EXIT_CODE) from None
-            except torch.OutOfMemoryError as error:
+            except DoesNotFit as error:
                 if self.args.world_size > 1:  # other ranks are in the middle of the step
                     raise
-                raise RunStopped(f"{error} (Saved in {self._save_boundary()}.)") from error
+                raise RunStopped(f"{error} {self._save_boundary()}") from error
             except RunStopped as stop:
-                raise RunStopped(f"{stop} (Saved in {self._save_boundary()}.)") from stop
+                raise RunStopped(f"{stop} {self._save_boundary()}") from stop
 
     def _between_steps(self) -> None:
         """Raises, on all ranks:
@@ -109,11 +109,17 @@ class ResumableTrainer(Trainer):
             return folder
         return Path(given) if given else None
 
-    def _save_boundary(self) -> Path | None:
-        """Save what the last optimizer step left, unless that has been done; where it lies."""
-        if self.state.global_step and self._saved != self._checkpoint(self.state.global_step):
-            self._save_checkpoint(cast(nn.Module, self.model), trial=None)
-        return self._saved
+    def _save_boundary(self) -> str:
+        """Save what the last optimizer step left, all that a resumed run needs, unless that has been done; a word on it."""
+        if not self.state.global_step:
+            return "(No step is made yet, so nothing is saved.)"
+        if self._saved != self._checkpoint(self.state.global_step):
+            only_model, self.args.save_only_model = self.args.save_only_model, False
+            try:
+                self._save_checkpoint(cast(nn.Module, self.model), trial=None)
+            finally:
+                self.args.save_only_model = only_model
+        return f"(Saved in {self._saved}.)"
 
     def _checkpoint(self, step: int) -> Path:
         return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
@@ -122,7 +128,7 @@ class ResumableTrainer(Trainer):
         """Save into a folder aside, which gets its name when it is complete on all ranks."""
         final = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         self._unfinished = final.parent / UNFINISHED
-        if self.is_local_process_zero():
+        if self.args.should_save:
             shutil.rmtree(self._unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         unfinished = self._unfinished / final.name
@@ -138,13 +144,13 @@ class ResumableTrainer(Trainer):
             if not self.args.save_only_model:
                 self._run_state().save(unfinished, self.args.process_index)
             self.accelerator.wait_for_everyone()
-            if self.is_local_process_zero():
-                finish_checkpoint(unfinished, final)
-            self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                finish_checkpoint(unfinished, final)
                 rotate_checkpoints(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
                 shutil.rmtree(unfinished.parent, ignore_errors=True)
-        self._saved = final
+            self.accelerator.wait_for_everyone()
+        if not self.args.save_only_model:
+            self._saved = final
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
 

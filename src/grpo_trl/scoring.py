@@ -16,6 +16,10 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
+class DoesNotFit(torch.OutOfMemoryError):
+    """A piece that cannot be made smaller does not fit into memory; the message says what would help."""
+
+
 class Scorer:
     """Cuts optimizer steps into pieces, and evaluates the old and the reference policy.
 
@@ -97,7 +101,7 @@ class Scorer:
         Where memory runs out, `undo` is called, and `work` anew on smaller pieces.
 
         Raises:
-            torch.OutOfMemoryError: Memory runs out, and pieces cannot be smaller.
+            DoesNotFit: Memory runs out, and pieces cannot be smaller.
         """
         informative = self.informative(completions)
         count = len(completions) * world_size
@@ -135,17 +139,17 @@ class Scorer:
         """Cut into pieces of half the tokens from now on.
 
         Raises:
-            torch.OutOfMemoryError: That is not possible.
+            DoesNotFit: That is not possible.
         """
         size = self.packer.largest(completions)
         smaller = replace(self.packer, max_tokens=size // 2)
         if not self._recovers:
-            raise torch.OutOfMemoryError(
+            raise DoesNotFit(
                 f"Memory ran out in a piece of {size} tokens ({message}), while other ranks wait for this one. Resume with "
                 f"max_tokens_per_piece={size // 2}: it changes nothing in the gradient."
             )
         if smaller.largest(completions) == size:
-            raise torch.OutOfMemoryError(
+            raise DoesNotFit(
                 f"Memory ran out in a piece of {size} tokens, a single completion ({message}). Lower "
                 "max_completion_length or the length of prompts, set gradient_checkpointing=True, or use ZeRO or LoRA."
             )

@@ -38,6 +38,7 @@ class StopSignals:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self.received = None
 
     @contextlib.contextmanager
     def breaking_in(self) -> Iterator[None]:
@@ -46,9 +47,9 @@ class StopSignals:
         Raises:
             StopRequested: A signal comes, or has come.
         """
-        self.check()
         self._breaks_in = True
         try:
+            self.check()
             yield
         finally:
             self._breaks_in = False
@@ -90,11 +91,14 @@ def together(work: Callable[[], Result], rank: int, gather: Callable[[list[Any]]
     )
     reports = [report for report in gather([report]) if report is not None]
     failures = [(where, saved, text) for where, stops, saved, text in reports if not stops]
+    all_save = all(saved for _, saved, _ in failures)  # or none does: saving takes all ranks
+    if isinstance(error, RunStopped) and not all_save:
+        raise RuntimeError(str(error)) from error
     if error is not None and (not failures or not isinstance(error, StopRequested)):
         raise error
     if failures:
-        where, saved, text = failures[0]
-        raise (RunStopped if saved else RuntimeError)(f"Rank {where}: {text}")
+        where, _, text = failures[0]
+        raise (RunStopped if all_save else RuntimeError)(f"Rank {where}: {text}")
     if reports:
         raise StopRequested(f"rank {reports[0][0]} was asked to stop")
     return result

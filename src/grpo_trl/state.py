@@ -77,17 +77,18 @@ class RunState:
         return cls(window=window, **values)
 
 
-def resumed_state(folder: Path, rank: int, world_size: int, schedule: Schedule) -> RunState:
+def resumed_state(folder: Path, rank: int, world_size: int, expected: dict[str, Any]) -> RunState:
     """This rank's share of the run that a checkpoint holds.
 
-    Between two windows the number of ranks may change: the first rank takes over what was not logged yet.
+    Between two windows the number of ranks may change: the first rank takes over what was not logged yet. `expected` is the
+    `fingerprint` of the run that goes on.
 
     Raises:
         ValueError: The checkpoint is none of this trainer; the run that it holds has other prompts, windows or steps; or
             it stands inside a window, which is dealt to another number of ranks.
     """
     first = RunState.load(folder, 0)
-    old, new = first.schedule, fingerprint(schedule)
+    old, new = first.schedule, expected
     if old != new:
         changed = ", ".join(
             f"{name}: {old.get(name)} then, {new[name]} now" for name in new if old.get(name) != new[name]
@@ -112,9 +113,15 @@ def resumed_state(folder: Path, rank: int, world_size: int, schedule: Schedule) 
     return first
 
 
-def fingerprint(schedule: Schedule) -> dict[str, Any]:
-    """What must be the same for a run to go on: its windows and steps over all ranks."""
-    values = dict(vars(schedule))
+def fingerprint(schedule: Schedule, prompts: str, noise: int) -> dict[str, Any]:
+    """What must be the same for a run to go on: its windows and steps over all ranks, its prompts, its noise.
+
+    Args:
+        schedule: Of the run.
+        prompts: `PromptSet.digest`.
+        noise: The seed of sampling.
+    """
+    values = vars(schedule) | {"prompts": prompts, "seed of sampling": noise}
     values["completions of a micro-step"] = values.pop("batch_size") * values.pop("world_size")
     return values
 
@@ -127,17 +134,11 @@ def last_checkpoint(output_dir: Path) -> Path | None:
 
 
 def finish_checkpoint(unfinished: Path, final: Path) -> None:
-    """Give a checkpoint that is complete its name; a file system that fails later still has all of it, or none.
-
-    Every node's first process calls this; where they share a file system, one of them does it.
-    """
+    """Give a checkpoint that is complete its name; a file system that fails later still has all of it, or none."""
     for path in [*unfinished.rglob("*"), unfinished]:
         _to_disk(path)
     discard_checkpoint(final)
-    try:
-        unfinished.rename(final)
-    except FileNotFoundError:
-        return
+    unfinished.rename(final)
     _to_disk(final.parent)
 
 
@@ -177,10 +178,7 @@ def _file(folder: Path, rank: int) -> Path:
 
 def _to_disk(path: Path) -> None:
     """Wait until a file or a folder has reached the disk."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:  # another node was faster
-        return
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

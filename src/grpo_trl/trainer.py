@@ -169,6 +169,11 @@ class GRPOTrainer(ResumableTrainer):
                     "sync_ref_model=True works on a copy of all weights, which an adapter does not have; set "
                     "sync_ref_model=False, or train without LoRA."
                 )
+            if is_deepspeed_zero3_enabled():
+                raise ValueError(
+                    "sync_ref_model=True needs a reference that is whole on each rank, which ZeRO-3 shards; use ZeRO-2, or "
+                    "set sync_ref_model=False."
+                )
             self.add_callback(SyncRefModelCallback(ref_model=self._reference.model, accelerator=self.accelerator))
 
     def _prepare_prompts(self, writes_prompts: bool) -> None:
@@ -237,6 +242,7 @@ class GRPOTrainer(ResumableTrainer):
             raise ValueError("train_dataset=None; pass a dataset with a column 'prompt' to train.")
         self._window = None
         self._metrics.reduce(list)  # what an earlier train() did not log
+        self._nonfinite.count = 0
         if self._resumed is not None:
             self._load_run_state(self._resumed)
         items = cast("torch.utils.data.Dataset[int]", range(self._schedule.items_per_epoch))
@@ -254,14 +260,21 @@ class GRPOTrainer(ResumableTrainer):
         Called once a step. One that is not finished, because a signal comes, leaves no trace.
         """
         self._timer.start_step()
+        if self.state.global_step >= self.state.max_steps:  # a run that was resumed after its last step
+            self.control.should_training_stop = True
+            return [], None
         self._between_steps()
         count = len(list(itertools.islice(epoch_iterator, num_batches)))
         batch_size = self.args.per_device_train_batch_size
         completions: list[Completion] = []
-        window, log, tokens = self._window, MetricLog(), 0
+        window, log, tokens, dead = self._window, MetricLog(), 0, self._dead_run.counts
         for place in self._schedule.places(self.state.global_step, count):
             if window is None or window.index != place.window:
-                window = self._windows.make(place.window, self.model_wrapped, self.state, log)
+                try:
+                    window = self._windows.make(place.window, self.model_wrapped, self.state, log)
+                except BaseException:
+                    self._dead_run.counts = dead
+                    raise
                 tokens += window.tokens
             completions += window.completions[place.micro_step * batch_size :][:batch_size]
         self._window = window
@@ -378,12 +391,15 @@ class GRPOTrainer(ResumableTrainer):
         in_use = self._window is not None and self._window.index == next_window
         reference = self._moving_reference()
         return RunState(
-            schedule=fingerprint(self._schedule),
+            schedule=self._fingerprint(),
             world_size=self.args.world_size,
             window=self._window if in_use else None,
             metrics=self._metrics.state(),
             scoring=self._scorer.state(),
-            guards={"dead_run": self._dead_run.counts, "nonfinite": self._nonfinite.count},
+            guards={
+                "dead_run": self._dead_run.counts,
+                "nonfinite": 0 if self._nonfinite.exhausted else self._nonfinite.count,  # else none could be resumed
+            },
             reference=reference.state_dict() if reference is not None and self.is_world_process_zero() else None,
         )
 
@@ -398,7 +414,10 @@ class GRPOTrainer(ResumableTrainer):
             reference.load_state_dict(state.reference)
 
     def _read_run_state(self, folder: Path) -> RunState:
-        return resumed_state(folder, self.args.process_index, self.args.world_size, self._schedule)
+        return resumed_state(folder, self.args.process_index, self.args.world_size, self._fingerprint())
+
+    def _fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self._schedule, self._windows.prompts.digest, self.args.seed)
 
     def _moving_reference(self) -> nn.Module | None:
         """A reference whose weights change, so that they belong into a checkpoint."""

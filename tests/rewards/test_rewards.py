@@ -357,3 +357,18 @@ def test_a_function_is_imported_without_torch(name):
     code = f"import sys; from grpo_trl.rewards import {name}; print({{'torch', 'transformers'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout == "set()\n", done.stderr
+
+
+def test_a_function_of_weight_0_only_watches():
+    rewards = Rewards([lambda completions: [None, 1.0], lambda completions: [5.0, 7.0]], [1.0, 0.0])
+    table = rewards(RewardBatch(["p"] * 2, ["a", "b"], [[1], [2]], {}))
+    assert table.total_B[0].isnan()
+    assert table.total_B[1] == 1.0
+
+
+def test_an_async_function_that_is_cancelled_by_others_fails_its_completion():
+    async def cancelled(completions):
+        raise asyncio.CancelledError
+
+    table = Rewards(cancelled)(RewardBatch(["p"] * 2, ["a", "b"], [[1], [2]], {}))
+    assert table.failed_BF.all()

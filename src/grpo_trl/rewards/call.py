@@ -136,6 +136,11 @@ class FunctionReward:
         notes = RewardNotes()
         try:
             returned = await self.function(**self._select(batch.arguments(notes)))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or not hasattr(task, "cancelling") or task.cancelling():  # of Python 3.11
+                raise
+            raise RuntimeError("CancelledError in an async function") from error
         except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and its caller would wait for ever
             raise RuntimeError(f"{type(error).__name__} in an async function") from error
         return Answer.of(returned, len(batch.completions), notes, self.name)

@@ -144,11 +144,12 @@ class Rewards:
     def total(self, values_BF: Tensor, failed_BF: Tensor) -> Tensor:
         """Weighted sum over the functions that apply to a completion. Shape (B,), float64.
 
-        NaN where no function applies, and where a function whose weight is not 0 failed: the sum of the others would read
-        as a judgement.
+        NaN where no function applies, and where one failed: the sum of the others would read as a judgement. Functions
+        whose weight is 0 only watch, unless all do.
         """
+        counts_F = (self.weights_F != 0) | (self.weights_F == 0).all()
         total_B = (values_BF * self.weights_F).nansum(1)
-        undefined_B = values_BF.isnan().all(1) | (failed_BF & (self.weights_F != 0)).any(1)
+        undefined_B = values_BF[:, counts_F].isnan().all(1) | (failed_BF & (self.weights_F != 0)).any(1)
         return total_B.masked_fill(undefined_B, torch.nan)
 
     def _fill(self, ledgers: list[Ledger], watch: Watch) -> None:
