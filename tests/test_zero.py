@@ -12,8 +12,9 @@ import psutil
 import pytest
 import torch
 
+from .conftest import make_model
 from .test_ranks import launch
-from .training import relative_error
+from .training import relative_error, weights
 from .zero import CASES, run_all
 
 
@@ -64,6 +65,19 @@ def test_sampling_resuming_and_saving(run, one, two):
             assert torch.equal(rank[run]["resumed"]["after"][name], value), name
         saved = rank[run]["saved"]
         assert all(torch.equal(saved[name], value.to(saved[name].dtype)) for name, value in rank[run]["after"].items())
+
+
+def test_a_model_given_as_a_path_and_its_reference_are_sharded_as_they_are_loaded(one, two):
+    for rank in two:
+        assert difference(one["from a path"]["after"], rank["from a path"]["after"]) < 1e-5
+
+
+def test_completions_may_be_written_without_gathering_all_weights(two):
+    """Under stage 3 `model.generate` writes them, with other noise."""
+    first, second = (rank["not gathered"] for rank in two)
+    assert first["steps"] == 6
+    assert difference(first["after"], second["after"]) == 0
+    assert difference(weights(make_model()), first["after"]) > 1e-5
 
 
 def test_an_error_in_sampling_leaves_a_model_that_trains_on(one, two):

@@ -112,7 +112,7 @@ def length(completions):
     return [sum(letter < "n" for letter in text) / max(len(text), 1) for text in completions]
 
 
-def make_sampling_trainer(folder, of_engine, lora=None, **options):
+def make_sampling_trainer(folder, of_engine, lora=None, model=None, **options):
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     defaults = {
         "output_dir": str(folder),
@@ -133,7 +133,7 @@ def make_sampling_trainer(folder, of_engine, lora=None, **options):
         "disable_tqdm": True,
     }
     return GRPOTrainer(
-        make_model(),
+        model or make_model(),
         length,
         GRPOConfig(**(defaults | options | of_engine)),
         Dataset.from_dict({"prompt": [*PROMPTS, "x", "yz", "0=", "1=2"]}),
@@ -170,6 +170,18 @@ def loaded(folder, lora):
     return PeftModel.from_pretrained(make_model(), folder)
 
 
+def from_path(stage, folder, **options):
+    """The model is given as a path: stage 3 shards it while it is loaded, and its reference too."""
+    path = f"{folder}/model"
+    make_model().save_pretrained(path)  # the first rank alone writes
+    if stage is not None:
+        torch.distributed.barrier()
+    with engine(stage) as of_engine:
+        trainer = make_sampling_trainer(f"{folder}/run", of_engine, model=path, save_strategy="no", **options)
+        trainer.train()
+        return {"after": gathered(trainer.model), "steps": trainer.state.global_step}
+
+
 def sampling_that_fails(stage, folder):
     """The first window meets an error in the middle, and is made anew."""
     seen, errors = [], []
@@ -200,6 +212,8 @@ def run_all(stage, folder):
     results = {name: run_case(stage, **case) for name, case in CASES.items()}
     results["sampled"] = sampled(stage, f"{folder}/sampled")
     results["sampled with LoRA"] = sampled(stage, f"{folder}/lora", lora=LORA)
+    results["from a path"] = from_path(stage, f"{folder}/path")
+    results["not gathered"] = from_path(stage, f"{folder}/not-gathered", ds3_gather_for_generation=False)
     results["sampling that fails"] = sampling_that_fails(stage, f"{folder}/fails")
     return results
 
