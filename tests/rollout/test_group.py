@@ -4,7 +4,6 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig
 
 from grpo_trl.rollout import (
@@ -561,15 +560,24 @@ def test_a_model_that_raises_when_decoded_by_groups_is_handed_to_generate(model,
     assert_generate_writes(engine, model, make_options(), caplog, "NotImplementedError: no such thing")
 
 
-def test_a_model_that_fsdp_shards_is_handed_to_generate(model, caplog):
-    engine = GroupEngine(model, make_options(), tokenizer=make_tokenizer())
-    layer = model.model.layers[0]
-    layer.__class__ = type(
-        "FSDPLayer", (FSDPModule, type(layer)), {}
-    )  # as fully_shard does it, after the engine was made
-    assert not warnings(caplog)
-    engine._hand_over_if(engine._disagreement(make_request()))
-    assert "FSDP shards its weights" in warnings(caplog)[0]
+def test_sharded_weights_are_handed_to_generate_in_step(model, caplog, monkeypatch):
+    """Ranks go on until the last is done, and no rank leaves earlier than others."""
+    calls = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **kwargs: calls.append(kwargs.pop("synced_gpus")) or generate(**kwargs)
+    )
+
+    def check():
+        pytest.fail("a rank that leaves would be waited for")
+
+    for in_step in (True, False):
+        engine = GroupEngine(
+            model, make_options(), tokenizer=make_tokenizer(), in_step=in_step, check=check if in_step else lambda: None
+        )
+        engine.rollout(make_request())
+    assert calls == [True]
+    assert "its weights are sharded" in warnings(caplog)[0]
 
 
 def test_options_that_say_what_is_so_anyway_are_served(model, caplog):
