@@ -113,7 +113,7 @@ class ResumableTrainer(Trainer):
         """Save what the last optimizer step left, all that a resumed run needs, unless that has been done; a word on it."""
         if not self.state.global_step:
             return "(No step is made yet, so nothing is saved.)"
-        if self._saved != self._checkpoint(self.state.global_step):
+        if self._saved != self._checkpoint():
             only_model, self.args.save_only_model = self.args.save_only_model, False
             try:
                 self._save_checkpoint(cast(nn.Module, self.model), trial=None)
@@ -121,12 +121,13 @@ class ResumableTrainer(Trainer):
                 self.args.save_only_model = only_model
         return f"(Saved in {self._saved}.)"
 
-    def _checkpoint(self, step: int) -> Path:
-        return Path(str(self.args.output_dir)) / f"checkpoint-{step}"
+    def _checkpoint(self, trial: Any = None) -> Path:
+        """That of the last optimizer step."""
+        return Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save into a folder aside, which gets its name when it is complete on all ranks."""
-        final = Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        final = self._checkpoint(trial)
         self._unfinished = final.parent / UNFINISHED
         if self.args.should_save:
             shutil.rmtree(self._unfinished, ignore_errors=True)
