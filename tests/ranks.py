@@ -17,7 +17,7 @@ from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.errors import RunStopped
 
 from .conftest import make_model, make_tokenizer
-from .training import train, weights
+from .training import completions_of, train, weights
 
 
 INFORMATIVE = ["ab=", "f", "a", "cde12="]
@@ -55,14 +55,27 @@ class Start(TrainerCallback):
 
 
 def run_case(prompts=INFORMATIVE, completions=16, **options):
-    """Weights before and after, log and evaluation of one case; `completions` is what a micro-step has over all ranks."""
+    """Weights before and after, log, evaluation, and tokens of the forwards that train.
+
+    `completions` is what a micro-step has over all ranks.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     options = {"learning_rate": 0.01, "per_device_train_batch_size": completions // world_size} | options
-    start = Start()
-    trainer = train(make_model(), prompts, callbacks=[start], **options)
+    start, model, computed = Start(), make_model(), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()) if module.training else None,
+        with_kwargs=True,
+    )
+    trainer = train(model, prompts, callbacks=[start], **options)
     evaluation = trainer.evaluate(Dataset.from_dict({"prompt": ["a", "bc", "def", "9", "equal"]}))
     log = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    return {"before": start.weights, "after": weights(trainer.model), "log": log, "evaluation": evaluation}
+    return {
+        "before": start.weights,
+        "after": weights(trainer.model),
+        "log": log,
+        "evaluation": evaluation,
+        "computed": sum(computed),
+    }
 
 
 def sampled():
@@ -90,7 +103,7 @@ def sampled():
         few = trainer.evaluate(Dataset.from_dict({"prompt": ["bc"]}))
         trainer.train()
         more = trainer.evaluate(Dataset.from_dict({"prompt": ["a", "bc", "def"]}))
-    written = [(c.prompt_ids, c.ids) for c in trainer._window.completions]
+    written = [(c.prompt_ids, c.ids) for c in completions_of(trainer)]
     return {"written": written, "evaluations": [few, more], "after": weights(trainer.model)}
 
 
@@ -149,7 +162,7 @@ def in_windows_of_two_steps(folder, resume=None, callbacks=None, **options):
 
 
 def end(trainer):
-    written = [(c.prompt_ids, c.ids, c.advantage) for c in trainer._window.completions]
+    written = [(c.prompt_ids, c.ids, c.advantage) for c in completions_of(trainer)]
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {"after": weights(trainer.model), "written": written, "log": logs}
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from datasets import Dataset, IterableDataset
 
-from grpo_trl.data import Place, PromptLimit, PromptSet, Schedule
+from grpo_trl.data import PromptLimit, PromptSet, Schedule
 
 from .conftest import make_tokenizer
 
@@ -281,13 +281,13 @@ def test_epochs_and_seeds_have_orders_of_their_own():
     assert replace(s).rows(1, 0) == orders[1]
 
 
-def test_place_agrees_with_a_simulation_of_the_loop_of_transformers():
+def test_places_agree_with_a_simulation_of_the_loop_of_transformers():
     """An epoch is cut into accumulations, the last of which may be short; items count from 0 in each epoch."""
     for s in SCHEDULES:
         optimizer_step = 0
         for epoch in range(3):
             uses = [
-                Place(epoch * s.windows_per_epoch + window, micro_step)
+                (epoch * s.windows_per_epoch + window, micro_step)
                 for window in range(s.windows_per_epoch)
                 for _ in range(s.num_iterations)
                 for micro_step in range(s.steps_per_generation)
@@ -295,7 +295,13 @@ def test_place_agrees_with_a_simulation_of_the_loop_of_transformers():
             assert len(uses) == s.items_per_epoch
             for start in range(0, len(uses), s.accumulation):
                 expected = uses[start : start + s.accumulation]
-                assert s.places(optimizer_step, len(expected)) == expected, (s, optimizer_step)
+                size = s.micro_steps_per_part
+                taken = [
+                    (place.window, place.part * size + micro_step)
+                    for place in s.places(optimizer_step, len(expected))
+                    for micro_step in range(size)
+                ]
+                assert taken == expected, (s, optimizer_step)
                 optimizer_step += 1
 
 

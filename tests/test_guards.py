@@ -17,7 +17,7 @@ from grpo_trl.state import RunState
 from grpo_trl.watchdog import Watchdog
 
 from .conftest import make_model, make_tokenizer
-from .training import completion_of, relative_error, train, weights
+from .training import completion_of, completions_of, relative_error, train, weights
 
 
 PROMPTS = ["ab=", "f", "a", "cde12="]
@@ -188,8 +188,8 @@ def test_a_completion_without_a_reward_trains_nothing_and_counts(workers):
     assert logged(failed, "rewards/fails_on_the_second/failures") == [1.0]
     assert logged(undefined, "rewards/none_for_the_second/failures") == [0.0]
     assert relative_error(start, weights(failed.model), weights(undefined.model)) < 1e-6
-    assert failed._window.completions[1].advantage == 0
-    assert sum(c.advantage != 0 for c in failed._window.completions) >= 2
+    assert completions_of(failed)[1].advantage == 0
+    assert sum(c.advantage != 0 for c in completions_of(failed)) >= 2
 
 
 def fails_on_the_second(completion_ids, score):

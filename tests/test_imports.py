@@ -13,7 +13,7 @@ PACKAGE = Path(grpo_trl.__file__).parent
 LAYERS = (
     ("objective", "seeds", "errors"),
     ("policy", "rewards", "rollout", "metrics"),
-    ("data", "models", "launch", "scoring", "signals", "guards", "watchdog", "state", "config", "report"),
+    ("balance", "data", "models", "launch", "scoring", "signals", "guards", "watchdog", "state", "config", "report"),
     ("evaluation", "windows", "resumable", "assembly", "trainer"),
     ("__init__",),
 )

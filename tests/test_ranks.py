@@ -56,11 +56,18 @@ def test_weights_are_those_of_one_process(case, one, two):
         assert relative_error(one[case]["before"], rank[case]["after"], one[case]["after"]) < 1e-5
 
 
+@pytest.mark.parametrize("case", ["token", "a rank without signal"])
+def test_ranks_compute_equally_much(case, one, two):
+    """In the second case all that trains was sampled on the first rank."""
+    first, second = (rank[case]["computed"] for rank in two)
+    assert abs(first - second) < 0.2 * (first + second)
+    assert first + second < 1.5 * one[case]["computed"]
+
+
 def test_two_ranks_sample_what_one_samples(two):
     """In float64; in float32 rounding decides between tokens that are nearly tied."""
     alone = sampled()
     written = [rank["sampled"]["written"] for rank in two]
-    assert [len(rows) for rows in written] == [8, 8]
     assert sorted(written[0] + written[1]) == sorted(alone["written"])
     assert len({tuple(ids) for _, ids in alone["written"]}) > 8
     for rank in two:

@@ -19,7 +19,7 @@ from grpo_trl.signals import EXIT_CODE
 from grpo_trl.state import RunState, last_checkpoint
 
 from .conftest import make_model, make_tokenizer
-from .training import weights
+from .training import completions_of, weights
 
 
 PROMPTS = ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]
@@ -103,7 +103,7 @@ def end_of(trainer):
     return {
         "weights": weights(trainer.model),
         "moments": {i: {k: torch.as_tensor(v) for k, v in state.items()} for i, state in moments.items()},
-        "completions": [(c.prompt_ids, c.ids, c.sampler_logps, c.advantage) for c in trainer._window.completions],
+        "completions": [(c.prompt_ids, c.ids, c.sampler_logps, c.advantage) for c in completions_of(trainer)],
         "log": [entry for entry in log if "loss" in entry],
         "tokens": trainer.state.num_input_tokens_seen,
     }

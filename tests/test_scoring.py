@@ -44,13 +44,13 @@ def computed_by(model, run):
     return sizes
 
 
-def pieces_of(scorer, completions, world_size):
-    return scorer.in_pieces(completions, world_size, work=lambda pieces: pieces, undo=lambda: None)
+def pieces_of(scorer, completions, num_completions=4):
+    return scorer.in_pieces(completions, num_completions, work=lambda pieces: pieces, undo=lambda: None)
 
 
 def test_completions_without_advantage_count_and_are_not_computed():
     scorer, _ = make_scorer()
-    (piece,) = pieces_of(scorer, GROUP + FLAT, world_size=3)
+    (piece,) = pieces_of(scorer, GROUP + FLAT, num_completions=12)
     assert piece.num_completions == 12
     assert piece.advantages_B.tolist() == [1.0, -1.0]
     assert piece.input_ids_RS.tolist() == [[5, 6, 7, 8]]  # no last token: it predicts nothing
@@ -59,14 +59,14 @@ def test_completions_without_advantage_count_and_are_not_computed():
 def test_the_kl_term_needs_all_of_them_but_those_without_a_trained_token():
     scorer, _ = make_scorer(needs_all=True)
     untrained = [Completion([5], [], []), Completion([5], [7], [False])]
-    (piece,) = pieces_of(scorer, GROUP + FLAT + untrained, world_size=1)
+    (piece,) = pieces_of(scorer, GROUP + FLAT + untrained, num_completions=6)
     assert len(piece.advantages_B) == 4
     assert piece.num_completions == 6
 
 
 def test_without_signal_one_forward_of_one_token_is_left():
     scorer, _ = make_scorer()
-    (piece,) = pieces_of(scorer, FLAT, world_size=1)
+    (piece,) = pieces_of(scorer, FLAT)
     assert piece.input_ids_RS.numel() == 1
     assert len(piece.targets_M) == 0
 
@@ -89,7 +89,7 @@ def test_a_model_that_disagrees_is_padded_with_one_line(caplog, monkeypatch):
     assert [record.message for record in caplog.records] == [
         "Prompts are not shared between the completions of a group: it differs."
     ]
-    assert pieces_of(scorer, GROUP, world_size=1)[0].layout is None
+    assert pieces_of(scorer, GROUP)[0].layout is None
 
 
 def test_a_reason_of_one_rank_is_a_reason_for_all():

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from grpo_trl import GRPOConfig, GRPOTrainer
 
 from .conftest import make_model, make_tokenizer
-from .training import injected, train, weights
+from .training import completions_of, injected, train, weights
 
 
 PROMPTS = ["ab=", "f", "a", "cde12="]
@@ -82,7 +82,7 @@ def test_conversational_prompts_are_rendered_and_rewarded_as_messages():
     assert [list(message) for message in seen["completions"]] == [[message[0]] for message in seen["completions"]]
     assert seen["completions"][0][0]["role"] == "assistant"
     window = trainer._window
-    assert window.completions[0].prompt_ids == make_tokenizer()("<user>ab<assistant>")["input_ids"]
+    assert window.parts[0][0].prompt_ids == make_tokenizer()("<user>ab<assistant>")["input_ids"]
 
 
 def test_bf16_moves_the_weights_as_float32_does():
@@ -117,7 +117,7 @@ def test_options_reach_the_rooms_that_they_are_for():
     template = {"chat_template_kwargs": {"chat_template": "{{ messages[0]['content'] }}="}}
     trainer = train(make_model(), prompts, **options, **template)
     assert logged(trainer, "reward") == [2.5]
-    assert trainer._window.completions[0].prompt_ids == make_tokenizer()("ab=")["input_ids"]
+    assert completions_of(trainer)[0].prompt_ids == make_tokenizer()("ab=")["input_ids"]
 
 
 def test_the_order_of_prompts_follows_from_data_seed():
@@ -134,7 +134,7 @@ def test_an_environments_tokens_are_not_trained_on():
         return output | {"env_mask": masks}
 
     trainer = train(make_model(), PROMPTS, rollout_func=masked)
-    kept = [sum(c.mask) for c in trainer._window.completions]
+    kept = [sum(c.mask) for c in completions_of(trainer)]
     assert logged(trainer, "completions/mean_length") == [sum(kept) / len(kept)]
     assert max(kept) == 2
     assert not same(weights(make_model()), weights(trainer.model))
@@ -181,7 +181,7 @@ def test_the_phases_add_up_to_the_step():
 
 def test_tokens_are_counted_with_their_prompt():
     trainer = train(make_model(), PROMPTS, max_steps=2)
-    expected = sum(len(c.prompt_ids) + len(c.ids) for c in trainer._window.completions)
+    expected = sum(len(c.prompt_ids) + len(c.ids) for c in completions_of(trainer))
     assert logged(trainer, "num_tokens")[1] - logged(trainer, "num_tokens")[0] == expected
 
 

@@ -73,6 +73,11 @@ def train(model, prompts, *, reward_funcs=score, rollout_func=injected, peft_con
     return trainer
 
 
+def completions_of(trainer):
+    """What this rank trains on of the window in use."""
+    return [completion for part in trainer._window.parts for completion in part]
+
+
 def weights(model):
     return {name: p.detach().double().cpu().clone() for name, p in model.named_parameters()}
 

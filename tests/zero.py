@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from grpo_trl import GRPOConfig, GRPOTrainer
 
 from .conftest import make_model, make_tokenizer
-from .training import train, weights
+from .training import completions_of, train, weights
 
 
 STEPS = 5
@@ -143,7 +143,7 @@ def make_sampling_trainer(folder, of_engine, lora=None, model=None, **options):
 
 
 def written_by(trainer):
-    return [(c.prompt_ids, c.ids) for c in trainer._window.completions]
+    return [(c.prompt_ids, c.ids) for c in completions_of(trainer)]
 
 
 def sampled(stage, folder, **options):

@@ -66,7 +66,7 @@ def make_scorer(model: Any, tokenizer: PreTrainedTokenizerBase, args: GRPOConfig
         max_tokens=args.max_tokens_per_piece,
         pad_token_id=tokenizer.pad_token_id,
         device=args.device,
-        agree=(lambda count: max(gather_object([count]))) if waits_in_forward else int,
+        gather=(lambda number: gather_object([number])) if waits_in_forward else (lambda number: [number]),
     )
     return Scorer(
         model,

@@ -178,10 +178,10 @@ def _check_dataset(dataset: Any, name: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where an item of the dataloader stands: its window, and the micro-step of that window which it trains on."""
+    """What an optimizer step takes of a window: one of its parts."""
 
     window: int
-    micro_step: int
+    part: int
 
 
 @dataclass(frozen=True)
@@ -222,6 +222,11 @@ class Schedule:
         return self.windows_per_epoch * self.steps_per_generation * self.num_iterations
 
     @property
+    def micro_steps_per_part(self) -> int:
+        """A window is cut into the optimizer steps that it lasts; it is one part where a step takes several windows."""
+        return min(self.accumulation, self.steps_per_generation)
+
+    @property
     def on_policy(self) -> bool:
         """Whether every use of a window lies in the one optimizer step that follows its sampling."""
         return self.num_iterations == 1 and self.steps_per_generation <= self.accumulation
@@ -248,13 +253,15 @@ class Schedule:
                 need,
             )
 
-    def places(self, optimizer_step: int, count: int) -> list[Place]:
-        """Where the `count` micro-steps of optimizer step `optimizer_step` (from 0, over the run) stand."""
+    def places(self, optimizer_step: int, micro_steps: int) -> list[Place]:
+        """What optimizer step `optimizer_step` (from 0, over the run), which has so many `micro_steps`, takes."""
         epoch, step = divmod(optimizer_step, math.ceil(self.items_per_epoch / self.accumulation))
+        start = step * self.accumulation
         places = []
-        for item in range(step * self.accumulation, step * self.accumulation + count):
+        for item in range(start, start + micro_steps, self.micro_steps_per_part):
             window, use = divmod(item, self.steps_per_generation * self.num_iterations)
-            places.append(Place(epoch * self.windows_per_epoch + window, use % self.steps_per_generation))
+            part = use % self.steps_per_generation // self.micro_steps_per_part
+            places.append(Place(epoch * self.windows_per_epoch + window, part))
         return places
 
     def rows(self, window: int, rank: int) -> list[int]:
@@ -270,7 +277,7 @@ class Schedule:
         else:
             order = list(range(self.num_prompts))
         rows = order[place * self.prompts_per_window : (place + 1) * self.prompts_per_window]
-        step = self.batch_size * min(self.accumulation, self.steps_per_generation)
+        step = self.batch_size * self.micro_steps_per_part
         deal = math.lcm(step, self.num_generations) // self.num_generations
         starts = range(rank * deal, len(rows), deal * self.world_size)
         return [row for start in starts for row in rows[start : start + deal]]

@@ -3,11 +3,13 @@
 import contextlib
 import logging
 import os
+import pickle
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import distributed, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 
@@ -102,3 +104,20 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             add_hooks(model)
+
+
+def exchange(parcels: list[Any], device: torch.device) -> list[Any]:
+    """What every rank has for this one, in the order of ranks; `parcels` has one object for each rank. A collective.
+
+    Args:
+        parcels: What pickle takes.
+        device: One that the process group serves.
+    """
+    sent = [torch.frombuffer(bytearray(pickle.dumps(parcel)), dtype=torch.uint8) for parcel in parcels]
+    sizes = torch.tensor([len(data) for data in sent], device=device)
+    sizes_received = torch.empty_like(sizes)
+    distributed.all_to_all_single(sizes_received, sizes)
+    counts = sizes_received.tolist()
+    received = torch.empty(sum(counts), dtype=torch.uint8, device=device)
+    distributed.all_to_all_single(received, torch.cat(sent).to(device), counts, sizes.tolist())
+    return [pickle.loads(data.cpu().numpy().tobytes()) for data in received.split(counts)]

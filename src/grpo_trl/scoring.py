@@ -76,7 +76,7 @@ class Scorer:
 
     def informative(self, completions: Sequence[Completion]) -> list[Completion]:
         """Those that have a gradient."""
-        return [c for c in completions if self._is_informative(c)]
+        return [c for c in completions if self.is_informative(c)]
 
     def with_logps(self, model: nn.Module, completions: Sequence[Completion], name: str) -> list[Completion]:
         """`completions`, the informative ones with their log-probabilities under `model` in the field `name`."""
@@ -85,27 +85,27 @@ class Scorer:
             self._in_memory(informative, lambda: score_completions(model, informative, self.packer, self.temperature))
         )
         return [
-            replace(c, **cast("dict[str, Any]", {name: next(logps)})) if self._is_informative(c) else c
+            replace(c, **cast("dict[str, Any]", {name: next(logps)})) if self.is_informative(c) else c
             for c in completions
         ]
 
     def in_pieces(
         self,
         completions: Sequence[Completion],
-        world_size: int,
+        num_completions: int,
         work: Callable[[list[Piece]], Result],
         undo: Callable[[], None],
     ) -> Result:
-        """`work` on the informative completions of an optimizer step, all of whose `completions` on this rank count.
+        """`work` on the informative ones of this rank's `completions` of an optimizer step.
 
-        Where memory runs out, `undo` is called, and `work` anew on smaller pieces.
+        `num_completions` are those of the whole step on all ranks, which its loss is divided by. Where memory runs out,
+        `undo` is called, and `work` anew on smaller pieces.
 
         Raises:
             DoesNotFit: Memory runs out, and pieces cannot be smaller.
         """
         informative = self.informative(completions)
-        count = len(completions) * world_size
-        return self._in_memory(informative, lambda: work(self.packer.pieces(informative, num_completions=count)), undo)
+        return self._in_memory(informative, lambda: work(self.packer.pieces(informative, num_completions)), undo)
 
     def state(self) -> dict[str, Any]:
         """What a resumed run must know to make the same pieces."""
@@ -163,7 +163,8 @@ class Scorer:
         )
         self.packer = smaller
 
-    def _is_informative(self, completion: Completion) -> bool:
+    def is_informative(self, completion: Completion) -> bool:
+        """Whether it has a gradient."""
         return any(completion.mask) and bool(completion.advantage or self._needs_all)
 
     def _pad_if(self, reason: str | None) -> None:

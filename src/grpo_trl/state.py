@@ -22,15 +22,25 @@ UNFINISHED = "unfinished"
 
 @dataclass(frozen=True)
 class Window:
-    """This rank's share of the window in use: whole groups, in the order in which micro-steps take them."""
+    """This rank's share of the window in use."""
 
     index: int
     """From the start of the run."""
-    completions: Sequence[Completion]
+    parts: Sequence[Sequence[Completion]]
+    """What each optimizer step that the window lasts trains on."""
     table: dict[str, list[Any]]
-    """What `log_completions` shows of them, by column."""
+    """What `log_completions` shows of the completions that this rank has sampled, by column."""
     tokens: int
     """Of the window on all ranks, each prompt counted with each of its completions."""
+
+
+@dataclass(frozen=True)
+class StepShare:
+    """What this rank trains on in an optimizer step."""
+
+    completions: Sequence[Completion]
+    num_completions: int
+    """Of the whole step on all ranks."""
 
 
 @dataclass
@@ -72,7 +82,7 @@ class RunState:
         values = torch.load(path, map_location="cpu", weights_only=True)
         window = values.pop("window")
         if window is not None:
-            window["completions"] = [Completion(**completion) for completion in window["completions"]]
+            window["parts"] = [[Completion(**completion) for completion in part] for part in window["parts"]]
             window = Window(**window)
         return cls(window=window, **values)
 
@@ -189,7 +199,7 @@ def _plain_window(window: Window) -> dict[str, Any]:
     """A window in types that can be loaded without running code."""
     return {
         "index": window.index,
-        "completions": [dict(vars(completion)) for completion in window.completions],
+        "parts": [[dict(vars(completion)) for completion in part] for part in window.parts],
         "table": {name: [_plain(value) for value in values] for name, values in window.table.items()},
         "tokens": window.tokens,
     }

@@ -28,11 +28,20 @@ from transformers.trainer_utils import speed_metrics
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from .assembly import make_engine, make_prompts, make_rewards, make_scorer
+from .balance import Balancer
 from .config import GRPOConfig
 from .data import PromptSet
 from .evaluation import evaluate_prompts
 from .guards import DeadRun, NonFinite, Share, check_failures
-from .launch import check_launch, check_sharding, fsdp_was_asked_for, gathered_weights, prepare_frozen, start_engine
+from .launch import (
+    check_launch,
+    check_sharding,
+    exchange,
+    fsdp_was_asked_for,
+    gathered_weights,
+    prepare_frozen,
+    start_engine,
+)
 from .metrics import Mean, MetricLog, Sum, loss_metrics
 from .models import (
     Reference,
@@ -48,7 +57,7 @@ from .policy import Completion, Piece, enable_scoring, evaluation_mode, score, s
 from .report import append_objective, merge_tables, print_completions, write_completions
 from .resumable import ResumableTrainer
 from .rollout import RolloutEngine, RolloutFuncEngine, RoundRunner
-from .state import RunState, Window, fingerprint, resumed_state
+from .state import RunState, StepShare, Window, fingerprint, resumed_state
 from .windows import WindowMaker
 
 
@@ -191,6 +200,7 @@ class GRPOTrainer(ResumableTrainer):
             schedule=self._schedule,
             runner=self._runner,
             scorer=self._scorer,
+            balancer=Balancer(self.args.process_index, gather_object, partial(exchange, device=self.args.device)),
             reference=self._reference,
             scale_rewards=self.args.scale_rewards,
             seed=self.args.seed,
@@ -254,8 +264,8 @@ class GRPOTrainer(ResumableTrainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
-    ) -> tuple[list[list[Completion]], None]:
-        """The next optimizer step: all of its completions come in its last micro-step. Samples the windows that it needs.
+    ) -> tuple[list[StepShare | None], None]:
+        """The next optimizer step: all of it comes in its last micro-step. Samples the windows that it needs.
 
         Called once a step. One that is not finished, because a signal comes, leaves no trace.
         """
@@ -265,7 +275,6 @@ class GRPOTrainer(ResumableTrainer):
             return [], None
         self._between_steps()
         count = len(list(itertools.islice(epoch_iterator, num_batches)))
-        batch_size = self.args.per_device_train_batch_size
         completions: list[Completion] = []
         window, log, tokens, dead = self._window, MetricLog(), 0, self._dead_run.counts
         for place in self._schedule.places(self.state.global_step, count):
@@ -276,33 +285,34 @@ class GRPOTrainer(ResumableTrainer):
                     self._dead_run.counts = dead
                     raise
                 tokens += window.tokens
-            completions += window.completions[place.micro_step * batch_size :][:batch_size]
+            completions += window.parts[place.part]
         self._window = window
         self._metrics.take(log)
         self.state.num_input_tokens_seen += tokens
         self._timer.start_update()
-        nothing: list[list[Completion]] = [[]] * (count - 1)
-        return [*nothing, completions], None
+        step = StepShare(completions, count * self.args.per_device_train_batch_size * self.args.world_size)
+        return [*[None] * (count - 1), step], None
 
     def _check_window(self, shares: Sequence[Share]) -> None:
         check_failures(shares, self.args.max_reward_failure_rate)
         self._dead_run.see(shares)
 
     # ---- The loss ----
-    def training_step(  # type: ignore[override]  # what Trainer passes on is a list of completions
-        self, model: nn.Module, inputs: list[Completion], num_items_in_batch: Any = None
+    def training_step(  # type: ignore[override]  # what Trainer passes on is an optimizer step, or None before it
+        self, model: nn.Module, inputs: StepShare | None, num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward of an optimizer step's completions, piece by piece; the sum of the losses."""
-        if not inputs:
+        if inputs is None:
             return torch.zeros((), device=self.args.device)
+        completions = inputs.completions
         with self._watchdog.phase("the update"):
             loss = self._scorer.in_pieces(
-                inputs, self.args.world_size, lambda pieces: self._backward(model, pieces), undo=model.zero_grad
+                completions, inputs.num_completions, lambda pieces: self._backward(model, pieces), undo=model.zero_grad
             )
         self._metrics.take(self._step_metrics)
         self._metrics.add("loss", Mean.of(loss))
-        self._metrics.add("policy_signal", Mean(0.0, len(inputs) - len(self._scorer.informative(inputs))))
-        self._step = inputs, loss
+        self._metrics.add("policy_signal", Mean(0.0, len(completions) - len(self._scorer.informative(completions))))
+        self._step = completions, loss
         return loss
 
     def _backward(self, model: nn.Module, pieces: list[Piece]) -> Tensor:
@@ -346,10 +356,10 @@ class GRPOTrainer(ResumableTrainer):
     def _prepare_inputs(self, inputs: Piece) -> Piece:  # type: ignore[override]
         return inputs  # on the device already, in the precision that it needs
 
-    def _track_num_input_tokens(self, inputs: list[Completion]) -> None:
+    def _track_num_input_tokens(self, inputs: StepShare | None) -> None:
         """Tokens are counted when a window is sampled."""
 
-    def floating_point_ops(self, inputs: list[Completion]) -> float:  # type: ignore[override]
+    def floating_point_ops(self, inputs: StepShare | None) -> float:  # type: ignore[override]
         return self._step_flos if inputs else 0.0
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -369,7 +379,7 @@ class GRPOTrainer(ResumableTrainer):
             model.zero_grad()
         return grad_norm
 
-    def _culprits(self, model: nn.Module, completions: list[Completion]) -> list[str]:
+    def _culprits(self, model: nn.Module, completions: Sequence[Completion]) -> list[str]:
         """Which of this rank's completions have a loss or a gradient that is not finite, each by itself."""
         found = []
         for completion in self._scorer.informative(completions):

@@ -1,5 +1,6 @@
 """Making a window: prompts, completions, rewards, advantages, and what the old and the reference policy say of them."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .balance import Balancer
 from .data import PromptSet, Schedule
 from .guards import Share
 from .metrics import MetricLog
 from .models import Reference
 from .objective import group_advantages
+from .policy import Completion
 from .rollout import Round, RoundRunner
 from .scoring import Scorer
 from .seeds import derive_seed
@@ -28,6 +31,7 @@ class WindowMaker:
         schedule: Which prompts a window has.
         runner: Samples and rewards.
         scorer: Evaluates policies.
+        balancer: Deals the work among ranks.
         reference: The frozen policy; None without a KL term.
         scale_rewards: See `group_advantages`.
         seed: Of the run.
@@ -41,6 +45,7 @@ class WindowMaker:
     schedule: Schedule
     runner: RoundRunner
     scorer: Scorer
+    balancer: Balancer
     reference: Reference | None
     scale_rewards: str
     seed: int
@@ -62,10 +67,14 @@ class WindowMaker:
         advantages = self._advantages(sampled, shares).flatten().tolist()
         completions = [replace(c, advantage=a) for c, a in zip(sampled.completions, advantages, strict=True)]
         with log.timed("time/scoring"), self.watch("scoring under the old and the reference policy"):
-            completions = self._scored(completions, policy)
+            self.scorer.compare(policy, completions)
+            size = self.schedule.batch_size * self.schedule.micro_steps_per_part
+            parts = [completions[start : start + size] for start in range(0, len(completions), size)]
+            parts = self.balancer.balance(parts, self.scorer.is_informative, self.scorer.packer)
+            parts = self._scored(parts, policy)
         metrics.take(log)
         tokens = sum(share.tokens for share in shares)
-        return Window(index, completions, sampled.table() | {"advantage": advantages}, tokens)
+        return Window(index, parts, sampled.table() | {"advantage": advantages}, tokens)
 
     def _sample(self, index: int, trainer_state: Any, log: MetricLog) -> Round:
         prompts = self.prompts.prompts(self.schedule.rows(index, self.rank))
@@ -75,14 +84,15 @@ class WindowMaker:
         sampled.table()  # raises on this rank what it would raise later
         return sampled
 
-    def _scored(self, completions: list[Any], policy: nn.Module) -> list[Any]:
-        self.scorer.compare(policy, completions)
+    def _scored(self, parts: list[list[Completion]], policy: nn.Module) -> list[list[Completion]]:
+        completions = [completion for part in parts for completion in part]
         if not self.schedule.on_policy:
             completions = self.scorer.with_logps(policy, completions, "old_logps")
         if self.reference is not None:
             with self.reference.evaluating(policy) as reference:
                 completions = self.scorer.with_logps(reference, completions, "ref_logps")
-        return completions
+        in_order = iter(completions)
+        return [list(itertools.islice(in_order, len(part))) for part in parts]
 
     def _advantages(self, sampled: Round, shares: Sequence[Share]) -> Tensor:
         """Advantages by group, of shape (P, G)."""

@@ -330,22 +330,40 @@ def test_a_completion_above_the_limit_is_alone_in_its_piece(shared_prefix, max_t
 
 # ---- Agreement ----
 @PACKED
-@pytest.mark.parametrize("lengths, own", [([], 0), ([3, 2], 1), ([3, 2, 4, 4, 1], 3)])
-@pytest.mark.parametrize("more", [0, 1, 3])
-def test_ranks_agree_once_on_the_largest_number_of_pieces(shared_prefix, lengths, own, more):
+@pytest.mark.parametrize("lengths", [[], [3, 2], [3, 2, 4, 4, 1]])
+@pytest.mark.parametrize("others", [[], [0], [4, 9], [30]])
+def test_ranks_agree_once_on_the_number_that_holds_a_batch_each_on_average(shared_prefix, lengths, others):
     asked = []
-    packer = make_packer(shared_prefix, 2, agree=lambda number: asked.append(number) or number + more)
+    packer = make_packer(shared_prefix, 2, gather=lambda number: asked.append(number) or [number, *others])
     completions = group(1, 3, lengths)
+    expected = max(1, math.ceil(sum([len(lengths), *others]) / (1 + len(others)) / 2))
+    cut = cut_in_step(packer, completions, expected, asked, len(lengths))
+    assert sum(map(bool, cut)) >= min(expected, (len(lengths) + 1) // 2)
+
+
+@PACKED
+@pytest.mark.parametrize("lengths, own", [([], 0), ([3, 2], 1), ([3, 2, 4, 4, 1], 2)])
+@pytest.mark.parametrize("other", [0, 1, 5])
+def test_under_a_limit_ranks_agree_once_on_the_largest_number(shared_prefix, lengths, own, other):
+    asked = []
+    limit = 11 if shared_prefix else 18
+    packer = make_packer(shared_prefix, 2, limit, gather=lambda number: asked.append(number) or [number, other])
+    cut = cut_in_step(packer, group(1, 3, lengths), max(1, own, other), asked, own)
+    assert sum(map(bool, cut)) == own
+
+
+def cut_in_step(packer, completions, number, asked, own):
+    """Cut in two ways, both of which tell the others `own` once and make `number` pieces."""
     for cut in (packer.cut, lambda completions: packer.pieces(completions, num_completions=5)):
         asked.clear()
-        assert len(cut(completions)) == max(1, own + more)
+        assert len(cut(completions)) == number
         assert asked == [own]
     cut = packer.cut(completions)
-    assert all(cut[:own])
-    assert not any(cut[own:])
+    assert sorted(i for indices in cut for i in indices) == list(range(len(completions)))
     pieces = packer.pieces(completions, num_completions=5)
     assert [len(piece.mask_BT) for piece in pieces] == [len(indices) for indices in cut]
     assert [piece.num_completions for piece in pieces] == [5] * len(cut)
+    return cut
 
 
 @PACKED
@@ -479,7 +497,7 @@ def test_a_piece_has_optional_tensors_only_where_every_completion_does(shared_pr
 def test_all_tensors_of_a_piece_are_on_its_device(shared_prefix):
     values = torch.tensor([-1.0, -2.0])
     completion = Completion([5], [6, 7], [True] * 2, [-1.0, -2.0], old_logps=values, ref_logps=values)
-    for piece in make_packer(shared_prefix, 1, device="meta", agree=lambda n: n + 1).pieces([completion], 1):
+    for piece in make_packer(shared_prefix, 1, device="meta", gather=lambda n: [n, 3]).pieces([completion], 1):
         tensors = {name: value for name, value in vars(piece).items() if name.rpartition("_")[2].isupper()}
         assert set(tensors) == set(vars(piece)) - {"layout", "num_completions"}
         assert {t.device.type for t in tensors.values() if t is not None} == {"meta"}

@@ -307,10 +307,10 @@ def test_two_completions_of_one_prompt_are_compared_if_there_are_two(groups, com
 def test_the_comparison_asks_no_other_rank():
     """Ranks compare what they have, each alone; a gather inside would hang the others."""
 
-    def agree(count):
+    def gather(number):
         raise AssertionError
 
-    assert compare(make_family("qwen2"), packer=replace(PACKER, agree=agree)) is None
+    assert compare(make_family("qwen2"), packer=replace(PACKER, gather=gather)) is None
 
 
 def test_completions_of_no_token_are_nothing_to_compare():

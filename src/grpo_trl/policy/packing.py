@@ -6,13 +6,14 @@ Axes: B completions of the piece, T completion tokens, M trained tokens, R rows 
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .completion import Completion
+from .dealing import GroupSize
 from .layout import Layout
 
 
@@ -48,9 +49,9 @@ class Piece:
 class Packer:
     """Cuts completions into pieces that are balanced by tokens.
 
-    There are as many pieces as `max_tokens` needs; without it, as many as hold `batch_size` completions each. A group
-    larger than a piece is split, and its prompt repeated. Every rank makes the same number of pieces: one that needs
-    fewer adds empty ones, whose gradient is 0.
+    There are as many pieces as `max_tokens` needs; without it, as many as hold `batch_size` completions each, on average
+    over the ranks that cut together. A group larger than a piece is split, and its prompt repeated. These ranks make the
+    same number of pieces: one that has too few completions adds empty ones, whose gradient is 0.
     """
 
     batch_size: int
@@ -59,8 +60,8 @@ class Packer:
     device: torch.device | str = "cpu"
     shared_prefix: bool = True
     """Pack; pad otherwise."""
-    agree: Callable[[int], int] = int
-    """The largest of all ranks' numbers. Called once per cut."""
+    gather: Callable[[int], list[int]] = lambda number: [number]
+    """From this rank's number to those of all ranks that cut together. Called once per cut."""
 
     def pieces(self, completions: Sequence[Completion], num_completions: int) -> list[Piece]:
         """At least one piece; `num_completions` are those of the whole optimizer step on all ranks."""
@@ -68,20 +69,35 @@ class Packer:
 
     def cut(self, completions: Sequence[Completion]) -> list[list[int]]:
         """Indices of the completions of each piece; the same number of pieces on every rank, at least one."""
-        pieces = self._cut(completions)
-        return pieces + [[] for _ in range(max(1, self.agree(len(pieces))) - len(pieces))]
+        if self.max_tokens is None:
+            counts = self.gather(len(completions))
+            number = math.ceil(sum(counts) / (len(counts) * self.batch_size))
+            pieces = self._cut(completions, number)
+        else:
+            pieces = self._cut(completions)
+            number = max(self.gather(len(pieces)))
+        return pieces + [[] for _ in range(max(1, number) - len(pieces))]
 
     def largest(self, completions: Sequence[Completion]) -> int:
-        """Tokens of the largest piece of `completions` on this rank, padding included."""
-        pieces = [[completions[i] for i in indices] for indices in self._cut(completions)]
+        """Tokens of the largest piece of `completions` on this rank by itself, padding included."""
+        cut = replace(self, gather=lambda number: [number]).cut(completions)
+        pieces = [[completions[i] for i in indices] for indices in cut if indices]
         if self.shared_prefix:
             return max(map(_tokens, pieces), default=0)
         return max((len(p) * max(len(c.prompt_ids) + len(c.inputs) for c in p) for p in pieces), default=0)
 
-    def _cut(self, completions: Sequence[Completion]) -> list[list[int]]:
+    def group_size(self, group: Sequence[Completion]) -> GroupSize:
+        """What completions of one prompt cost."""
+        lengths = [len(c.inputs) for c in group]
+        prompt = len(group[0].prompt_ids)
+        if self.shared_prefix:
+            return GroupSize(prompt, tuple(lengths))
+        return GroupSize(0, tuple(prompt + length for length in lengths))
+
+    def _cut(self, completions: Sequence[Completion], number: int = 1) -> list[list[int]]:
+        """As many pieces as `max_tokens` needs; without it `number`, or fewer if there are fewer completions."""
         cut = _cut_packed if self.shared_prefix else _cut_padded
-        count = math.ceil(len(completions) / self.batch_size)
-        return cut(completions, count, self.max_tokens) if completions else []
+        return cut(completions, min(number, len(completions)), self.max_tokens) if completions else []
 
     def piece(self, completions: Sequence[Completion], num_completions: int) -> Piece:
         """One piece of `completions`, which may be none."""

@@ -62,7 +62,7 @@ def disagreement(
     if reason := ignored_window(model):
         return reason
     sample = _sample(completions)
-    local = replace(packer, batch_size=2, max_tokens=None, agree=int)
+    local = replace(packer, batch_size=2, max_tokens=None, gather=lambda number: [number])
     packed_packer = replace(local, shared_prefix=True)
     padded = score_completions(model, sample, replace(local, shared_prefix=False), temperature)
     try:

@@ -1,0 +1,80 @@
+"""Which rank trains on which completions."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_trl.policy import GroupSize, deal
+from grpo_trl.policy.dealing import WORTH
+
+
+def sizes(largest_prompt=300, largest=100):
+    completions = st.lists(st.integers(0, largest), min_size=1, max_size=6).map(tuple)
+    group = st.builds(GroupSize, st.integers(0, largest_prompt), completions)
+    return st.lists(st.lists(group, max_size=4), min_size=1, max_size=6)
+
+
+def loads(shares, held):
+    return [
+        sum(
+            shares[rank][group].prompt + sum(shares[rank][group].completions[i] for i in members)
+            for (rank, group), members in holding.items()
+        )
+        for holding in held
+    ]
+
+
+def at_home(shares):
+    return [
+        {(rank, i): list(range(len(group.completions))) for i, group in enumerate(share)}
+        for rank, share in enumerate(shares)
+    ]
+
+
+@settings(deadline=None)
+@given(sizes())
+def test_each_completion_is_trained_on_once(shares):
+    everything = [
+        (rank, i, member)
+        for rank, share in enumerate(shares)
+        for i, group in enumerate(share)
+        for member in range(len(group.completions))
+    ]
+    held = [(*key, member) for holding in deal(shares) for key, members in holding.items() for member in members]
+    assert sorted(held) == everything
+
+
+@settings(deadline=None)
+@given(sizes())
+def test_no_rank_gets_more_than_the_busiest_had(shares):
+    assert max(loads(shares, deal(shares))) <= max(loads(shares, at_home(shares)))
+
+
+@settings(deadline=None)
+@given(sizes(largest_prompt=0))
+def test_ranks_differ_by_one_completion_at_most_where_prompts_cost_nothing(shares):
+    after = loads(shares, deal(shares))
+    largest = max((size for share in shares for group in share for size in group.completions), default=0)
+    worth = max(1.0, WORTH * sum(after) / len(after))
+    assert max(after) - min(after) <= largest + worth
+
+
+@settings(deadline=None)
+@given(sizes(), st.integers(1, 5))
+def test_what_is_balanced_stays(shares, ranks):
+    assert deal([shares[0]] * ranks) == at_home([shares[0]] * ranks)
+
+
+def test_whole_groups_move_where_that_is_as_good():
+    groups = [GroupSize(50, (10, 20, 30))] * 4
+    held = deal([groups, []])
+    assert [sorted(holding.values()) for holding in held] == [[[0, 1, 2]] * 2] * 2
+
+
+def test_a_prompt_is_computed_twice_where_its_completions_are_worth_it():
+    assert loads_of(prompt=10, completions=(100,) * 4) == [210, 210]
+    assert loads_of(prompt=1000, completions=(1,) * 4) == [1004, 0]
+
+
+def loads_of(prompt, completions):
+    shares = [[GroupSize(prompt, completions)], []]
+    return loads(shares, deal(shares))
