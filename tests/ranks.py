@@ -11,13 +11,14 @@ import tempfile
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch import distributed
 from transformers import TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.errors import RunStopped
 
 from .conftest import make_model, make_tokenizer
-from .training import completions_of, train, weights
+from .training import completions_of, length, sampling_trainer, train, weights
 
 
 INFORMATIVE = ["ab=", "f", "a", "cde12="]
@@ -107,10 +108,6 @@ def sampled():
     return {"written": written, "evaluations": [few, more], "after": weights(trainer.model)}
 
 
-def length(completions):
-    return [float(len(text)) for text in completions]
-
-
 # ---- What one rank meets and all must survive ----
 LAST = int(os.environ.get("WORLD_SIZE", "1")) - 1
 """The rank that meets it."""
@@ -131,29 +128,9 @@ class OnLastRank(TrainerCallback):
             self.function()
 
 
-def in_windows_of_two_steps(folder, resume=None, callbacks=None, **options):
+def in_windows_of_two_steps(folder, resume=None, **options):
     """Sampled by the trainer; every step is saved. The trainer, and what it raised."""
-    defaults = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8 // (LAST + 1),
-        "num_generations": 4,
-        "num_iterations": 2,
-        "beta": 0.1,
-        "learning_rate": 0.01,
-        "max_steps": 6,
-        "max_completion_length": 8,
-        "gradient_checkpointing": False,
-        "logging_steps": 4,
-        "save_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    reward_funcs = options.pop("reward_funcs", length)
-    model = options.pop("model", None) or make_model()
-    prompts = Dataset.from_dict({"prompt": [*INFORMATIVE, "x", "yz", "0=", "1=2"]})
-    args = GRPOConfig(**(defaults | options))
-    trainer = GRPOTrainer(model, reward_funcs, args, prompts, processing_class=make_tokenizer(), callbacks=callbacks)
+    trainer = sampling_trainer(folder, completions=8 // (LAST + 1), **options)
     try:
         trainer.train(resume_from_checkpoint=resume)
     except (SystemExit, RunStopped) as stop:
@@ -264,3 +241,4 @@ def run_cases():
 if __name__ == "__main__":
     results = run_cases() | {"sampled": sampled(), "incidents": run_incidents(f"{sys.argv[1]}-runs")}
     torch.save(results, f"{sys.argv[1]}.{os.environ['RANK']}")
+    distributed.destroy_process_group()

@@ -13,7 +13,20 @@ PACKAGE = Path(grpo_trl.__file__).parent
 LAYERS = (
     ("objective", "seeds", "errors"),
     ("policy", "rewards", "rollout", "metrics"),
-    ("balance", "data", "models", "launch", "scoring", "signals", "guards", "watchdog", "state", "config", "report"),
+    (
+        "balance",
+        "data",
+        "models",
+        "launch",
+        "sharding",
+        "scoring",
+        "signals",
+        "guards",
+        "watchdog",
+        "state",
+        "config",
+        "report",
+    ),
     ("evaluation", "windows", "resumable", "assembly", "trainer"),
     ("__init__",),
 )

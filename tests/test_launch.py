@@ -2,26 +2,61 @@ import re
 import sys
 
 import pytest
-from torch import nn
+import torch
 
-from grpo_trl.launch import check_launch, check_sharding, fsdp_was_asked_for
+from grpo_trl import launch
+from grpo_trl.launch import check_bf16, check_devices, check_launcher, check_ranks, fsdp_was_asked_for
 
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in (*launch.SIZES, launch.TASKS):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["/home/me/train.py", "--beta", "0.1"])
 
 
+# ---- How it was started ----
+@pytest.mark.parametrize("started_by", [*launch.SIZES])
+def test_deepspeed_may_be_started_by_whatever_gives_ranks(started_by):
+    check_launcher(deepspeed=True, environment={started_by: "2"})
+
+
+@pytest.mark.parametrize("environment", [{}, {launch.TASKS: "2"}])
+def test_deepspeed_without_a_launcher_is_refused_with_the_command(environment):
+    with pytest.raises(ValueError, match="needs a launcher") as raised:
+        check_launcher(deepspeed=True, environment=environment)
+    assert re.findall("`(.*?)`", str(raised.value)) == [
+        "deepspeed train.py ...",
+        "torchrun --nproc_per_node 1 train.py ...",
+    ]
+    check_launcher(deepspeed=False, environment=environment)
+
+
+@pytest.mark.parametrize(
+    "deepspeed, environment, told",
+    [
+        (False, {"CROSS_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, True),
+        (False, {"CROSS_RANK": "0", "RANK": "1", "WORLD_SIZE": "2"}, False),  # once is enough
+        (True, {"CROSS_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, False),
+        (False, {"RANK": "0", "WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_a_run_that_deepspeed_started_is_told_that_nothing_is_sharded(caplog, deepspeed, environment, told):
+    check_launcher(deepspeed, environment)
+    assert ("train with DDP, and nothing is sharded" in caplog.text) == told
+
+
+# ---- Ranks and devices ----
 @pytest.mark.parametrize("n_gpu", [0, 1])
 def test_one_process_with_one_device_is_accepted(n_gpu):
-    check_launch(n_gpu=n_gpu, world_size=1)
+    check_ranks(world_size=1)
+    check_devices(n_gpu)
 
 
 @pytest.mark.parametrize("n_gpu", [2, 8])
 def test_several_gpus_in_one_process_are_refused_with_the_command_to_launch(n_gpu):
     with pytest.raises(ValueError, match=f"n_gpu={n_gpu} GPUs") as raised:
-        check_launch(n_gpu=n_gpu, world_size=1)
+        check_devices(n_gpu)
     command = re.search(r"`(.*?)`", str(raised.value))[1]
     assert command == f"torchrun --nproc_per_node {n_gpu} train.py ..."
     assert "CUDA_VISIBLE_DEVICES=0" in str(raised.value)
@@ -30,12 +65,19 @@ def test_several_gpus_in_one_process_are_refused_with_the_command_to_launch(n_gp
 def test_the_command_names_a_script_where_there_is_none(monkeypatch):
     monkeypatch.setattr(sys, "argv", [""])
     with pytest.raises(ValueError, match=r"`torchrun --nproc_per_node 2 train\.py "):
-        check_launch(n_gpu=2, world_size=1)
+        check_devices(2)
 
 
-def test_as_many_processes_as_ranks_are_accepted(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    check_launch(n_gpu=1, world_size=4)
+@pytest.mark.parametrize("name", [*launch.SIZES, launch.TASKS])
+def test_as_many_processes_as_ranks_are_accepted(monkeypatch, name):
+    monkeypatch.setenv(name, "4")
+    check_ranks(world_size=4)
+
+
+def test_torchrun_under_srun_says_how_many_ranks_there_are(monkeypatch):
+    monkeypatch.setenv(launch.TASKS, "2")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    check_ranks(world_size=16)
 
 
 def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
@@ -43,13 +85,20 @@ def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
     with pytest.raises(
         ValueError, match=r"WORLD_SIZE=4 processes .* world_size=1: .*use_cpu=True \(`--use_cpu true`\)"
     ):
-        check_launch(n_gpu=1, world_size=1)
+        check_ranks(world_size=1)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", launch.TASKS])
+def test_processes_that_are_no_ranks_are_refused_with_the_command(monkeypatch, name):
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(ValueError, match=rf"{name}=4 processes .*alone. .*`torchrun --nproc_per_node 4 train.py"):
+        check_ranks(world_size=1)
 
 
 def test_fsdp_without_a_gpu_is_refused():
     with pytest.raises(ValueError, match=r"FSDP was asked for, and there is no GPU.*zero3\.json"):
-        check_launch(n_gpu=0, world_size=1, fsdp=True, device_type="cpu")
-    check_launch(n_gpu=1, world_size=1, fsdp=True, device_type="cuda")
+        check_ranks(world_size=1, fsdp=True, device_type="cpu")
+    check_ranks(world_size=1, fsdp=True, device_type="cuda")
 
 
 @pytest.mark.parametrize(
@@ -62,14 +111,25 @@ def test_fsdp_is_asked_for_by_option_or_launcher(monkeypatch, option, launcher, 
     assert fsdp_was_asked_for(option) == expected
 
 
-def test_a_model_that_zero_3_could_not_shard_is_told_with_its_size(monkeypatch, caplog):
-    model = nn.Linear(2**14, 2**14, bias=False, device="meta")
-    check_sharding(model, 8)
-    assert not caplog.text
-    monkeypatch.setattr("grpo_trl.launch.is_deepspeed_zero3_enabled", lambda: True)
-    check_sharding(model, 8)
-    assert "each of the 8 ranks holds all 1.00 GiB" in caplog.text
-    caplog.clear()
-    model.weight.ds_id = 0
-    check_sharding(model, 8)
-    assert not caplog.text
+# ---- Precision ----
+@pytest.mark.parametrize(
+    "gpu, native, other, use_cpu, refused",
+    [
+        (True, True, False, False, None),
+        (True, False, False, False, "Tesla T4 has no bfloat16.*bf16=False.*fp16=True"),
+        (True, False, False, True, None),
+        (False, False, False, False, "there is no GPU.*use_cpu=True.*bf16=False"),
+        (False, False, False, True, None),
+        (False, False, True, False, None),  # an accelerator of another maker
+    ],
+)
+def test_bf16_is_refused_where_the_hardware_lacks_or_imitates_it(monkeypatch, gpu, native, other, use_cpu, refused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    monkeypatch.setattr(launch, "is_torch_bf16_gpu_available", lambda: other)
+    if refused is None:
+        check_bf16(use_cpu)
+        return
+    with pytest.raises(ValueError, match=f"bf16=True cannot work: .*{refused}"):
+        check_bf16(use_cpu)

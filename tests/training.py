@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from grpo_trl import GRPOConfig, GRPOTrainer
 
 from . import oracle
-from .conftest import make_tokenizer
+from .conftest import make_model, make_tokenizer
 
 
 def injected(prompts, trainer):
@@ -71,6 +71,43 @@ def train(model, prompts, *, reward_funcs=score, rollout_func=injected, peft_con
     )
     trainer.train()
     return trainer
+
+
+def sampling_trainer(folder, completions, model=None, reward_funcs=None, peft_config=None, callbacks=None, **options):
+    """A trainer that samples itself: `completions` for each of six steps, of windows that are used twice.
+
+    It saves each step. By default its reward is the length of a completion.
+    """
+    defaults = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": completions,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "beta": 0.1,
+        "learning_rate": 0.01,
+        "lr_scheduler_type": "constant",
+        "max_steps": 6,
+        "max_completion_length": 8,
+        "gradient_checkpointing": False,
+        "logging_steps": 4,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return GRPOTrainer(
+        model or make_model(),
+        reward_funcs or length,
+        GRPOConfig(**(defaults | options)),
+        Dataset.from_dict({"prompt": ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]}),
+        processing_class=make_tokenizer(),
+        peft_config=peft_config,
+        callbacks=callbacks,
+    )
+
+
+def length(completions):
+    return [float(len(text)) for text in completions]
 
 
 def completions_of(trainer):

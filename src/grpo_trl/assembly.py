@@ -6,8 +6,8 @@ from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import GRPOConfig
 from .data import PromptLimit, PromptSet
@@ -15,33 +15,31 @@ from .policy import Packer
 from .rewards import Rewards
 from .rollout import GroupEngine
 from .scoring import Scorer
+from .sharding import check_whole, loading_whole
 
 
 def make_rewards(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -> Rewards:
     """All reward functions, and where they run.
 
-    Raises:
-        ValueError: A reward model is given as a path under ZeRO-3.
+    A reward model is whole on each rank, which judges its own completions: it would wait for others if it were sharded.
     """
-    given = reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
-    if is_deepspeed_zero3_enabled() and any(isinstance(func, str) for func in given):
-        raise ValueError(
-            "A reward model that is given as a path would be sharded by ZeRO-3, and its forward would wait for other "
-            "ranks. Load it before GRPOConfig is made, and pass the model and its tokenizer (reward_processing_classes)."
+    for func in reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]:
+        if isinstance(func, nn.Module):
+            check_whole(func, f"The reward model {type(func).__name__}")
+    with loading_whole():
+        return Rewards(
+            reward_funcs,
+            args.reward_weights,
+            processing_classes,
+            model_init_kwargs=args.init_kwargs,
+            chat_template_kwargs=args.template_kwargs,
+            batch_size=args.per_device_train_batch_size,
+            workers=args.reward_workers,
+            timeout=args.reward_timeout,
+            retries=args.reward_retries,
+            memory_limit=int(args.reward_memory_limit * 2**30),
+            on_error=args.on_reward_error,
         )
-    return Rewards(
-        reward_funcs,
-        args.reward_weights,
-        processing_classes,
-        model_init_kwargs=args.init_kwargs,
-        chat_template_kwargs=args.template_kwargs,
-        batch_size=args.per_device_train_batch_size,
-        workers=args.reward_workers,
-        timeout=args.reward_timeout,
-        retries=args.reward_retries,
-        memory_limit=int(args.reward_memory_limit * 2**30),
-        on_error=args.on_reward_error,
-    )
 
 
 def make_prompts(

@@ -4,16 +4,17 @@ Options keep the names, meanings and defaults of TRL 1.16's `GRPOConfig`; `docs/
 """
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, cast
 
-import torch
 from transformers import TrainingArguments
 
 from .data import CONTEXT, OVERFLOW_POLICIES, PromptLimit, Schedule
 from .guards import DEAD_RUN_ACTIONS
+from .launch import check_bf16, check_launcher, gpu_has_bf16
 from .objective import LOSS_LEVELS
 from .objective.advantages import SCALES
 from .rewards.failures import ON_ERROR
@@ -260,8 +261,11 @@ class GRPOConfig(TrainingArguments):
     log_unique_prompts: bool = field(default=False, metadata={"help": "One row per prompt in that table."})
 
     def __post_init__(self) -> None:
+        check_launcher(bool(self.deepspeed), os.environ)
         if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and _gpu_has_bf16()
+            self.bf16 = not self.fp16 and not self.use_cpu and gpu_has_bf16()
+        if self.bf16:
+            check_bf16(self.use_cpu)
         self._resolve_checkpointing()
         if self.metric_for_best_model is None and self.load_best_model_at_end:
             self.metric_for_best_model = "eval_reward"
@@ -492,10 +496,6 @@ class GRPOConfig(TrainingArguments):
             return n % step == 0 and self._holds_whole_steps(n // step) and whole_groups
 
         return _nearest(self.generation_batch_size, works)
-
-
-def _gpu_has_bf16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _nearest(value: int, works: Callable[[int], bool], least: int = 1, most: int = 1_000_000) -> str:

@@ -1,109 +1,118 @@
-"""Whether the launcher gave what the trainer needs, and where it put the weights."""
+"""Whether the launcher and the machine gave what the options ask for, and what ranks hand each other."""
 
-import contextlib
 import logging
 import os
 import pickle
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import distributed, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
+from torch import distributed
+from transformers.utils import is_torch_bf16_gpu_available
 
 
 logger = logging.getLogger(__name__)
 
+SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many ranks they have started: torchrun, deepspeed and accelerate; kinds of MPI."""
+TASKS = "SLURM_STEP_NUM_TASKS"
+"""Where srun says how many processes it has started, which need not be ranks."""
 
-def check_launch(n_gpu: int, world_size: int, fsdp: bool = False, device_type: str = "cpu") -> None:
-    """Refuse launches that would train something else than what was asked for.
+
+def check_launcher(deepspeed: bool, environment: Mapping[str, str]) -> None:
+    """Say what is wrong with how the process was started, before anything is set up.
 
     Args:
-        n_gpu: GPUs that this process would use.
+        deepspeed: Whether the options have a DeepSpeed configuration.
+        environment: `os.environ`.
+
+    Raises:
+        ValueError: DeepSpeed was asked for, and no launcher has told this process its rank.
+    """
+    if deepspeed and not any(name in environment for name in SIZES):
+        raise ValueError(
+            "deepspeed=... needs a launcher that gives each process its rank, for one GPU too: "
+            f"`deepspeed {_script()} ...` or `torchrun --nproc_per_node 1 {_script()} ...`."
+        )
+    if not deepspeed and "CROSS_RANK" in environment and environment.get("RANK") == "0":  # set by `deepspeed` alone
+        logger.warning(
+            "`deepspeed` started this run, which has no DeepSpeed configuration: its ranks train with DDP, and nothing is "
+            "sharded. Pass one, e.g. --deepspeed ds_configs/zero2.json."
+        )
+
+
+def check_ranks(world_size: int, fsdp: bool = False, device_type: str = "cpu") -> None:
+    """Refuse ranks that would train something else than what was asked for.
+
+    Args:
         world_size: Ranks that the trainer believes in.
         fsdp: Whether FSDP was asked for.
         device_type: What the weights lie on.
 
     Raises:
-        ValueError: Several GPUs in one process (`nn.DataParallel` would scatter a group over them), a launcher that
-            started another number of ranks than the trainer sees, or FSDP without a GPU (which would be DDP).
+        ValueError: A launcher that started another number of processes than the trainer sees, or FSDP without a GPU (which
+            would be DDP).
     """
     if fsdp and device_type == "cpu":
         raise ValueError(
             "FSDP was asked for, and there is no GPU: the run would silently be a DDP one. Leave fsdp away, or use ZeRO "
             "(ds_configs/zero3.json), which shards on CPUs too."
         )
-    script = os.path.basename(sys.argv[0]) or "train.py"
+    name = next((name for name in (*SIZES, TASKS) if name in os.environ), None)
+    launched = int(os.environ[name]) if name else 1
+    if launched == world_size:
+        return
+    remedy = "On a machine without GPU pass use_cpu=True (`--use_cpu true`)."
+    if name != "WORLD_SIZE":
+        remedy = f"Start ranks with `torchrun --nproc_per_node {launched} {_script()} ...`, deepspeed or accelerate."
+    raise ValueError(
+        f"The launcher started {name}={launched} processes and the trainer sees world_size={world_size}: each would train "
+        f"alone. {remedy}"
+    )
+
+
+def check_devices(n_gpu: int) -> None:
+    """Refuse several GPUs in one process, over which `nn.DataParallel` would scatter a group.
+
+    Raises:
+        ValueError: `n_gpu`, the GPUs that this process would use, is above 1.
+    """
     if n_gpu > 1:
         raise ValueError(
             f"One process sees n_gpu={n_gpu} GPUs, and groups cannot be split over them. Start one process per GPU: "
-            f"`torchrun --nproc_per_node {n_gpu} {script} ...`, or show this one a single GPU with CUDA_VISIBLE_DEVICES=0."
+            f"`torchrun --nproc_per_node {n_gpu} {_script()} ...`, or show this one a single GPU with "
+            "CUDA_VISIBLE_DEVICES=0."
         )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != world_size:
+
+
+def check_bf16(use_cpu: bool) -> None:
+    """Refuse bfloat16 where the hardware lacks it, or only imitates it.
+
+    Raises:
+        ValueError: There is no GPU that has it, and the run is none on the CPU.
+    """
+    if use_cpu or gpu_has_bf16() or (not torch.cuda.is_available() and is_torch_bf16_gpu_available()):
+        return
+    if torch.cuda.is_available():
         raise ValueError(
-            f"The launcher started WORLD_SIZE={launched} processes and the trainer sees world_size={world_size}: each "
-            "would train alone. On a machine without GPU pass use_cpu=True (`--use_cpu true`)."
+            f"bf16=True cannot work: {torch.cuda.get_device_name()} has no bfloat16. Set bf16=False to train in float32, "
+            "or fp16=True."
         )
+    raise ValueError(
+        "bf16=True cannot work: there is no GPU. Set use_cpu=True to train in bfloat16 on the CPU, or bf16=False to train "
+        "in float32."
+    )
 
 
-def start_engine(device_type: str) -> None:
-    """Have DeepSpeed know the ranks before a model is loaded, which ZeRO-3 shards while it is loaded."""
-    if is_deepspeed_zero3_enabled():
-        import deepspeed
-
-        if not deepspeed.comm.is_initialized():
-            deepspeed.init_distributed(dist_backend="gloo" if device_type == "cpu" else None)
-
-
-def check_sharding(model: nn.Module, world_size: int) -> None:
-    """Say what it costs that a model was loaded before ZeRO-3 could shard it."""
-    parameters = list(model.parameters())
-    if is_deepspeed_zero3_enabled() and not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        logger.warning(
-            "The model was loaded before ZeRO-3 was configured, so that each of the %d ranks holds all %.2f GiB of it "
-            "until training starts. Pass its path as model, or load it after GRPOConfig(deepspeed=...) is made.",
-            world_size,
-            size / 2**30,
-        )
+def gpu_has_bf16() -> bool:
+    """Whether there is an NVIDIA or AMD GPU that computes in bfloat16 itself."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def fsdp_was_asked_for(option: Any) -> bool:
     """By the option `fsdp`, or by accelerate's launcher."""
     return bool(option) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-
-
-def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
-    """A model that is only evaluated, where its weights belong: sharded under ZeRO-3, whole on each rank elsewhere."""
-    if not is_deepspeed_zero3_enabled():
-        return accelerator.prepare_model(model, evaluation_mode=True)
-    from trl.models.utils import prepare_deepspeed
-
-    return prepare_deepspeed(model, accelerator)
-
-
-@contextlib.contextmanager
-def gathered_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, the weights that ZeRO-3 shards are whole on every rank, and forwards are no collectives.
-
-    Args:
-        model: The wrapped model. One without sharded weights is left alone.
-    """
-    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not sharded:
-        yield
-        return
-    import deepspeed
-    from trl.models.utils import add_hooks, remove_hooks
-
-    with deepspeed.zero.GatheredParameters(sharded):
-        remove_hooks(model)
-        try:
-            yield
-        finally:
-            add_hooks(model)
 
 
 def exchange(parcels: list[Any], device: torch.device) -> list[Any]:
@@ -121,3 +130,7 @@ def exchange(parcels: list[Any], device: torch.device) -> list[Any]:
     received = torch.empty(sum(counts), dtype=torch.uint8, device=device)
     distributed.all_to_all_single(received, torch.cat(sent).to(device), counts, sizes.tolist())
     return [pickle.loads(data.cpu().numpy().tobytes()) for data in received.split(counts)]
+
+
+def _script() -> str:
+    return os.path.basename(sys.argv[0]) or "train.py"

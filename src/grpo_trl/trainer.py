@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -33,15 +34,7 @@ from .config import GRPOConfig
 from .data import PromptSet
 from .evaluation import evaluate_prompts
 from .guards import DeadRun, NonFinite, Share, check_failures
-from .launch import (
-    check_launch,
-    check_sharding,
-    exchange,
-    fsdp_was_asked_for,
-    gathered_weights,
-    prepare_frozen,
-    start_engine,
-)
+from .launch import check_devices, check_ranks, exchange, fsdp_was_asked_for
 from .metrics import Mean, MetricLog, Sum, loss_metrics
 from .models import (
     Reference,
@@ -57,6 +50,7 @@ from .policy import Completion, Piece, enable_scoring, evaluation_mode, score, s
 from .report import append_objective, merge_tables, print_completions, write_completions
 from .resumable import ResumableTrainer
 from .rollout import RolloutEngine, RolloutFuncEngine, RoundRunner
+from .sharding import GatheredWeights, check_sharding, prepare_frozen, start_engine
 from .state import RunState, StepShare, Window, fingerprint, resumed_state
 from .windows import WindowMaker
 
@@ -112,10 +106,12 @@ class GRPOTrainer(ResumableTrainer):
         rollout_func: Callable[[list[Any], Any], dict[str, Any]] | None = None,
     ):
         args = GRPOConfig() if args is None else args
+        check_ranks(args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
         start_engine(args.device.type)
         set_seed(args.seed)  # a new adapter starts from random weights
         policy = load_policy(model, args.init_kwargs if isinstance(model, str) or args.model_init_kwargs else {})
         tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+        check_sharding(policy, args.world_size)
         policy = add_adapter(policy, peft_config)
         enable_scoring(policy)
         if isinstance(policy, PeftModel) and args.gradient_checkpointing:
@@ -132,15 +128,14 @@ class GRPOTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        # A model that lies on several devices has set n_gpu to 1 by now
-        check_launch(args.n_gpu, args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
-        check_sharding(self.model, args.world_size)
+        check_devices(args.n_gpu)  # a model that lies on several devices has set it to 1 by now
         if args.disable_dropout:
             disable_dropout(self.model)
         self.model.add_model_tags(["grpo_trl", "grpo"])
 
         self._metrics, self._step_metrics = MetricLog(), MetricLog()
         self._window: Window | None = None
+        self._gathered = GatheredWeights()
         self._timer = _StepTimer(self._metrics)
         self.add_callback(self._timer)
         self._dead_run = DeadRun(args.dead_run_patience, args.on_dead_run, args.max_completion_length)
@@ -236,10 +231,12 @@ class GRPOTrainer(ResumableTrainer):
 
     @contextmanager
     def _whole_policy(self) -> Iterator[None]:
-        """What sampling runs in."""
-        gathered = gathered_weights(self.model_wrapped) if self.args.ds3_gather_for_generation else nullcontext()
-        with gathered, self.accelerator.autocast():
+        """What the trainer's own engine runs in."""
+        with self._gathered_policy(), self.accelerator.autocast():
             yield
+
+    def _gathered_policy(self) -> AbstractContextManager[None]:
+        return self._gathered.of(self.model_wrapped) if self.args.ds3_gather_for_generation else nullcontext()
 
     @property
     def _shows_progress(self) -> bool:
@@ -365,6 +362,8 @@ class GRPOTrainer(ResumableTrainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Called between clipping and the update, which is skipped here if it is not finite."""
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):  # under FSDP2
+            grad_norm = grad_norm.full_tensor()
         completions, loss = self._step
         if self.args.fp16:
             grad_norm_seen = None  # overflows at times; the loss scale is lowered then, and the step skipped
@@ -487,7 +486,9 @@ class GRPOTrainer(ResumableTrainer):
     def _evaluate_prompts(self, prompts: PromptSet, prefix: str) -> dict[str, float]:
         self._memory_tracker.start()
         start_time = time.time()
-        with evaluation_mode(self.model):
+        own_engine = not isinstance(self._runner.engine, RolloutFuncEngine)
+        # once for the whole evaluation, where the trainer would else gather for each batch
+        with evaluation_mode(self.model), self._gathered_policy() if own_engine else nullcontext():
             metrics = evaluate_prompts(
                 self._runner,
                 prompts,
