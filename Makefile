@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint slow zero soak quickstarts
+.PHONY: quickstart test lint slow engines soak quickstarts
 
 quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
@@ -19,9 +19,9 @@ lint: $(VENV)/ready ## style and types
 slow: $(VENV)/ready ## the tests that take minutes each: GSM8K with a real model
 	$(BIN)/python -m pytest -m slow --ignore tests/test_quickstart.py --durations=0 -rP
 
-zero: $(VENV)/ready ## DeepSpeed's engine on two CPU processes
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed]"
-	$(BIN)/python -m pytest -m zero --durations=0 tests/test_zero.py
+engines: $(VENV)/ready ## DDP, FSDP2 and DeepSpeed on two CPU processes
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,qlora]"
+	$(BIN)/python -m pytest -m engines --durations=15 tests/test_engines.py tests/test_launches.py tests/test_plan.py
 
 soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour
 	$(BIN)/python -m tests.soak --kills 200

@@ -11,7 +11,6 @@ import tempfile
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch import distributed
 from transformers import TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
@@ -241,4 +240,3 @@ def run_cases():
 if __name__ == "__main__":
     results = run_cases() | {"sampled": sampled(), "incidents": run_incidents(f"{sys.argv[1]}-runs")}
     torch.save(results, f"{sys.argv[1]}.{os.environ['RANK']}")
-    distributed.destroy_process_group()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo_trl import launch
-from grpo_trl.launch import check_bf16, check_devices, check_launcher, check_ranks, fsdp_was_asked_for
+from grpo_trl.launch import check_bf16, check_devices, check_launcher, check_ranks, fsdp_was_asked_for, rest_at_exit
 
 
 @pytest.fixture(autouse=True)
@@ -133,3 +133,18 @@ def test_bf16_is_refused_where_the_hardware_lacks_or_imitates_it(monkeypatch, gp
         return
     with pytest.raises(ValueError, match=f"bf16=True cannot work: .*{refused}"):
         check_bf16(use_cpu)
+
+
+# ---- How it ends ----
+@pytest.mark.parametrize("ranks, device, rests", [(2, "cpu", True), (1, "cpu", False), (2, "cuda", False)])
+def test_ranks_rest_once_before_python_ends_where_gloo_has_threads(monkeypatch, ranks, device, rests):
+    ends, naps = [], []
+    monkeypatch.setattr(launch.atexit, "register", ends.append)
+    monkeypatch.setattr(launch.atexit, "unregister", lambda end: ends.remove(end) if end in ends else None)
+    monkeypatch.setattr(launch.time, "sleep", naps.append)
+    for _ in ("a trainer", "another one"):
+        rest_at_exit(ranks, device)
+    for end in ends:
+        end()
+    assert len(naps) == rests
+    assert all(nap > 0 for nap in naps)

@@ -1,9 +1,11 @@
 """Whether the launcher and the machine gave what the options ask for, and what ranks hand each other."""
 
+import atexit
 import logging
 import os
 import pickle
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -110,6 +112,17 @@ def gpu_has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def rest_at_exit(world_size: int, device_type: str) -> None:
+    """Have a rank on the CPU wait a moment before Python ends.
+
+    Threads of gloo release tensors of collectives that are over, for which they need Python; one that comes too late aborts
+    the process, and then the launcher ends the ranks that are still at work.
+    """
+    if world_size > 1 and device_type == "cpu":
+        atexit.unregister(_rest)  # of an earlier trainer
+        atexit.register(_rest)
+
+
 def fsdp_was_asked_for(option: Any) -> bool:
     """By the option `fsdp`, or by accelerate's launcher."""
     return bool(option) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
@@ -130,6 +143,10 @@ def exchange(parcels: list[Any], device: torch.device) -> list[Any]:
     received = torch.empty(sum(counts), dtype=torch.uint8, device=device)
     distributed.all_to_all_single(received, torch.cat(sent).to(device), counts, sizes.tolist())
     return [pickle.loads(data.cpu().numpy().tobytes()) for data in received.split(counts)]
+
+
+def _rest() -> None:
+    time.sleep(0.2)
 
 
 def _script() -> str:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from .config import GRPOConfig
@@ -124,6 +125,16 @@ class ResumableTrainer(Trainer):
     def _checkpoint(self, trial: Any = None) -> Path:
         """That of the last optimizer step."""
         return Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `transformers.Trainer.save_model`.
+
+        Where weights are in shards, all ranks call it, and none returns before the model is written: a launcher ends the
+        rank that writes if another one fails meanwhile.
+        """
+        super().save_model(output_dir, _internal_call)
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save into a folder aside, which gets its name when it is complete on all ranks."""

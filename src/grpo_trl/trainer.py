@@ -34,7 +34,7 @@ from .config import GRPOConfig
 from .data import PromptSet
 from .evaluation import evaluate_prompts
 from .guards import DeadRun, NonFinite, Share, check_failures
-from .launch import check_devices, check_ranks, exchange, fsdp_was_asked_for
+from .launch import check_devices, check_ranks, exchange, fsdp_was_asked_for, rest_at_exit
 from .metrics import Mean, MetricLog, Sum, loss_metrics
 from .models import (
     Reference,
@@ -108,6 +108,7 @@ class GRPOTrainer(ResumableTrainer):
         args = GRPOConfig() if args is None else args
         check_ranks(args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
         start_engine(args.device.type)
+        rest_at_exit(args.world_size, args.device.type)
         set_seed(args.seed)  # a new adapter starts from random weights
         policy = load_policy(model, args.init_kwargs if isinstance(model, str) or args.model_init_kwargs else {})
         tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)

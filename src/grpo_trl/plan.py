@@ -1,0 +1,167 @@
+"""What a way of training holds and sends, in bytes of a rank, before it is run.
+
+`memory` and `traffic` follow from the number of parameters; `activations` come on top, for the tokens of one piece.
+`benchmarks/distributed.py` counts the same in runs of two processes.
+
+Source: Rajbhandari et al., arXiv 1910.02054, sections 5 and 7, for what each stage shards; what DeepSpeed's engine holds
+besides, and which collectives it uses, was read from deepspeed 0.19 and counted.
+"""
+
+from dataclasses import dataclass
+
+
+METHODS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
+HALF, FLOAT32 = 2, 4
+"""Bytes of a number in bfloat16 and in float32."""
+ADAM = 2 * FLOAT32
+"""Two moments of each trained parameter."""
+LIVE = 10**9
+"""Parameters that ZeRO-3 keeps gathered, and that it updates at a time (stage3_max_live_parameters, sub_group_size)."""
+SLICE_BYTES = 20 * 256
+"""Of the logits of one slice of positions and what is computed from them, for each token of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, and how it is trained.
+
+    Frozen weights are bfloat16. Trained ones are float32 under DDP; under ZeRO they are bfloat16, and the optimizer holds
+    float32 copies.
+
+    Raises:
+        ValueError: `method` is unknown.
+    """
+
+    method: str
+    """One of `METHODS`."""
+    ranks: int
+    trained: int
+    """Parameters that are trained."""
+    frozen: int = 0
+    """Parameters under an adapter."""
+    offload_optimizer: bool = False
+    offload_param: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method={self.method!r} is unknown; use one of {', '.join(map(repr, METHODS))}.")
+
+    @property
+    def stage(self) -> int:
+        """Of ZeRO; 0 for DDP."""
+        return 0 if self.method == "DDP" else int(self.method[-1])
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + self.frozen
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank, on its device but for `host`."""
+
+    held: float
+    """All the time."""
+    update: float
+    """On top of it at the peak of an optimizer step, without activations."""
+    sampling: float
+    """On top of it while completions are written, where weights are gathered for that (`ds3_gather_for_generation`)."""
+    host: float
+    """What is offloaded."""
+
+    @property
+    def peak(self) -> float:
+        return self.held + max(self.update, self.sampling)
+
+
+def memory(job: Job) -> Memory:
+    """What a rank holds of weights, gradients and optimizer.
+
+        held      DDP     4 T + 2 F + 4 T + 8 T              weights, frozen ones, DDP's buckets of gradients, Adam
+                  ZeRO-1  2 (T + F) + 12 T/N                 weights; float32 copies and Adam
+                  ZeRO-2  the same
+                  ZeRO-3  2 (T + F)/N + 2 T/N + 12 T/N       with a place for gradients
+        update    DDP     4 T                                gradients
+                  ZeRO-1  max(2 T, 8 T/N)                    gradients; in the step, this rank's twice and in float32
+                  ZeRO-2  8 T/N
+                  ZeRO-3  max(2 min(T + F, 1e9), 6 min(T/N, 1e9))    gathered weights; in the step, gradients of a group
+        sampling  ZeRO-3  2 (T + F)
+
+    with T trained and F frozen parameters and N ranks.
+    """
+    trained, share = job.trained, job.trained / job.ranks
+    if job.stage == 0:
+        held = FLOAT32 * trained + HALF * job.frozen + FLOAT32 * trained + ADAM * trained
+        return Memory(held, update=FLOAT32 * trained, sampling=0, host=0)
+    weights, gradients, sampling = float(HALF * job.parameters), 0.0, 0.0
+    update = max(HALF * trained if job.stage == 1 else 0, (2 * HALF + FLOAT32) * share)
+    if job.stage == 3:
+        weights, gradients, sampling = weights / job.ranks, HALF * share, weights
+        update = max(HALF * min(job.parameters, LIVE), (HALF + FLOAT32) * min(share, LIVE))
+    optimizer = (FLOAT32 + ADAM) * share
+    host = optimizer * job.offload_optimizer + weights * job.offload_param
+    return Memory(weights + gradients + optimizer - host, update, sampling, host)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends."""
+
+    update: float
+    """In an optimizer step."""
+    sampling: float
+    """In a window, where weights are gathered for it."""
+
+
+def traffic(job: Job, pieces: int = 1, passes: int = 0) -> Traffic:
+    """What a rank sends, where collectives are rings.
+
+        DDP     8 T R                           all-reduce of float32 gradients, once
+        ZeRO-1  6 T R                           all-reduce of the gradients, once; all-gather of the weights
+        ZeRO-2  (4 k + 2) T R                   the gradients for each piece
+        ZeRO-3  k (4 (T + F) + 2 T) R           all-gather forward and backward, reduce-scatter, for each piece
+                + 2 k p (T + F) R               all-gather for each pass without gradient
+
+    with R = (N - 1)/N; sampling under ZeRO-3 gathers 2 (T + F) R.
+
+    Args:
+        job: What is trained.
+        pieces: k, the forwards and backwards of an optimizer step.
+        passes: p, how often each piece is scored without gradient: once for an old policy, once for a reference.
+    """
+    ring = (job.ranks - 1) / job.ranks
+    if job.stage == 0:
+        return Traffic(2 * FLOAT32 * job.trained * ring, 0)
+    gradients, weights = HALF * job.trained * ring, HALF * job.parameters * ring
+    if job.stage == 1:
+        return Traffic(3 * gradients, 0)
+    if job.stage == 2:
+        return Traffic((2 * pieces + 1) * gradients, 0)
+    return Traffic(pieces * ((2 + passes) * weights + gradients), weights)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer whose layers are attention and a gated feed-forward: Llama, Qwen, Mistral."""
+
+    layers: int
+    hidden: int
+    key_value: int
+    """Key-value heads times the size of a head."""
+    intermediate: int
+    vocabulary: int
+
+
+def activations(shape: Shape, tokens: int, checkpointing: bool = True) -> float:
+    """What a piece of so many tokens holds in bfloat16 at the peak of its backward pass, without gradients of weights.
+
+        layer   S = 20 h + 4 g + 8 i         what one layer keeps of a token for its backward pass
+                w = 4 (i + h)                what that pass makes besides
+        piece   t (2 L h + S + w) + 20 * 256 V         with checkpointing; without, t (L S + w) + 20 * 256 V
+
+    with h = `hidden`, g = `key_value`, i = `intermediate`, V = `vocabulary`, L layers, t tokens.
+    """
+    hidden, intermediate = shape.hidden, shape.intermediate
+    layer = 20 * hidden + 4 * shape.key_value + 8 * intermediate
+    kept = shape.layers * 2 * hidden + layer if checkpointing else shape.layers * layer
+    return tokens * (kept + 4 * (intermediate + hidden)) + SLICE_BYTES * shape.vocabulary

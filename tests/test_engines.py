@@ -1,0 +1,174 @@
+"""Engines for several ranks, on two CPU processes: their weights are those of one process."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from .conftest import make_model
+from .engines import CASES, ENGINES, run_all
+from .test_ranks import launch
+from .training import relative_error, weights
+
+
+pytestmark = [
+    pytest.mark.engines,
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"),
+]
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": "2"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+DEEPSPEED = [str(Path(sys.executable).parent / "deepspeed"), "--master_port", "29533", "--module"]
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return run_all(None, tmp_path_factory.mktemp("one"))
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def two(engine, tmp_path_factory):
+    file = tmp_path_factory.mktemp("engine") / "results"
+    launch([*TORCHRUN, "-m", "tests.engines", engine], file, timeout=400, environment=ENVIRONMENT)
+    return [torch.load(f"{file}.{rank}", weights_only=False) for rank in range(2)]
+
+
+def difference(one, other):
+    """Of two sets of weights, relative to their size."""
+    squares = sum((other[name] - value).square().sum() for name, value in one.items())
+    return (squares / sum(value.square().sum() for value in one.values())).sqrt().item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_those_of_one_process(case, one, two):
+    for rank in two:
+        assert difference(one[case]["before"], rank[case]["before"]) == 0
+        assert difference(one[case]["after"], rank[case]["after"]) < 1e-6
+        if case == "no rank with signal":
+            assert difference(one[case]["before"], one[case]["after"]) == 0
+        else:
+            assert relative_error(one[case]["before"], rank[case]["after"], one[case]["after"]) < 1e-3
+
+
+@pytest.mark.parametrize("run", ["sampled", "sampled with LoRA"])
+def test_sampling_resuming_and_saving(run, engine, one, two):
+    """Completions are those of one process; resumed inside a window equals uninterrupted; what is saved loads."""
+    if engine != "FSDP2":  # there model.generate writes, whose noise depends on the batch
+        written = [rank[run]["written"] for rank in two]
+        assert sorted(written[0] + written[1]) == sorted(one[run]["written"])
+    for rank in two:
+        if engine != "FSDP2":
+            assert difference(one[run]["after"], rank[run]["after"]) < 1e-5
+            assert rank[run]["evaluated"] == pytest.approx(one[run]["evaluated"], abs=1e-6)
+        assert rank[run]["resumed"]["written"] == rank[run]["written"]
+        for name, value in rank[run]["after"].items():
+            assert torch.equal(rank[run]["resumed"]["after"][name], value), name
+        saved = rank[run]["saved"]
+        if engine in ("ZeRO-3", "FSDP2"):  # saving is a collective, from which ranks return when it is done
+            assert rank[run]["there"]
+        assert all(torch.equal(saved[name], value.to(saved[name].dtype)) for name, value in rank[run]["after"].items())
+
+
+def test_sharded_weights_are_gathered_once_a_window_and_once_an_evaluation(engine, two):
+    for rank in two:
+        counts, with_evaluation = rank["sampled"]["gatherings"], rank["sampled"]["gatherings with evaluation"]
+        if engine != "ZeRO-3":
+            assert with_evaluation == []
+            continue
+        assert len(counts) == 3
+        assert len(with_evaluation) == 4
+        assert min(with_evaluation) > 1  # groups
+
+
+def test_models_given_as_paths_are_loaded_as_the_engine_needs_them(engine, one, two):
+    """Policy, reference and a reward model."""
+    for rank in two:
+        assert rank["from a path"]["steps"] == 6
+        if engine != "FSDP2":
+            assert difference(one["from a path"]["after"], rank["from a path"]["after"]) < 1e-5
+            assert rank["from a path"]["rewards"] == pytest.approx(one["from a path"]["rewards"], rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16 base", "bfloat16", "four bits"])
+def test_an_adapter_is_trained_on_a_coarse_base(precision, engine, one, two):
+    """The base stays, the adapter is saved whole, and the first KL is that of one process up to rounding."""
+    for rank in two:
+        if precision not in rank["coarse bases"]:
+            pytest.skip("needs bitsandbytes, which FSDP2 has its own conditions for")
+        run, alone = rank["coarse bases"][precision], one["coarse bases"][precision]
+        assert len(run["moved"]) == 8
+        assert all("lora_" in name for name in run["moved"])
+        assert run["finite"]
+        assert run["saved"]
+        exact = precision == "four bits"
+        assert run["kl"] == pytest.approx(alone["kl"], rel=1e-4 if exact else 0.5)
+
+
+def test_completions_may_be_written_without_gathering_all_weights(engine, two):
+    """Under stage 3 `model.generate` writes them, with other noise."""
+    if engine != "ZeRO-3":
+        pytest.skip("others have nothing to gather")
+    first, second = (rank["not gathered"] for rank in two)
+    assert first["steps"] == 6
+    assert difference(first["after"], second["after"]) == 0
+    assert difference(weights(make_model()), first["after"]) > 1e-5
+
+
+def test_shards_of_a_checkpoint_are_put_together_by_the_script_of_deepspeed(engine, two):
+    if engine != "ZeRO-3":
+        pytest.skip("others save whole weights")
+    for rank in two:
+        found, after = rank["not gathered on saving"]["found"], rank["not gathered on saving"]["after"]
+        assert all(torch.equal(found[name], value) for name, value in after.items())
+
+
+def test_an_error_in_sampling_leaves_a_model_that_trains_on(engine, one, two):
+    if engine == "FSDP2":
+        pytest.skip("there model.generate writes, and ranks wait for each other")
+    for rank in two:
+        failed = rank["sampling that fails"]
+        assert failed["errors"] == ["KeyError('made up')"]
+        assert failed["steps"] == 6
+        assert difference(one["sampling that fails"]["after"], failed["after"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "killed, launcher",
+    [("DDP", [*TORCHRUN, "-m"]), ("ZeRO-3", [*TORCHRUN, "-m"]), ("ZeRO-3", DEEPSPEED)],
+    ids=["DDP-torchrun", "ZeRO-3-torchrun", "ZeRO-3-deepspeed"],
+)
+def test_a_rank_that_is_killed_ends_the_job(launcher, killed, tmp_path):
+    """Within 30 s, with a code that is not 0, and without leaving a process behind."""
+    command = [*launcher, "tests.engines", killed, str(tmp_path / "results")]
+    folder = Path(__file__).parents[1]
+    job = psutil.Popen(
+        command, cwd=folder, env=os.environ | ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    members: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "results-runs").exists():  # training has begun
+            assert time.monotonic() < deadline
+            assert job.poll() is None
+            time.sleep(0.2)
+        members = job.children(recursive=True)
+        ranks = [member for member in members if "tests.engines" in " ".join(member.cmdline())]
+        ranks[-1].send_signal(signal.SIGKILL)
+        assert job.wait(30) != 0
+        _, left = psutil.wait_procs(members, timeout=10)
+        assert not left
+    finally:
+        for member in [*members, job]:
+            if member.is_running():
+                member.kill()
