@@ -21,13 +21,17 @@ from .training import completions_of, length, sampling_trainer, train, weights
 
 
 INFORMATIVE = ["ab=", "f", "a", "cde12="]
-ONE_RANK_WITHOUT_SIGNAL = ["ab=", "a", "equal", "equal"]
+ONE_RANK_SAMPLES_NO_SIGNAL = ["ab=", "a", "equal", "equal"]
 CASES = {
     "token": {},
     "sequence with reference": {"loss_level": "sequence", "beta": 0.1},
     "two iterations": {"num_iterations": 2, "max_steps": 4, "beta": 0.1},
-    "a rank without signal": {"prompts": ONE_RANK_WITHOUT_SIGNAL},
-    "a rank without signal, sequence": {"prompts": ONE_RANK_WITHOUT_SIGNAL, "loss_level": "sequence", "max_steps": 2},
+    "a rank that samples no signal": {"prompts": ONE_RANK_SAMPLES_NO_SIGNAL},
+    "a rank that samples no signal, sequence": {
+        "prompts": ONE_RANK_SAMPLES_NO_SIGNAL,
+        "loss_level": "sequence",
+        "max_steps": 2,
+    },
     "windows of two steps": {"steps_per_generation": 2, "completions": 8, "max_steps": 4, "shuffle_dataset": True},
     "windows shorter than a step": {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "completions": 8},
     "scaled by the batch": {"scale_rewards": "batch"},
@@ -38,7 +42,7 @@ CASES = {
         "max_tokens_per_piece": 16,
         "beta": 0.1,
     },
-    "pieces of a rank without signal": {"prompts": ONE_RANK_WITHOUT_SIGNAL, "max_tokens_per_piece": 12},
+    "pieces of a rank that samples no signal": {"prompts": ONE_RANK_SAMPLES_NO_SIGNAL, "max_tokens_per_piece": 12},
     "checkpointing": {"gradient_checkpointing": True, "beta": 0.1},
     "adapter": {
         "peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),

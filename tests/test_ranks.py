@@ -56,7 +56,7 @@ def test_weights_are_those_of_one_process(case, one, two):
         assert relative_error(one[case]["before"], rank[case]["after"], one[case]["after"]) < 1e-5
 
 
-@pytest.mark.parametrize("case", ["token", "a rank without signal"])
+@pytest.mark.parametrize("case", ["token", "a rank that samples no signal"])
 def test_ranks_compute_equally_much(case, one, two):
     """In the second case all that trains was sampled on the first rank."""
     first, second = (rank[case]["computed"] for rank in two)
