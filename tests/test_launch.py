@@ -10,18 +10,18 @@ from grpo_trl.launch import check_bf16, check_devices, check_launcher, check_ran
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch):
-    for name in (*launch.SIZES, launch.TASKS):
+    for name in (*launch.SIZES, launch.TASKS, "LOCAL_RANK", "SLURM_PTY_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "argv", ["/home/me/train.py", "--beta", "0.1"])
 
 
 # ---- How it was started ----
-@pytest.mark.parametrize("started_by", [*launch.SIZES])
+@pytest.mark.parametrize("started_by", ["LOCAL_RANK", *launch.MPI_SIZES])
 def test_deepspeed_may_be_started_by_whatever_gives_ranks(started_by):
     check_launcher(deepspeed=True, environment={started_by: "2"})
 
 
-@pytest.mark.parametrize("environment", [{}, {launch.TASKS: "2"}])
+@pytest.mark.parametrize("environment", [{}, {launch.TASKS: "2"}, {"WORLD_SIZE": "2", "RANK": "0"}])
 def test_deepspeed_without_a_launcher_is_refused_with_the_command(environment):
     with pytest.raises(ValueError, match="needs a launcher") as raised:
         check_launcher(deepspeed=True, environment=environment)
@@ -37,8 +37,10 @@ def test_deepspeed_without_a_launcher_is_refused_with_the_command(environment):
     [
         (False, {"CROSS_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, True),
         (False, {"CROSS_RANK": "0", "RANK": "1", "WORLD_SIZE": "2"}, False),  # once is enough
-        (True, {"CROSS_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, False),
+        (True, {"CROSS_RANK": "0", "RANK": "0", "LOCAL_RANK": "0"}, False),
         (False, {"RANK": "0", "WORLD_SIZE": "2"}, False),
+        # `accelerate launch` on several machines
+        (False, {"CROSS_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, False),
     ],
 )
 def test_a_run_that_deepspeed_started_is_told_that_nothing_is_sharded(caplog, deepspeed, environment, told):
@@ -68,31 +70,62 @@ def test_the_command_names_a_script_where_there_is_none(monkeypatch):
         check_devices(2)
 
 
-@pytest.mark.parametrize("name", [*launch.SIZES, launch.TASKS])
-def test_as_many_processes_as_ranks_are_accepted(monkeypatch, name):
-    monkeypatch.setenv(name, "4")
+@pytest.mark.parametrize("name", launch.SIZES)
+@pytest.mark.parametrize("launched", ["1", "4"])
+def test_as_many_processes_as_ranks_are_accepted(monkeypatch, caplog, name, launched):
+    """So are ranks that no launcher knows of, where a script has made the process group."""
+    monkeypatch.setenv(name, launched)
     check_ranks(world_size=4)
+    assert not caplog.text
 
 
-def test_torchrun_under_srun_says_how_many_ranks_there_are(monkeypatch):
-    monkeypatch.setenv(launch.TASKS, "2")
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    check_ranks(world_size=16)
+WITH_TORCHRUN = "Start it with `torchrun --nproc_per_node GPUS train.py ...` (on several machines once on each"
 
 
-def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(
-        ValueError, match=r"WORLD_SIZE=4 processes .* world_size=1: .*use_cpu=True \(`--use_cpu true`\)"
-    ):
-        check_ranks(world_size=1)
+@pytest.mark.parametrize(
+    "environment, remedy",
+    [
+        ({"WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "On a machine without GPU pass use_cpu=True (`--use_cpu true`)"),
+        ({"WORLD_SIZE": "4", "RANK": "1"}, f"LOCAL_RANK is not set. {WITH_TORCHRUN}"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, WITH_TORCHRUN),
+        ({"PMI_SIZE": "4", launch.TASKS: "4"}, WITH_TORCHRUN),
+    ],
+)
+@pytest.mark.parametrize("seen", [1, 2])
+def test_processes_that_do_not_see_each_other_are_refused_with_the_remedy(monkeypatch, environment, remedy, seen):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"SIZE=4 processes .* world_size={seen}: .* apart\. {re.escape(remedy)}"):
+        check_ranks(world_size=seen)
 
 
-@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", launch.TASKS])
-def test_processes_that_are_no_ranks_are_refused_with_the_command(monkeypatch, name):
+@pytest.mark.parametrize(
+    "environment, world_size, told",
+    [
+        ({}, 1, True),
+        ({}, 4, False),
+        ({launch.TASKS: "1"}, 1, False),
+        ({"SLURM_PTY_PORT": "40000"}, 1, False),  # a terminal
+        ({"WORLD_SIZE": "1"}, 1, False),
+        ({"WORLD_SIZE": "32", "LOCAL_RANK": "0"}, 32, False),  # torchrun in each task
+    ],
+)
+def test_tasks_of_srun_that_train_alone_are_told_how_to_train_together(
+    monkeypatch, caplog, environment, world_size, told
+):
+    for name, value in ({launch.TASKS: "4"} | environment).items():
+        monkeypatch.setenv(name, value)
+    check_ranks(world_size)
+    assert ("SLURM_STEP_NUM_TASKS=4 tasks, and this one trains alone" in caplog.text) == told
+    assert ("`torchrun --nproc_per_node GPUS train.py" in caplog.text) == told
+
+
+@pytest.mark.parametrize("name", launch.MPI_SIZES)
+def test_processes_are_left_alone_that_were_meant_to_train_alone(monkeypatch, caplog, name):
     monkeypatch.setenv(name, "4")
-    with pytest.raises(ValueError, match=rf"{name}=4 processes .*alone. .*`torchrun --nproc_per_node 4 train.py"):
-        check_ranks(world_size=1)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_ranks(world_size=1)
+    assert not caplog.text
 
 
 def test_fsdp_without_a_gpu_is_refused():

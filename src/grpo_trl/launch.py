@@ -16,8 +16,10 @@ from transformers.utils import is_torch_bf16_gpu_available
 
 logger = logging.getLogger(__name__)
 
-SIZES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where launchers say how many ranks they have started: torchrun, deepspeed and accelerate; kinds of MPI."""
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where kinds of MPI say how many ranks they have started."""
+SIZES = ("WORLD_SIZE", *MPI_SIZES)
+"""Where launchers do: the first is that of torchrun, deepspeed and accelerate."""
 TASKS = "SLURM_STEP_NUM_TASKS"
 """Where srun says how many processes it has started, which need not be ranks."""
 
@@ -32,12 +34,14 @@ def check_launcher(deepspeed: bool, environment: Mapping[str, str]) -> None:
     Raises:
         ValueError: DeepSpeed was asked for, and no launcher has told this process its rank.
     """
-    if deepspeed and not any(name in environment for name in SIZES):
+    if deepspeed and not any(name in environment for name in ("LOCAL_RANK", *MPI_SIZES)):
         raise ValueError(
             "deepspeed=... needs a launcher that gives each process its rank, for one GPU too: "
             f"`deepspeed {_script()} ...` or `torchrun --nproc_per_node 1 {_script()} ...`."
         )
-    if not deepspeed and "CROSS_RANK" in environment and environment.get("RANK") == "0":  # set by `deepspeed` alone
+    started_by_deepspeed = "CROSS_RANK" in environment  # set by it alone
+    configured_by_accelerate = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    if started_by_deepspeed and not deepspeed and not configured_by_accelerate and environment.get("RANK") == "0":
         logger.warning(
             "`deepspeed` started this run, which has no DeepSpeed configuration: its ranks train with DDP, and nothing is "
             "sharded. Pass one, e.g. --deepspeed ds_configs/zero2.json."
@@ -45,7 +49,7 @@ def check_launcher(deepspeed: bool, environment: Mapping[str, str]) -> None:
 
 
 def check_ranks(world_size: int, fsdp: bool = False, device_type: str = "cpu") -> None:
-    """Refuse ranks that would train something else than what was asked for.
+    """Refuse ranks that would train something else than what was asked for, and warn of processes that may.
 
     Args:
         world_size: Ranks that the trainer believes in.
@@ -53,25 +57,42 @@ def check_ranks(world_size: int, fsdp: bool = False, device_type: str = "cpu") -
         device_type: What the weights lie on.
 
     Raises:
-        ValueError: A launcher that started another number of processes than the trainer sees, or FSDP without a GPU (which
-            would be DDP).
+        ValueError: A launcher that started several processes, and other ones than the trainer sees; or FSDP without a GPU
+            (which would be DDP).
     """
     if fsdp and device_type == "cpu":
         raise ValueError(
             "FSDP was asked for, and there is no GPU: the run would silently be a DDP one. Leave fsdp away, or use ZeRO "
             "(ds_configs/zero3.json), which shards on CPUs too."
         )
-    name = next((name for name in (*SIZES, TASKS) if name in os.environ), None)
+    name = next((name for name in SIZES if name in os.environ), None)
     launched = int(os.environ[name]) if name else 1
-    if launched == world_size:
-        return
-    remedy = "On a machine without GPU pass use_cpu=True (`--use_cpu true`)."
-    if name != "WORLD_SIZE":
-        remedy = f"Start ranks with `torchrun --nproc_per_node {launched} {_script()} ...`, deepspeed or accelerate."
-    raise ValueError(
-        f"The launcher started {name}={launched} processes and the trainer sees world_size={world_size}: each would train "
-        f"alone. {remedy}"
+    command = (
+        f"`torchrun --nproc_per_node GPUS {_script()} ...` (on several machines once on each, with --nnodes, "
+        "--rdzv_backend c10d and --rdzv_endpoint)"
     )
+    alone = "set WORLD_SIZE=1 in the environment"
+    if launched not in (1, world_size):
+        remedy = f"Start it with {command}, deepspeed or accelerate"
+        if name == "WORLD_SIZE" and "LOCAL_RANK" in os.environ:
+            remedy = "On a machine without GPU pass use_cpu=True (`--use_cpu true`)"
+        elif name == "WORLD_SIZE":
+            remedy = f"LOCAL_RANK is not set. {remedy}"
+        raise ValueError(
+            f"The launcher started {name}={launched} processes and the trainer sees world_size={world_size}: those that do "
+            f"not see each other would train apart. {remedy}. If that is what you want, {alone}."
+        )
+    in_terminal = "SLURM_PTY_PORT" in os.environ  # of `srun --pty`, where other tasks are idle
+    tasks = int(os.environ.get(TASKS, "1"))
+    if world_size == 1 and tasks > 1 and not name and not in_terminal:
+        logger.warning(
+            "srun started %s=%d tasks, and this one trains alone. To train as ranks of one run, have srun start %s. "
+            "If that is what you want, %s.",
+            TASKS,
+            tasks,
+            command,
+            alone,
+        )
 
 
 def check_devices(n_gpu: int) -> None:
