@@ -59,6 +59,8 @@ CASES = {
     "two iterations": {"num_iterations": 2, "beta": 0.1},
     "two iterations, sequence": {"num_iterations": 2, "loss_level": "sequence", "learning_rate": 0.001},
     "a rank that samples no signal": {"prompts": ONE_RANK_SAMPLES_NO_SIGNAL},
+    # nothing can be dealt: the other rank has empty pieces only
+    "one completion that trains": {"prompts": ["single", "equal", "equal", "equal"]},
     "no rank with signal": {"prompts": ["equal"] * 4},
     "another number of pieces on each rank": {"max_tokens_per_piece": 16},
     "accumulation": {"gradient_accumulation_steps": 4, "completions": 4},
@@ -174,6 +176,19 @@ def run_case(name, prompts=PROMPTS, completions=16, lora=None, model=make_model,
             model(), prompts, callbacks=[start], peft_config=peft_config, **(defaults | options | of_engine)
         )
         return {"before": start.weights, "after": gathered(trainer.model)}
+
+
+def shards_left_by_pieces(name):
+    """For each forward that trains, whether it finds gradients of this rank's shards: those of the piece before."""
+    found, model = [], make_model()
+
+    def hook(module, args):
+        if module.training and torch.is_grad_enabled():
+            found.append(any(p.grad is not None for p in module.parameters()))
+
+    model.register_forward_pre_hook(hook)
+    run_case(name, model=lambda: model, max_tokens_per_piece=16, max_steps=2)
+    return found
 
 
 # ---- What the trainer samples itself ----
@@ -345,7 +360,9 @@ def run_all(name, folder):
     results["sampled with LoRA"] = sampled(name, f"{folder}/lora", lora=LORA)
     results["from a path"] = from_path(name, f"{folder}/path")
     results["coarse bases"] = coarse_bases(name, f"{folder}/coarse")
-    if name != "FSDP2":  # there model.generate writes
+    if name == "FSDP2":
+        results["shards left by pieces"] = shards_left_by_pieces(name)
+    else:  # there model.generate writes
         results["sampling that fails"] = sampling_that_fails(name, f"{folder}/fails")
     if name == "ZeRO-3":
         results["not gathered"] = from_path(name, f"{folder}/whole", ds3_gather_for_generation=False)

@@ -32,6 +32,8 @@ CASES = {
         "loss_level": "sequence",
         "max_steps": 2,
     },
+    # nothing can be dealt: the other rank has an empty piece only
+    "one completion that trains": {"prompts": ["single", "equal", "equal", "equal"]},
     "windows of two steps": {"steps_per_generation": 2, "completions": 8, "max_steps": 4, "shuffle_dataset": True},
     "windows shorter than a step": {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "completions": 8},
     "scaled by the batch": {"scale_rewards": "batch"},

@@ -61,6 +61,16 @@ def test_weights_are_those_of_one_process(case, one, two):
             assert relative_error(one[case]["before"], rank[case]["after"], one[case]["after"]) < 1e-3
 
 
+def test_gradients_are_in_shards_between_the_pieces_of_a_step(engine, two):
+    if engine != "FSDP2":
+        pytest.skip("DDP has none, and DeepSpeed keeps its own")
+    for rank in two:
+        pieces = rank["shards left by pieces"]
+        step = [False] + [True] * (len(pieces) // 2 - 1)
+        assert len(step) > 1
+        assert pieces == 2 * step
+
+
 @pytest.mark.parametrize("run", ["sampled", "sampled with LoRA"])
 def test_sampling_resuming_and_saving(run, engine, one, two):
     """Completions are those of one process; resumed inside a window equals uninterrupted; what is saved loads."""

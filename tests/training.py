@@ -28,10 +28,15 @@ def injected(prompts, trainer):
 
 
 def completion_of(prompt, place):
-    """(prompt ids, completion ids, score). The prompt "equal" gives equal scores; one completion in eight is empty."""
+    """(prompt ids, completion ids, score). One completion in eight is empty.
+
+    The prompt "equal" gives equal scores, and "single" one completion that is not empty.
+    """
     source = random.Random(f"{prompt}/{place}")
     ids = make_tokenizer()(prompt)["input_ids"]
     completion = [source.randrange(2, 48) for _ in range(source.randrange(8))]
+    if prompt == "single":
+        return ids, [3, 14, 15] if place == 2 else [], float(place)
     return ids, completion, 0.7 if prompt == "equal" else source.choice([0.0, 0.5, 1.0, 2.0])
 
 

@@ -314,7 +314,10 @@ class GRPOTrainer(ResumableTrainer):
         return loss
 
     def _backward(self, model: nn.Module, pieces: list[Piece]) -> Tensor:
-        """Only the last piece synchronises gradients. DDP's is empty, so that until then no rank waits for another."""
+        """Under DDP only the last piece synchronises gradients. It is empty, so that until then no rank waits for another.
+
+        Engines that shard weights or gradients do so for each piece, and never hold whole gradients longer.
+        """
         self._step_metrics = MetricLog()
         self._step_flos = 0.0
         loss = torch.zeros((), device=self.args.device)
@@ -324,7 +327,7 @@ class GRPOTrainer(ResumableTrainer):
             last = place == len(pieces)
             self.accelerator.gradient_state._set_sync_gradients(last)
             with (
-                nullcontext() if last or self.is_deepspeed_enabled else self.accelerator.no_sync(model),
+                nullcontext() if last or self._waits_in_forward else self.accelerator.no_sync(model),
                 serve_shared_prefix(model) if piece.layout else nullcontext(),  # for what the backward pass recomputes
             ):
                 loss = loss + super().training_step(model, piece)  # type: ignore[arg-type]
