@@ -1,5 +1,10 @@
 """Which rank trains on which completions."""
 
+import math
+import random
+import statistics
+
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,3 +83,26 @@ def test_a_prompt_is_computed_twice_where_its_completions_are_worth_it():
 def loads_of(prompt, completions):
     shares = [[GroupSize(prompt, completions)], []]
     return loads(shares, deal(shares))
+
+
+# ---- The figures of docs/distributed.md ----
+def ranks_of_a_window(mean, source):
+    """64 ranks with two groups of 8 each, every second of which trains; lengths are log-normal."""
+    spread = math.sqrt(math.log(1 + 0.6**2))
+    place = math.log(mean) - spread**2 / 2
+
+    def group():
+        return GroupSize(100, tuple(max(1, round(source.lognormvariate(place, spread))) for _ in range(8)))
+
+    return [[group() for _ in range(2) if source.random() < 0.5] for _ in range(64)]
+
+
+def busiest(loads):
+    return max(loads) / statistics.mean(loads)
+
+
+@pytest.mark.parametrize("mean", [50, 500])
+def test_ranks_become_as_even_as_the_page_says(mean):
+    windows = [ranks_of_a_window(mean, random.Random(seed)) for seed in range(10)]
+    assert 2.45 < statistics.mean(busiest(loads(shares, at_home(shares))) for shares in windows) < 2.75
+    assert 1.05 < statistics.mean(busiest(loads(shares, deal(shares))) for shares in windows) < 1.15
