@@ -5,7 +5,6 @@ Options keep the names, meanings and defaults of TRL 1.16's `GRPOConfig`; `docs/
 
 import math
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any, cast
@@ -13,6 +12,7 @@ from typing import Any, cast
 from transformers import TrainingArguments
 
 from .data import CONTEXT, OVERFLOW_POLICIES, PromptLimit, Schedule
+from .geometry import Geometry
 from .guards import DEAD_RUN_ACTIONS
 from .launch import check_bf16, check_launcher, gpu_has_bf16
 from .objective import LOSS_LEVELS
@@ -275,9 +275,7 @@ class GRPOConfig(TrainingArguments):
         )  # type: ignore[assignment]
         self._check_choices()
         self._check_ranges()
-        given = "per_device_train_batch_size" if self.generation_batch_size is None else "generation_batch_size"
         self._resolve_window()
-        self._check_geometry(given)
 
     @property
     def epsilon_bounds(self) -> tuple[float, float]:
@@ -437,69 +435,13 @@ class GRPOConfig(TrainingArguments):
             check(name, isinstance(getattr(self, name), (dict, NoneType)), "it must be a dict, as JSON '{\"key\": 1}'")
 
     def _resolve_window(self) -> None:
-        """Derive `steps_per_generation` and `generation_batch_size` from each other."""
-        step = self.per_device_train_batch_size * self.world_size
-        if self.generation_batch_size is not None:
-            if self.steps_per_generation is not None and self.generation_batch_size != step * self.steps_per_generation:
-                raise ValueError(
-                    f"generation_batch_size={self.generation_batch_size} and "
-                    f"steps_per_generation={self.steps_per_generation} contradict each other (a micro-step has {step} "
-                    "completions); set only one of them."
-                )
-            if self.generation_batch_size < 1 or self.generation_batch_size % step:
-                raise ValueError(
-                    f"generation_batch_size={self.generation_batch_size} must be a multiple of the {step} completions "
-                    f"of a micro-step (per_device_train_batch_size={self.per_device_train_batch_size} x "
-                    f"{self.world_size} ranks), e.g. {self._nearest_window()}."
-                )
-            self.steps_per_generation = self.generation_batch_size // step
-        if self.steps_per_generation is None:
-            self.steps_per_generation = self.gradient_accumulation_steps
-        self.generation_batch_size = step * self.steps_per_generation
-
-    def _check_geometry(self, given: str) -> None:
-        """Refuse windows that split an optimizer step or a group; `given` is the option that the window came from."""
-        batch, group = self.per_device_train_batch_size, self.num_generations
-        steps, accumulation = self.steps_per_generation, self.gradient_accumulation_steps
-        assert steps is not None
-        if not self._holds_whole_steps(steps):
-            rule = "a multiple of it" + (", or a divisor of it" if self.num_iterations == 1 else "")
-            remedy = _nearest(steps, lambda n: self._holds_whole_steps(n) and batch * n % group == 0)
-            if given == "generation_batch_size":
-                remedy += f" (generation_batch_size={self._nearest_window()})"
-            raise ValueError(
-                f"steps_per_generation={steps} does not go with gradient_accumulation_steps={accumulation}: with "
-                f"num_iterations={self.num_iterations} it must be {rule}, e.g. {remedy}."
-            )
-        if batch * steps % group:
-            by_window = given == "generation_batch_size"
-            batches = self._nearest_window() if by_window else _nearest(batch, lambda n: n * steps % group == 0)
-            groups = _nearest(group, lambda n: batch * steps % n == 0, least=2, most=batch * steps)
-            raise ValueError(
-                f"per_device_train_batch_size={batch} x steps_per_generation={steps} is {batch * steps} completions "
-                f"per rank, which holds no whole number of groups of num_generations={group}; use {given}={batches}"
-                + (f", or num_generations={groups}." if groups else ".")
-            )
-
-    def _holds_whole_steps(self, steps: int) -> bool:
-        """Whether a window of `steps` micro-steps is a number of optimizer steps, or lies within one."""
-        accumulation = self.gradient_accumulation_steps
-        return steps % accumulation == 0 or (self.num_iterations == 1 and accumulation % steps == 0)
-
-    def _nearest_window(self) -> str:
-        """The values of `generation_batch_size` next to the one given that work with the other options."""
-        assert self.generation_batch_size is not None
-        step = self.per_device_train_batch_size * self.world_size
-
-        def works(n: int) -> bool:
-            whole_groups = n // self.world_size % self.num_generations == 0
-            return n % step == 0 and self._holds_whole_steps(n // step) and whole_groups
-
-        return _nearest(self.generation_batch_size, works)
-
-
-def _nearest(value: int, works: Callable[[int], bool], least: int = 1, most: int = 1_000_000) -> str:
-    """The values next to `value`, below and above, that work, as "A or B"; empty if there are none."""
-    below = next((n for n in range(value - 1, least - 1, -1) if works(n)), None)
-    above = next((n for n in range(max(value + 1, least), most + 1) if works(n)), None)
-    return " or ".join(str(n) for n in (below, above) if n is not None)
+        """Set both of `steps_per_generation` and `generation_batch_size`."""
+        geometry = Geometry(
+            self.per_device_train_batch_size,
+            self.num_generations,
+            self.gradient_accumulation_steps,
+            self.num_iterations,
+            self.world_size,
+        )
+        self.steps_per_generation = geometry.micro_steps(self.steps_per_generation, self.generation_batch_size)
+        self.generation_batch_size = geometry.completions_per_micro_step * self.steps_per_generation
