@@ -11,7 +11,7 @@ import grpo_trl
 
 PACKAGE = Path(grpo_trl.__file__).parent
 LAYERS = (
-    ("objective", "seeds", "errors", "plan", "geometry"),
+    ("objective", "seeds", "errors", "plan", "geometry", "notices"),
     ("policy", "rewards", "rollout", "metrics"),
     (
         "balance",

@@ -5,7 +5,6 @@ loop, `per_device_train_batch_size` completions per rank.
 """
 
 import hashlib
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +14,12 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from .notices import get_logger
 from .rollout.round import Prompt
 from .seeds import derive_seed
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 OVERFLOW_POLICIES = ("error", "drop", "truncate_left")
 TOKENIZE_BATCH = 1000

@@ -1,6 +1,5 @@
 """What a run looks out for: rewards that fail, groups that teach nothing, updates that are not finite."""
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .errors import RunStopped
+from .notices import get_logger
 from .rollout import Round
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NAMED = 5
 """Completions that a message quotes, at most."""

@@ -1,7 +1,6 @@
 """Whether the launcher and the machine gave what the options ask for, and what ranks hand each other."""
 
 import atexit
-import logging
 import os
 import pickle
 import sys
@@ -13,8 +12,10 @@ import torch
 from torch import distributed
 from transformers.utils import is_torch_bf16_gpu_available
 
+from .notices import get_logger
 
-logger = logging.getLogger(__name__)
+
+logger = get_logger(__name__)
 
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where kinds of MPI say how many ranks they have started."""
@@ -41,7 +42,7 @@ def check_launcher(deepspeed: bool, environment: Mapping[str, str]) -> None:
         )
     started_by_deepspeed = "CROSS_RANK" in environment  # set by it alone
     configured_by_accelerate = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if started_by_deepspeed and not deepspeed and not configured_by_accelerate and environment.get("RANK") == "0":
+    if started_by_deepspeed and not deepspeed and not configured_by_accelerate:
         logger.warning(
             "`deepspeed` started this run, which has no DeepSpeed configuration: its ranks train with DDP, and nothing is "
             "sharded. Pass one, e.g. --deepspeed ds_configs/zero2.json."

@@ -1,6 +1,5 @@
 """A Trainer that a signal can stop and that goes on where it stopped: which checkpoint, when, and whole."""
 
-import logging
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -13,13 +12,14 @@ from transformers.trainer_utils import TrainOutput
 
 from .config import GRPOConfig
 from .errors import RunStopped, StopRequested
+from .notices import get_logger
 from .scoring import DoesNotFit
 from .signals import EXIT_CODE, StopSignals, together
 from .state import UNFINISHED, RunState, finish_checkpoint, last_checkpoint, rotate_checkpoints
 from .watchdog import Watchdog
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class ResumableTrainer(Trainer):

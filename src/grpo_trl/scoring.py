@@ -1,6 +1,5 @@
 """How a run scores its completions: which of them, packed or padded, in which pieces."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -8,10 +7,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from .notices import EVERY_RANK, get_logger
 from .policy import Completion, Packer, Piece, disagreement, score_completions, unservable
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 Result = TypeVar("Result")
 
@@ -160,6 +160,7 @@ class Scorer:
             size // 2,
             size // 2,
             message,
+            extra=EVERY_RANK,
         )
         self.packer = smaller
 

@@ -1,7 +1,6 @@
 """Where ZeRO-3 has put the weights: sharded while a model is loaded, whole while completions are written."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +8,10 @@ from torch import nn
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from .notices import get_logger
 
-logger = logging.getLogger(__name__)
+
+logger = get_logger(__name__)
 
 GATHERED_AT_ONCE = 2**28
 """Bytes of weights that one collective gathers, unless a single weight has more."""

@@ -4,7 +4,6 @@ What goes to a worker is a synchronous function that can be pickled. The others 
 and models, closures and lambdas, and what a worker cannot import.
 """
 
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,12 +11,13 @@ from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import wait
 from typing import Any
 
+from ..notices import get_logger
 from .call import Answer, FunctionReward
 from .failures import Call, Ledger
 from .worker import PENDING, POLL_SECONDS, CallNotLoaded, Worker, WorkerError, packed_call, packed_function
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LARGEST_FUNCTION = 64 * 1024**2
 """Bytes of a packed function. One that carries more, such as a model of the script, would be sent with each call."""

@@ -5,7 +5,6 @@ once; memory is allocated before the first token is drawn.
 """
 
 import contextlib
-import logging
 import os
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
+from ..notices import EVERY_RANK, get_logger
 from ..policy import Completion, attending_by, causal_lm, evaluation_mode, ignored_window, tolerance, unservable
 from .base import Rollout, RolloutRequest, SamplingOptions
 from .cache import NAME, GroupCache
@@ -28,7 +28,7 @@ from .steps import CudaRecorder, EagerSteps, RecordedSteps
 from .weights import packed_weights
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CHECKED_TOKENS = 4
 """Tokens of each completion that is compared with plain forwards at first."""
@@ -160,6 +160,7 @@ class GroupEngine:
                 self._bytes_of(wanted) / 2**30,
                 free / 2**30,
                 rows,
+                extra=EVERY_RANK,
             )
         return cache
 
