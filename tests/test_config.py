@@ -281,6 +281,10 @@ def test_the_ends_of_the_ranges_are_accepted(options):
     assert {name: getattr(config, name) for name in options} == options
 
 
+def test_a_checkpoint_on_each_node_is_refused():
+    assert "output_dir on a file system that all machines share" in refusal(save_on_each_node=True)
+
+
 def test_auto_find_batch_size_is_refused():
     message = refusal(auto_find_batch_size=True)
     assert "auto_find_batch_size=True" in message

@@ -1,11 +1,23 @@
 import re
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from grpo_trl import launch
-from grpo_trl.launch import check_bf16, check_devices, check_launcher, check_ranks, fsdp_was_asked_for, rest_at_exit
+from grpo_trl.launch import (
+    check_bf16,
+    check_devices,
+    check_launcher,
+    check_ranks,
+    check_shared,
+    fsdp_was_asked_for,
+    rest_at_exit,
+)
+
+from .test_balance import Ranks
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +96,10 @@ WITH_TORCHRUN = "Start it with `torchrun --nproc_per_node GPUS train.py ...` (on
 @pytest.mark.parametrize(
     "environment, remedy",
     [
-        ({"WORLD_SIZE": "4", "LOCAL_RANK": "1"}, "On a machine without GPU pass use_cpu=True (`--use_cpu true`)"),
+        (
+            {"WORLD_SIZE": "4", "LOCAL_RANK": "1"},
+            "On a machine without GPU pass use_cpu=True (`--use_cpu true`). If that is what you want, start them without",
+        ),
         ({"WORLD_SIZE": "4", "RANK": "1"}, f"LOCAL_RANK is not set. {WITH_TORCHRUN}"),
         ({"OMPI_COMM_WORLD_SIZE": "4"}, WITH_TORCHRUN),
         ({"PMI_SIZE": "4", launch.TASKS: "4"}, WITH_TORCHRUN),
@@ -125,6 +140,44 @@ def test_processes_are_left_alone_that_were_meant_to_train_alone(monkeypatch, ca
     monkeypatch.setenv("WORLD_SIZE", "1")
     check_ranks(world_size=1)
     assert not caplog.text
+
+
+def check_shared_by(folders, patience=5.0):
+    """Each rank is a thread that sees another folder; what each raises."""
+    ranks = Ranks(len(folders))
+
+    def gather(rank):
+        return lambda values: [value for values in ranks.together(rank, values) for value in values]
+
+    def check(rank):
+        try:
+            check_shared(folders[rank], rank, gather(rank), patience)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(len(folders)) as pool:
+        return list(pool.map(check, range(len(folders))))
+
+
+def test_a_folder_that_all_ranks_share_is_accepted_and_left_empty(tmp_path):
+    assert check_shared_by([tmp_path / "new"] * 3) == [None] * 3
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_folder_of_each_machine_is_refused_on_all_ranks(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    second.mkdir()
+    refusals = check_shared_by([first, first, second, tmp_path / "none"], patience=0.0)
+    assert all(re.search(r"not seen by rank 2, 3,.*file system that all machines share", text) for text in refusals)
+    assert not list(first.iterdir())
+
+
+def test_a_file_system_may_take_its_time(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    link = threading.Timer(0.3, lambda: second.symlink_to(first))
+    link.start()
+    assert check_shared_by([first, second]) == [None] * 2
 
 
 def test_fsdp_without_a_gpu_is_refused():

@@ -4,8 +4,10 @@ import atexit
 import os
 import pickle
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,8 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where kinds of MPI say how many ranks they have started."""
 SIZES = ("WORLD_SIZE", *MPI_SIZES)
 """Where launchers do: the first is that of torchrun, deepspeed and accelerate."""
+SHARING_SECONDS = 60.0
+"""In which network file systems show what another machine has written: NFS keeps what it knows of a folder so long."""
 TASKS = "SLURM_STEP_NUM_TASKS"
 """Where srun says how many processes it has started, which need not be ranks."""
 
@@ -72,23 +76,25 @@ def check_ranks(world_size: int, fsdp: bool = False, device_type: str = "cpu") -
         f"`torchrun --nproc_per_node GPUS {_script()} ...` (on several machines once on each, with --nnodes, "
         "--rdzv_backend c10d and --rdzv_endpoint)"
     )
-    alone = "set WORLD_SIZE=1 in the environment"
+    alone = "If that is what you want, set WORLD_SIZE=1 in the environment."
     if launched not in (1, world_size):
-        remedy = f"Start it with {command}, deepspeed or accelerate"
+        remedy = f"Start it with {command}, deepspeed or accelerate. {alone}"
         if name == "WORLD_SIZE" and "LOCAL_RANK" in os.environ:
-            remedy = "On a machine without GPU pass use_cpu=True (`--use_cpu true`)"
+            remedy = (
+                "On a machine without GPU pass use_cpu=True (`--use_cpu true`). If that is what you want, start them "
+                "without a launcher."
+            )
         elif name == "WORLD_SIZE":
             remedy = f"LOCAL_RANK is not set. {remedy}"
         raise ValueError(
             f"The launcher started {name}={launched} processes and the trainer sees world_size={world_size}: those that do "
-            f"not see each other would train apart. {remedy}. If that is what you want, {alone}."
+            f"not see each other would train apart. {remedy}"
         )
     in_terminal = "SLURM_PTY_PORT" in os.environ  # of `srun --pty`, where other tasks are idle
     tasks = int(os.environ.get(TASKS, "1"))
     if world_size == 1 and tasks > 1 and not name and not in_terminal:
         logger.warning(
-            "srun started %s=%d tasks, and this one trains alone. To train as ranks of one run, have srun start %s. "
-            "If that is what you want, %s.",
+            "srun started %s=%d tasks, and this one trains alone. To train as ranks of one run, have srun start %s. %s",
             TASKS,
             tasks,
             command,
@@ -132,6 +138,40 @@ def check_bf16(use_cpu: bool) -> None:
 def gpu_has_bf16() -> bool:
     """Whether there is an NVIDIA or AMD GPU that computes in bfloat16 itself."""
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def check_shared(
+    folder: Path, rank: int, gather: Callable[[list[Any]], list[Any]], patience: float = SHARING_SECONDS
+) -> None:
+    """Refuse a folder that is not the same one for all ranks, before each has to write its part of a checkpoint there.
+
+    A collective.
+
+    Args:
+        folder: Is made if it is not there.
+        rank: Of this process.
+        gather: From a list of objects on this rank to the concatenated lists of all ranks.
+        patience: Seconds until what one machine has written must have come to the others.
+
+    Raises:
+        ValueError: Some rank does not see what the first one has written.
+    """
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = Path(tempfile.mkdtemp(prefix=".shared-", dir=folder)).name
+    probe = gather([probe if rank == 0 else None])[0]
+    deadline = time.monotonic() + patience
+    while not (seen := (folder / probe).exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    blind = [other for other, sees in enumerate(gather([seen])) if not sees]
+    if rank == 0:
+        (folder / probe).rmdir()
+    if blind:
+        raise ValueError(
+            f"output_dir={str(folder)!r} is not the same folder on all machines: what rank 0 writes there is not seen by "
+            f"rank {', '.join(map(str, blind))}, and a checkpoint has a part of each. Use a file system that all machines "
+            "share, or save_strategy='no'."
+        )
 
 
 def rest_at_exit(world_size: int, device_type: str) -> None:

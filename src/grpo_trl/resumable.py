@@ -8,10 +8,11 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from .config import GRPOConfig
 from .errors import RunStopped, StopRequested
+from .launch import check_shared
 from .notices import get_logger
 from .scoring import DoesNotFit
 from .signals import EXIT_CODE, StopSignals, together
@@ -76,6 +77,8 @@ class ResumableTrainer(Trainer):
             RunStopped: A guard has stopped the run, which is saved.
             ValueError: The checkpoint holds another run.
         """
+        if self.args.world_size > 1 and self.args.save_strategy != SaveStrategy.NO:
+            check_shared(Path(str(self.args.output_dir)), self.args.process_index, gather_object)
         folder = self._folder_to_resume(resume_from_checkpoint)
         self._resumed = None if folder is None else self._read_run_state(folder)
         self._saved = folder
