@@ -107,6 +107,20 @@ def test_served_families_tell_their_attention_of_their_window(case):
     assert model.training
 
 
+def test_memory_that_runs_out_is_no_reason():
+    """Padding takes more."""
+    model = make_family("qwen2")
+    enable_scoring(model)
+
+    def hook(module, args, kwargs):
+        if kwargs.get("position_ids") is not None:
+            raise torch.OutOfMemoryError("made up")
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError):
+        compare(model)
+
+
 def test_attention_in_chunks_is_a_reason_whatever_the_layers_are_called():
     model = make_family("llama")
     model.config.attention_chunk_size = 4

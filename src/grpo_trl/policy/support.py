@@ -71,6 +71,8 @@ def disagreement(
         with torch.no_grad(), torch.random.fork_rng(devices), evaluation_mode(model):
             model.train()
             score(model, packed_packer.piece(sample, len(sample)), temperature)
+    except torch.OutOfMemoryError:  # padding takes more
+        raise
     except Exception as error:  # whatever a model's own code raises where it is called in a way that it does not know
         return f"{name} cannot be called with packed rows ({type(error).__name__}: {error})"
     difference = (torch.cat(packed) - torch.cat(padded)).abs()
