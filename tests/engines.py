@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -42,8 +43,12 @@ ONE_RANK_SAMPLES_NO_SIGNAL = ["ab=", "a", "equal", "equal"]
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 
-def continued_adapter():
-    return get_peft_model(make_model(), LoraConfig(**LORA))
+def continued_adapter(**options):
+    return get_peft_model(make_model(), LoraConfig(**(LORA | options)))
+
+
+def continued_with_whole_modules():
+    return continued_adapter(modules_to_save=["lm_head"])
 
 
 def mixture_of_experts():
@@ -70,6 +75,7 @@ CASES = {
     "LoRA": {"lora": LORA, "beta": 0.1},
     "LoRA with whole modules": {"lora": LORA | {"modules_to_save": ["lm_head"]}},
     "LoRA that is continued": {"model": continued_adapter, "beta": 0.1},
+    "LoRA with whole modules that is continued": {"model": continued_with_whole_modules, "beta": 0.1},
     "DoRA": {"lora": LORA | {"use_dora": True}},
 }
 STRICT = {
@@ -192,10 +198,21 @@ def shards_left_by_pieces(name):
 
 
 # ---- What the trainer samples itself ----
-def sampler(folder, of_engine, lora=None, **options):
+ADAMW = {"optim": "adamw_torch", "lr_scheduler_type": "linear", "max_grad_norm": 0.5}
+"""What must be restored too."""
+
+
+def sampler(folder, of_engine, lora=None, model=make_model, **options):
+    """`model` is a path, or makes one."""
     peft_config = None if lora is None else LoraConfig(**lora)
     defaults = {"optim": "sgd", "reward_funcs": early_letters}
-    return sampling_trainer(folder, 16 // ranks(), peft_config=peft_config, **(defaults | options | of_engine))
+    return sampling_trainer(
+        folder,
+        16 // ranks(),
+        model=model if isinstance(model, str) else model(),
+        peft_config=peft_config,
+        **(defaults | options | of_engine),
+    )
 
 
 def early_letters(completions):
@@ -209,7 +226,7 @@ def written_by(trainer):
 def sampled(name, folder, **options):
     """A run that samples, evaluates and saves its model; and the same resumed inside a window."""
     if name == "FSDP2":
-        options["optim"] = "adamw_torch"  # torch restores no optimizer that has no state, as SGD has none
+        options |= ADAMW  # torch restores no optimizer that has no state, as SGD has none
     with engine(name) as of_engine, counted_gatherings() as gatherings:
         whole = sampler(f"{folder}/whole", of_engine, **options)
         whole.train()
@@ -221,7 +238,8 @@ def sampled(name, folder, **options):
         result["there"] = any(Path(folder, "model").glob("*.safetensors"))
         result["after"] = gathered(whole.model)
         together()
-    result["saved"] = weights(loaded(f"{folder}/model", options.get("lora")))
+    result["saved"] = weights(loaded(f"{folder}/model"))
+    result["folders"] = [path.name for path in Path(folder, "model").iterdir() if path.is_dir()]
     if name is None:
         return result
     with engine(name) as of_engine:
@@ -259,10 +277,10 @@ def slow_writing(trainer):
         yield
 
 
-def loaded(folder, lora):
-    if lora is None:
-        return AutoModelForCausalLM.from_pretrained(folder)
-    return PeftModel.from_pretrained(make_model(), folder)
+def loaded(folder):
+    if Path(folder, "adapter_config.json").exists():
+        return PeftModel.from_pretrained(make_model(), folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def from_path(name, folder, **options):
@@ -275,18 +293,21 @@ def from_path(name, folder, **options):
     together()
     with engine(name) as of_engine:
         trainer = sampler(f"{folder}/run", of_engine, model=path, reward_funcs=judge, save_strategy="no", **options)
+        if name is not None and not trainer.args.ds3_gather_for_generation:
+            with pytest.raises(ValueError, match=r"before train.* cannot work with ds3_gather_for_generation=False"):
+                trainer.evaluate(trainer.train_dataset)
         trainer.train()
         rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
         return {"after": gathered(trainer.model), "steps": trainer.state.global_step, "rewards": rewards}
 
 
 def sampling_that_fails(name, folder):
-    """The first window meets an error in the middle, and is made anew."""
+    """The first window meets an error in the middle, on the last rank, and is made anew."""
     seen, errors = [], []
 
     def fail():
         seen.append(0)
-        if len(seen) == 3:
+        if len(seen) == 3 and int(os.environ.get("RANK", "0")) == ranks() - 1:
             raise KeyError("made up")
 
     with engine(name) as of_engine:
@@ -296,7 +317,7 @@ def sampling_that_fails(name, folder):
         def made_anew(*args):
             try:
                 return make(*args)
-            except KeyError as met:
+            except (KeyError, RuntimeError) as met:
                 errors.append(repr(met))
                 return make(*args)
 
@@ -304,6 +325,23 @@ def sampling_that_fails(name, folder):
         trainer._windows.make = made_anew
         trainer.train()
         return {"errors": errors, "steps": trainer.state.global_step, "after": gathered(trainer.model)}
+
+
+def in_half_precision(name, folder):
+    """KL terms of the first step, where the policy is the reference."""
+    with engine(name) as of_engine:
+        trainer = sampler(folder, of_engine, bf16=True, logging_steps=1, save_strategy="no")
+        trainer.train()
+        return [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+
+
+def evaluated_first(name, folder):
+    """An evaluation before training, and the steps that are made after it; or what is said against it."""
+    with engine(name) as of_engine:
+        trainer = sampler(folder, of_engine, save_strategy="no")
+        before = trainer.evaluate(trainer.train_dataset)["eval_reward"]
+        trainer.train()
+        return {"evaluated": before, "steps": trainer.state.global_step, "after": gathered(trainer.model)}
 
 
 # ---- Adapters on weights of another precision ----
@@ -335,8 +373,8 @@ def four_bits(storage):
 
 def coarse_bases(name, folder):
     results = {
-        "bfloat16 base": coarse_base(name, f"{folder}/base", model=make_model().bfloat16()),
-        "bfloat16": coarse_base(name, f"{folder}/all", model=make_model().bfloat16(), bf16=True),
+        "bfloat16 base": coarse_base(name, f"{folder}/base", model=lambda: make_model().bfloat16()),
+        "bfloat16": coarse_base(name, f"{folder}/all", model=lambda: make_model().bfloat16(), bf16=True),
     }
     if is_bitsandbytes_available() and name != "FSDP2":
         import bitsandbytes
@@ -357,8 +395,16 @@ def run_all(name, folder):
         results[case] = run_case(name, **options)
         os.makedirs(folder, exist_ok=True)  # says that training has begun
     results["sampled"] = sampled(name, f"{folder}/sampled")
-    results["sampled with LoRA"] = sampled(name, f"{folder}/lora", lora=LORA)
+    results["sampled with LoRA"] = sampled(name, f"{folder}/lora", lora=LORA, **ADAMW)
+    results["sampled with LoRA that is continued"] = sampled(
+        name, f"{folder}/continued", model=continued_with_whole_modules
+    )
     results["from a path"] = from_path(name, f"{folder}/path")
+    results["from a path with LoRA"] = from_path(
+        name, f"{folder}/path-lora", lora=LORA | {"modules_to_save": ["lm_head"]}
+    )
+    results["in half precision"] = in_half_precision(name, f"{folder}/half")
+    results["evaluated first"] = evaluated_first(name, f"{folder}/evaluated")
     results["coarse bases"] = coarse_bases(name, f"{folder}/coarse")
     if name == "FSDP2":
         results["shards left by pieces"] = shards_left_by_pieces(name)

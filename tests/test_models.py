@@ -232,6 +232,20 @@ def test_the_reference_of_a_continued_adapter_is_that_adapter_as_it_was(adapter)
     assert torch.equal(logits(policy), moved)
 
 
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
+def test_the_copy_of_an_adapter_can_be_left_out_of_what_is_saved(adapter, tmp_path):
+    policy = make_adapted(**adapter)
+    reference = Reference(policy, new_adapter=False)
+    before = reference_logits(reference, policy)
+    with reference.left_out():
+        policy.save_pretrained(tmp_path)
+    folder = tmp_path / adapter["name"] if "name" in adapter else tmp_path
+    assert {path.parent for path in tmp_path.rglob("adapter_config.json")} == {folder}
+    assert torch.equal(reference_logits(reference, policy), before)
+    saved = PeftModel.from_pretrained(make_model(), folder)
+    assert torch.equal(logits(saved), logits(policy))
+
+
 @pytest.mark.parametrize("new_adapter", [True, False])
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_an_adapter_that_trains_biases_leaves_no_reference_and_is_refused(bias, new_adapter):

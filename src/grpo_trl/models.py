@@ -172,6 +172,16 @@ class Reference:
             with _adapter(self._policy, self._adapter):
                 yield wrapped_policy
 
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Inside, the policy has no second adapter that would be saved with it."""
+        config = None if self._adapter is None else self._policy.peft_config.pop(self._adapter)
+        try:
+            yield
+        finally:
+            if config is not None:
+                self._policy.peft_config[self._adapter] = config
+
 
 def _copy(policy: nn.Module, reload: Callable[[], nn.Module] | None) -> nn.Module:
     if not any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):

@@ -4,6 +4,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -13,6 +15,8 @@ from .notices import get_logger
 
 logger = get_logger(__name__)
 
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""By accelerate's names."""
 GATHERED_AT_ONCE = 2**28
 """Bytes of weights that one collective gathers, unless a single weight has more."""
 
@@ -75,9 +79,13 @@ def check_whole(model: nn.Module, name: str) -> None:
 
 
 def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
-    """A model that is only evaluated, where its weights belong: sharded under ZeRO-3, whole on each rank elsewhere."""
+    """A model that is only evaluated, as the engine has the policy; but sharded under ZeRO-3 alone, and whole elsewhere."""
     if not is_deepspeed_zero3_enabled():
-        return accelerator.prepare_model(model, evaluation_mode=True)
+        half = HALF.get(accelerator.mixed_precision)
+        if half and accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            for parameter in model.parameters():  # as they cast the policy, whose buffers they leave
+                parameter.data = parameter.data.to(half)
+        return accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
     from trl.models.utils import prepare_deepspeed
 
     return prepare_deepspeed(model, accelerator)

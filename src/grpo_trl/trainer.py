@@ -174,10 +174,10 @@ class GRPOTrainer(ResumableTrainer):
                     "sync_ref_model=True works on a copy of all weights, which an adapter does not have; set "
                     "sync_ref_model=False, or train without LoRA."
                 )
-            if is_deepspeed_zero3_enabled():
+            if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
                 raise ValueError(
-                    "sync_ref_model=True needs a reference that is whole on each rank, which ZeRO-3 shards; use ZeRO-2, or "
-                    "set sync_ref_model=False."
+                    "sync_ref_model=True needs weights that are whole on each rank, which ZeRO-3 and FSDP shard; use "
+                    "ZeRO-2, or set sync_ref_model=False."
                 )
             self.add_callback(SyncRefModelCallback(ref_model=self._reference.model, accelerator=self.accelerator))
 
@@ -242,6 +242,20 @@ class GRPOTrainer(ResumableTrainer):
     @property
     def _shows_progress(self) -> bool:
         return not self.args.disable_tqdm and self.is_world_process_zero()
+
+    def _place_model(self) -> None:
+        """Where no engine has done so yet, because training has not begun.
+
+        Raises:
+            ValueError: Weights are in shards, and nothing gathers them.
+        """
+        if not self.args.ds3_gather_for_generation and any(hasattr(p, "ds_id") for p in self.model.parameters()):
+            raise ValueError(
+                "evaluate() before train() cannot work with ds3_gather_for_generation=False: layers are gathered by an "
+                "engine, which training starts. Set it to True, or set eval_on_start=True instead of calling evaluate()."
+            )
+        if next(self.model.parameters()).device != self.args.device:
+            self.model.to(self.args.device)
 
     # ---- What Trainer iterates over ----
     def get_train_dataloader(self) -> DataLoader:
@@ -399,6 +413,11 @@ class GRPOTrainer(ResumableTrainer):
         return found
 
     # ---- What survives ----
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `ResumableTrainer.save_model`; of a continued adapter, without the copy that is its reference."""
+        with nullcontext() if self._reference is None else self._reference.left_out():
+            super().save_model(output_dir, _internal_call)
+
     def _run_state(self) -> RunState:
         next_window = self._schedule.places(self.state.global_step, 1)[0].window
         in_use = self._window is not None and self._window.index == next_window
@@ -491,6 +510,8 @@ class GRPOTrainer(ResumableTrainer):
         self._memory_tracker.start()
         start_time = time.time()
         own_engine = not isinstance(self._runner.engine, RolloutFuncEngine)
+        if own_engine and self._waits_in_forward and self.model_wrapped is self.model:
+            self._place_model()
         # once for the whole evaluation, where the trainer would else gather for each batch
         with evaluation_mode(self.model), self._gathered_policy() if own_engine else nullcontext():
             metrics = evaluate_prompts(
