@@ -29,7 +29,7 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import is_bitsandbytes_available
 
-from grpo_trl import sharding
+from grpo_trl import GRPOConfig, sharding
 
 from .conftest import SIZES, make_model, make_tokenizer
 from .policy.families import make_family
@@ -120,6 +120,7 @@ def engine(name: str | None, **zero):
             yield {"deepspeed": engine_config(int(name[-1]), **zero)} if name and name.startswith("ZeRO") else {}
         finally:
             unset_hf_deepspeed_config()
+            os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
             AcceleratorState._reset_state()
             GradientState._reset_state()
 
@@ -301,6 +302,44 @@ def from_path(name, folder, **options):
         return {"after": gathered(trainer.model), "steps": trainer.state.global_step, "rewards": rewards}
 
 
+def loaded_after_options(name, folder):
+    """ZeRO-3 shards a model that a script loads itself, once it has made its options."""
+    path = f"{folder}/model"
+    make_model().save_pretrained(path)
+    together()
+    with engine(name) as of_engine:
+        sizes = {"per_device_train_batch_size": 16 // ranks(), "num_generations": 4}
+        options = GRPOConfig(folder, use_cpu=True, report_to="none", **sizes, **of_engine)  # noqa: F841 - is kept
+        model = AutoModelForCausalLM.from_pretrained(path)
+        sharded = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        trainer = sampler(folder, of_engine, model=lambda: model, beta=0.0, save_strategy="no")
+        trainer.train()
+        return {"sharded": sharded, "after": gathered(trainer.model)}
+
+
+def mistakes(name, folder):
+    """What is said of a second training, a model of another trainer, and other engines."""
+    said = {}
+    with engine(name) as of_engine:
+        trainer = sampler(folder, of_engine, max_steps=1)
+        trainer.train()
+        with pytest.raises(RuntimeError) as met:
+            trainer.train()
+        said["a second training"] = met.value
+        with pytest.raises(ValueError) as met:  # noqa: PT011 - is read elsewhere
+            sampler(folder, of_engine, model=lambda: trainer.model)
+        said["the model of another trainer"] = met.value
+        with pytest.raises(ValueError) as met:  # noqa: PT011
+            sampler(folder, {})
+        said["a trainer without engine"] = met.value
+    with engine("DDP") as of_engine:
+        trainer = sampler(folder, of_engine)
+        with pytest.raises(ValueError) as met:  # noqa: PT011
+            trainer.train(resume_from_checkpoint=True)
+        said["a checkpoint of another engine"] = met.value
+    return {mistake: str(error) for mistake, error in said.items()}
+
+
 def sampling_that_fails(name, folder):
     """The first window meets an error in the middle, on the last rank, and is made anew."""
     seen, errors = [], []
@@ -410,7 +449,10 @@ def run_all(name, folder):
         results["shards left by pieces"] = shards_left_by_pieces(name)
     else:  # there model.generate writes
         results["sampling that fails"] = sampling_that_fails(name, f"{folder}/fails")
+    if name is None or name == "ZeRO-3":
+        results["loaded after options"] = loaded_after_options(name, f"{folder}/after")
     if name == "ZeRO-3":
+        results["mistakes"] = mistakes(name, f"{folder}/mistakes")
         results["not gathered"] = from_path(name, f"{folder}/whole", ds3_gather_for_generation=False)
         results["not gathered on saving"] = not_gathered_on_saving(f"{folder}/shards")
     return results

@@ -73,6 +73,7 @@ def test_bf16_is_chosen_where_the_gpu_has_it(monkeypatch, options, on_gpu, gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)  # asks the real GPU
+    monkeypatch.setattr(GRPOConfig, "deepspeed_plugin", None, raising=False)
     monkeypatch.setattr(GRPOConfig, "world_size", 1)
     assert GRPOConfig(output_dir="unused", **options).bf16 == (on_gpu and gpu)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -154,6 +155,30 @@ def test_completions_may_be_written_without_gathering_all_weights(engine, two):
     assert first["steps"] == 6
     assert difference(first["after"], second["after"]) == 0
     assert difference(weights(make_model()), first["after"]) > 1e-5
+
+
+def test_a_model_that_is_loaded_after_the_options_is_sharded(engine, one, two):
+    if engine != "ZeRO-3":
+        pytest.skip("others shard nothing while a model is loaded")
+    for rank in two:
+        assert rank["loaded after options"]["sharded"]
+        assert difference(one["loaded after options"]["after"], rank["loaded after options"]["after"]) < 1e-5
+
+
+MISTAKES = {
+    "a second training": r"DeepSpeed starts once for a model\. Save it with save_model",
+    "the model of another trainer": r"belongs to the DeepSpeed engine of an earlier trainer\. Save it",
+    "a trainer without engine": r"An earlier trainer.*Give all of them deepspeed=",
+    "a checkpoint of another engine": r"cannot go on like this \(.*engine: ZeRO-3 then, none now\)\. Use the",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_answered_with_the_remedy(mistake, engine, two):
+    if engine != "ZeRO-3":
+        pytest.skip("the same for each")
+    for rank in two:
+        assert re.search(MISTAKES[mistake], rank["mistakes"][mistake]), rank["mistakes"][mistake]
 
 
 def test_shards_of_a_checkpoint_are_put_together_by_the_script_of_deepspeed(engine, two):

@@ -2,6 +2,7 @@ import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,36 +28,57 @@ def launched(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/home/me/train.py", "--beta", "0.1"])
 
 
+CONFIG = {"zero_optimization": {"stage": 2}}
+
+
 # ---- How it was started ----
 @pytest.mark.parametrize("started_by", ["LOCAL_RANK", *launch.MPI_SIZES])
 def test_deepspeed_may_be_started_by_whatever_gives_ranks(started_by):
-    check_launcher(deepspeed=True, environment={started_by: "2"})
+    check_launcher(CONFIG, environment={started_by: "2"})
 
 
 @pytest.mark.parametrize("environment", [{}, {launch.TASKS: "2"}, {"WORLD_SIZE": "2", "RANK": "0"}])
 def test_deepspeed_without_a_launcher_is_refused_with_the_command(environment):
     with pytest.raises(ValueError, match="needs a launcher") as raised:
-        check_launcher(deepspeed=True, environment=environment)
+        check_launcher(CONFIG, environment=environment)
     assert re.findall("`(.*?)`", str(raised.value)) == [
         "deepspeed train.py ...",
         "torchrun --nproc_per_node 1 train.py ...",
     ]
-    check_launcher(deepspeed=False, environment=environment)
+    check_launcher(None, environment=environment)
 
 
 @pytest.mark.parametrize(
     "deepspeed, environment, told",
     [
-        (False, {"CROSS_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, True),
-        (True, {"CROSS_RANK": "0", "RANK": "0", "LOCAL_RANK": "0"}, False),
-        (False, {"RANK": "0", "WORLD_SIZE": "2"}, False),
+        (None, {"CROSS_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}, True),
+        (CONFIG, {"CROSS_RANK": "0", "RANK": "0", "LOCAL_RANK": "0"}, False),
+        (None, {"RANK": "0", "WORLD_SIZE": "2"}, False),
         # `accelerate launch` on several machines
-        (False, {"CROSS_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true"}, False),
+        (None, {"CROSS_RANK": "0", "RANK": "0", "WORLD_SIZE": "2", "ACCELERATE_CONFIG_DS_FIELDS": ""}, False),
     ],
 )
 def test_a_run_that_deepspeed_started_is_told_that_nothing_is_sharded(caplog, deepspeed, environment, told):
     check_launcher(deepspeed, environment)
     assert ("train with DDP, and nothing is sharded" in caplog.text) == told
+
+
+@pytest.mark.parametrize(
+    "deepspeed, environment",
+    [("ds_configs/zero9.json", {}), (None, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/zero9.json"})],
+)
+def test_a_configuration_that_is_not_there_is_refused_with_the_folder(monkeypatch, tmp_path, deepspeed, environment):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=rf"'ds_configs/zero9\.json' is no file, seen from {tmp_path}\."):
+        check_launcher(deepspeed, environment | {"LOCAL_RANK": "0"})
+    Path("ds_configs").mkdir()
+    Path("ds_configs/zero9.json").write_text("{}")
+    check_launcher(deepspeed, environment | {"LOCAL_RANK": "0"})
+
+
+@pytest.mark.parametrize("deepspeed", [{"zero_optimization": {"stage": 2}}, '{"zero_optimization": {"stage": 2}}'])
+def test_a_configuration_need_not_be_a_file(deepspeed):
+    check_launcher(deepspeed, {"LOCAL_RANK": "0", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "None"})
 
 
 # ---- Ranks and devices ----

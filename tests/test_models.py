@@ -232,6 +232,14 @@ def test_the_reference_of_a_continued_adapter_is_that_adapter_as_it_was(adapter)
     assert torch.equal(logits(policy), moved)
 
 
+def test_the_path_of_an_adapter_is_refused_with_what_continues_it(tmp_path):
+    make_adapted().save_pretrained(tmp_path)
+    with pytest.raises(
+        OSError, match=rf"is an adapter\..*PeftModel\.from_pretrained\(base, '{tmp_path}', is_trainable=True\)"
+    ):
+        load_policy(str(tmp_path), {})
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=str)
 def test_the_copy_of_an_adapter_can_be_left_out_of_what_is_saved(adapter, tmp_path):
     policy = make_adapted(**adapter)

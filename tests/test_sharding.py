@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_trl.sharding import GatheredWeights, check_sharding, check_whole, groups_of_bytes
+from grpo_trl.sharding import GatheredWeights, check_engine_config, check_sharding, check_whole, groups_of_bytes
 
 
 def parameter(numel, dtype=torch.bfloat16):
@@ -64,6 +64,27 @@ def test_a_quantized_model_is_never_sharded_as_it_is_loaded(monkeypatch, caplog)
     model.is_quantized = True
     check_sharding(model, 8)
     assert not caplog.text
+
+
+def test_a_model_of_another_engine_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.ds_inflight_param_registry = {}  # as DeepSpeed marks it
+    with pytest.raises(ValueError, match=r"engine of an earlier trainer.*save_model\(path\)"):
+        check_sharding(model, 2)
+
+
+@pytest.mark.parametrize("block, option", [("optimizer", "optim"), ("scheduler", "lr_scheduler_type")])
+def test_a_block_that_overrules_an_option_is_told(caplog, block, option):
+    check_engine_config(SimpleNamespace(config={"zero_optimization": {}}))
+    assert not caplog.text
+    check_engine_config(SimpleNamespace(config={block: {"type": "AdamW"}}, mismatches=[]))
+    assert f"has '{block}', so that {option} has no effect" in caplog.text
+
+
+def test_a_configuration_that_contradicts_an_option_is_refused():
+    config = SimpleNamespace(config={}, mismatches=["- ds gradient_clipping=1.0 vs hf max_grad_norm=0.5"])
+    with pytest.raises(ValueError, match=r'\(ds gradient_clipping=1.0 vs hf max_grad_norm=0.5\)\. Write "auto"'):
+        check_engine_config(config)
 
 
 def test_a_reward_model_in_shards_is_refused():

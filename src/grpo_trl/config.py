@@ -19,6 +19,7 @@ from .objective import LOSS_LEVELS
 from .objective.advantages import SCALES
 from .rewards.failures import ON_ERROR
 from .rollout import SamplingOptions
+from .sharding import check_engine_config, start_engine
 
 
 OWN_SAMPLING_OPTIONS = (
@@ -261,7 +262,7 @@ class GRPOConfig(TrainingArguments):
     log_unique_prompts: bool = field(default=False, metadata={"help": "One row per prompt in that table."})
 
     def __post_init__(self) -> None:
-        check_launcher(bool(self.deepspeed), os.environ)
+        check_launcher(self.deepspeed, os.environ)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and gpu_has_bf16()
         if self.bf16:
@@ -270,6 +271,9 @@ class GRPOConfig(TrainingArguments):
         if self.metric_for_best_model is None and self.load_best_model_at_end:
             self.metric_for_best_model = "eval_reward"
         super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            check_engine_config(self.deepspeed_plugin.hf_ds_config)
+            start_engine(self.device.type)
         self.shared_prefix = {"true": True, "1": True, "false": False, "0": False}.get(
             str(self.shared_prefix).lower(), self.shared_prefix
         )  # type: ignore[assignment]

@@ -29,24 +29,30 @@ TASKS = "SLURM_STEP_NUM_TASKS"
 """Where srun says how many processes it has started, which need not be ranks."""
 
 
-def check_launcher(deepspeed: bool, environment: Mapping[str, str]) -> None:
+def check_launcher(deepspeed: Any, environment: Mapping[str, str]) -> None:
     """Say what is wrong with how the process was started, before anything is set up.
 
     Args:
-        deepspeed: Whether the options have a DeepSpeed configuration.
+        deepspeed: The option.
         environment: `os.environ`.
 
     Raises:
-        ValueError: DeepSpeed was asked for, and no launcher has told this process its rank.
+        ValueError: DeepSpeed was asked for, and no launcher has told this process its rank, or its configuration is not
+            there.
     """
+    file = deepspeed or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if isinstance(file, str) and file.lower() != "none" and not file.startswith("{") and not Path(file).is_file():
+        raise ValueError(
+            f"deepspeed={file!r} is no file, seen from {os.getcwd()}. Pass a dict, or the path of one as in ds_configs/ "
+            "(with `accelerate launch`: deepspeed_config_file in the file that --config_file names)."
+        )
     if deepspeed and not any(name in environment for name in ("LOCAL_RANK", *MPI_SIZES)):
         raise ValueError(
             "deepspeed=... needs a launcher that gives each process its rank, for one GPU too: "
             f"`deepspeed {_script()} ...` or `torchrun --nproc_per_node 1 {_script()} ...`."
         )
     started_by_deepspeed = "CROSS_RANK" in environment  # set by it alone
-    configured_by_accelerate = environment.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-    if started_by_deepspeed and not deepspeed and not configured_by_accelerate:
+    if started_by_deepspeed and not deepspeed_was_asked_for(deepspeed, environment):
         logger.warning(
             "`deepspeed` started this run, which has no DeepSpeed configuration: its ranks train with DDP, and nothing is "
             "sharded. Pass one, e.g. --deepspeed ds_configs/zero2.json."
@@ -183,6 +189,11 @@ def rest_at_exit(world_size: int, device_type: str) -> None:
     if world_size > 1 and device_type == "cpu":
         atexit.unregister(_rest)  # of an earlier trainer
         atexit.register(_rest)
+
+
+def deepspeed_was_asked_for(option: Any, environment: Mapping[str, str]) -> bool:
+    """By the option `deepspeed`, or by accelerate's launcher."""
+    return bool(option) or "ACCELERATE_CONFIG_DS_FIELDS" in environment  # ACCELERATE_USE_DEEPSPEED outlives a trainer
 
 
 def fsdp_was_asked_for(option: Any) -> bool:

@@ -75,8 +75,14 @@ class ResumableTrainer(Trainer):
         Raises:
             SystemExit: A signal has stopped the run; the code is `signals.EXIT_CODE`.
             RunStopped: A guard has stopped the run, which is saved.
-            ValueError: The checkpoint holds another run.
+            ValueError: The checkpoint holds another run, or some rank cannot reach `output_dir`.
+            RuntimeError: It is the second call, under DeepSpeed.
         """
+        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
+            raise RuntimeError(
+                "train() was called before, and DeepSpeed starts once for a model. Save it with save_model(path), and make "
+                "a new trainer with the path; to go on with this run, use resume_from_checkpoint there."
+            )
         if self.args.world_size > 1 and self.args.save_strategy != SaveStrategy.NO:
             check_shared(Path(str(self.args.output_dir)), self.args.process_index, gather_object)
         folder = self._folder_to_resume(resume_from_checkpoint)

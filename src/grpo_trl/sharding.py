@@ -21,6 +21,23 @@ GATHERED_AT_ONCE = 2**28
 """Bytes of weights that one collective gathers, unless a single weight has more."""
 
 
+def check_engine_config(config: Any) -> None:
+    """Say where a DeepSpeed configuration overrules the options.
+
+    Args:
+        config: `transformers.integrations.HfDeepSpeedConfig`.
+
+    Raises:
+        ValueError: It says otherwise than an option of the same meaning.
+    """
+    if mismatches := getattr(config, "mismatches", None):
+        found = "; ".join(mismatch.removeprefix("- ") for mismatch in mismatches)
+        raise ValueError(f'The DeepSpeed configuration contradicts GRPOConfig ({found}). Write "auto" there.')
+    for block, option in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if block in config.config:
+            logger.warning("The DeepSpeed configuration has %r, so that %s has no effect.", block, option)
+
+
 def start_engine(device_type: str) -> None:
     """Have DeepSpeed know the ranks before a model is loaded, which ZeRO-3 shards while it is loaded."""
     if is_deepspeed_zero3_enabled():
@@ -45,8 +62,13 @@ def check_sharding(model: nn.Module, world_size: int) -> None:
     """Say what it costs that a model was loaded before ZeRO-3 could shard it.
 
     Raises:
-        ValueError: It was sharded while it was loaded, and the run has no ZeRO-3.
+        ValueError: It was sharded while it was loaded, and the run has no ZeRO-3; or it is that of another engine.
     """
+    if any(hasattr(module, "ds_inflight_param_registry") for module in model.modules()):  # an engine's mark
+        raise ValueError(
+            "The model belongs to the DeepSpeed engine of an earlier trainer. Save it with trainer.save_model(path), and "
+            "pass the path."
+        )
     parameters = list(model.parameters())
     sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
     if sharded and not is_deepspeed_zero3_enabled():
@@ -76,6 +98,13 @@ def check_whole(model: nn.Module, name: str) -> None:
             f"{name} was loaded while ZeRO-3 was configured, so that its weights lie in shards; each rank needs it whole. "
             "Pass its path, or load it before GRPOConfig(deepspeed=...) is made."
         )
+
+
+def engine_of(accelerator: Any) -> str:
+    """What shards a run, and what its checkpoints look like: "ZeRO-3", "FSDP", or "none"."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "none"
 
 
 def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:

@@ -100,13 +100,12 @@ def resumed_state(folder: Path, rank: int, world_size: int, expected: dict[str, 
     first = RunState.load(folder, 0)
     old, new = first.schedule, expected
     if old != new:
-        changed = ", ".join(
-            f"{name}: {old.get(name)} then, {new[name]} now" for name in new if old.get(name) != new[name]
-        )
+        pairs = {name: (old.get(name), new.get(name)) for name in old | new} | {"ranks": (first.world_size, world_size)}
+        changed = ", ".join(f"{name}: {then} then, {now} now" for name, (then, now) in pairs.items() if then != now)
         raise ValueError(
-            f"resume_from_checkpoint={str(folder)!r} holds a run with other windows, which cannot go on ({changed}). "
-            "Use the options and the dataset that it was started with. To start a new run from its weights, pass it as "
-            "model."
+            f"resume_from_checkpoint={str(folder)!r} holds a run that cannot go on like this ({changed}). Use the options, "
+            "the dataset, the engine and the ranks that it was started with. To start a new run from its weights, pass it "
+            "as model."
         )
     if first.world_size == world_size:
         return replace(RunState.load(folder, rank), reference=first.reference)
@@ -123,17 +122,19 @@ def resumed_state(folder: Path, rank: int, world_size: int, expected: dict[str, 
     return first
 
 
-def fingerprint(schedule: Schedule, prompts: str, noise: int) -> dict[str, Any]:
-    """What must be the same for a run to go on: its windows and steps over all ranks, its prompts, its noise.
+def fingerprint(schedule: Schedule, prompts: str, noise: int, engine: str) -> dict[str, Any]:
+    """What must be the same for a run to go on: its windows and steps over all ranks, its prompts, its noise, its engine.
 
     Args:
         schedule: Of the run.
         prompts: `PromptSet.digest`.
         noise: The seed of sampling.
+        engine: `sharding.engine_of`; those of DeepSpeed have a shard of each rank in a checkpoint.
     """
-    values = vars(schedule) | {"prompts": prompts, "seed of sampling": noise}
-    values["completions of a micro-step"] = values.pop("batch_size") * values.pop("world_size")
-    return values
+    values = vars(schedule) | {"prompts": prompts, "seed of sampling": noise, "engine": engine}
+    ranks = values.pop("world_size")
+    values["completions of a micro-step"] = values.pop("batch_size") * ranks
+    return values | ({"ranks": ranks} if engine.startswith("ZeRO") else {})
 
 
 # ---- Folders ----

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,7 +35,7 @@ from .config import GRPOConfig
 from .data import PromptSet
 from .evaluation import evaluate_prompts
 from .guards import DeadRun, NonFinite, Share, check_failures
-from .launch import check_devices, check_ranks, exchange, fsdp_was_asked_for, rest_at_exit
+from .launch import check_devices, check_ranks, deepspeed_was_asked_for, exchange, fsdp_was_asked_for, rest_at_exit
 from .metrics import Mean, MetricLog, Sum, loss_metrics
 from .models import (
     Reference,
@@ -50,7 +51,7 @@ from .policy import Completion, Piece, enable_scoring, evaluation_mode, score, s
 from .report import append_objective, merge_tables, print_completions, write_completions
 from .resumable import ResumableTrainer
 from .rollout import RolloutEngine, RolloutFuncEngine, RoundRunner
-from .sharding import GatheredWeights, check_sharding, prepare_frozen, start_engine
+from .sharding import GatheredWeights, check_sharding, engine_of, prepare_frozen
 from .state import RunState, StepShare, Window, fingerprint, resumed_state
 from .windows import WindowMaker
 
@@ -107,7 +108,6 @@ class GRPOTrainer(ResumableTrainer):
     ):
         args = GRPOConfig() if args is None else args
         check_ranks(args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
-        start_engine(args.device.type)
         rest_at_exit(args.world_size, args.device.type)
         set_seed(args.seed)  # a new adapter starts from random weights
         policy = load_policy(model, args.init_kwargs if isinstance(model, str) or args.model_init_kwargs else {})
@@ -129,6 +129,11 @@ class GRPOTrainer(ResumableTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if self.is_deepspeed_enabled != deepspeed_was_asked_for(args.deepspeed, os.environ):
+            raise ValueError(
+                "An earlier trainer of this process has decided whether there is DeepSpeed, and this one's GRPOConfig says "
+                "otherwise. Give all of them deepspeed=..., or none, or start another process."
+            )
         check_devices(args.n_gpu)  # a model that lies on several devices has set it to 1 by now
         if args.disable_dropout:
             disable_dropout(self.model)
@@ -449,7 +454,7 @@ class GRPOTrainer(ResumableTrainer):
         return resumed_state(folder, self.args.process_index, self.args.world_size, self._fingerprint())
 
     def _fingerprint(self) -> dict[str, Any]:
-        return fingerprint(self._schedule, self._windows.prompts.digest, self.args.seed)
+        return fingerprint(self._schedule, self._windows.prompts.digest, self.args.seed, engine_of(self.accelerator))
 
     def _moving_reference(self) -> nn.Module | None:
         """A reference whose weights change, so that they belong into a checkpoint."""
