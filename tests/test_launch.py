@@ -14,6 +14,7 @@ from grpo_trl.launch import (
     check_launcher,
     check_ranks,
     check_shared,
+    deepspeed_was_asked_for,
     fsdp_was_asked_for,
     rest_at_exit,
 )
@@ -79,6 +80,20 @@ def test_a_configuration_that_is_not_there_is_refused_with_the_folder(monkeypatc
 @pytest.mark.parametrize("deepspeed", [{"zero_optimization": {"stage": 2}}, '{"zero_optimization": {"stage": 2}}'])
 def test_a_configuration_need_not_be_a_file(deepspeed):
     check_launcher(deepspeed, {"LOCAL_RANK": "0", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "None"})
+
+
+@pytest.mark.parametrize(
+    "option, environment, asked",
+    [
+        (None, {}, False),
+        (None, {"ACCELERATE_USE_DEEPSPEED": "true"}, False),
+        (None, {"ACCELERATE_CONFIG_DS_FIELDS": ""}, True),
+        (None, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, True),
+        ("ds_configs/zero2.json", {}, True),
+    ],
+)
+def test_deepspeed_is_asked_for_by_option_or_launcher(option, environment, asked):
+    assert deepspeed_was_asked_for(option, environment) == asked
 
 
 # ---- Ranks and devices ----

@@ -192,8 +192,9 @@ def rest_at_exit(world_size: int, device_type: str) -> None:
 
 
 def deepspeed_was_asked_for(option: Any, environment: Mapping[str, str]) -> bool:
-    """By the option `deepspeed`, or by accelerate's launcher."""
-    return bool(option) or "ACCELERATE_CONFIG_DS_FIELDS" in environment  # ACCELERATE_USE_DEEPSPEED outlives a trainer
+    """By the option `deepspeed`, or as accelerate's launcher does; any trainer leaves ACCELERATE_USE_DEEPSPEED behind."""
+    names = ("ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_DEEPSPEED_")
+    return bool(option) or any(name.startswith(names) for name in environment)
 
 
 def fsdp_was_asked_for(option: Any) -> bool:
