@@ -451,8 +451,9 @@ def run_all(name, folder):
         results["sampling that fails"] = sampling_that_fails(name, f"{folder}/fails")
     if name is None or name == "ZeRO-3":
         results["loaded after options"] = loaded_after_options(name, f"{folder}/after")
-    if name == "ZeRO-3":
+    if name is not None and name.startswith("ZeRO"):
         results["mistakes"] = mistakes(name, f"{folder}/mistakes")
+    if name == "ZeRO-3":
         results["not gathered"] = from_path(name, f"{folder}/whole", ds3_gather_for_generation=False)
         results["not gathered on saving"] = not_gathered_on_saving(f"{folder}/shards")
     return results

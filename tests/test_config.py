@@ -282,7 +282,9 @@ def test_the_ends_of_the_ranges_are_accepted(options):
     assert {name: getattr(config, name) for name in options} == options
 
 
-def test_a_checkpoint_on_each_node_is_refused():
+def test_a_checkpoint_on_each_node_is_refused(monkeypatch):
+    assert make_config(save_on_each_node=True).save_on_each_node  # of one process
+    monkeypatch.setattr(GRPOConfig, "world_size", 2)
     assert "output_dir on a file system that all machines share" in refusal(save_on_each_node=True)
 
 

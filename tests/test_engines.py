@@ -168,15 +168,15 @@ def test_a_model_that_is_loaded_after_the_options_is_sharded(engine, one, two):
 MISTAKES = {
     "a second training": r"DeepSpeed starts once for a model\. Save it with save_model",
     "the model of another trainer": r"belongs to the DeepSpeed engine of an earlier trainer\. Save it",
-    "a trainer without engine": r"An earlier trainer.*Give all of them deepspeed=",
-    "a checkpoint of another engine": r"cannot go on like this \(.*engine: ZeRO-3 then, none now\)\. Use the",
+    "a trainer without engine": r"deepspeed=None says otherwise than an earlier trainer.*Give all trainers deepspeed=",
+    "a checkpoint of another engine": r"cannot go on like this \(.*engine: ZeRO-. then, none now\)\. Use the",
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_answered_with_the_remedy(mistake, engine, two):
-    if engine != "ZeRO-3":
-        pytest.skip("the same for each")
+    if not engine.startswith("ZeRO"):
+        pytest.skip("only DeepSpeed's engines leave such traces")
     for rank in two:
         assert re.search(MISTAKES[mistake], rank["mistakes"][mistake]), rank["mistakes"][mistake]
 

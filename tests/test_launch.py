@@ -1,3 +1,5 @@
+import base64
+import json
 import re
 import sys
 import threading
@@ -77,7 +79,9 @@ def test_a_configuration_that_is_not_there_is_refused_with_the_folder(monkeypatc
     check_launcher(deepspeed, environment | {"LOCAL_RANK": "0"})
 
 
-@pytest.mark.parametrize("deepspeed", [{"zero_optimization": {"stage": 2}}, '{"zero_optimization": {"stage": 2}}'])
+@pytest.mark.parametrize(
+    "deepspeed", [CONFIG, json.dumps(CONFIG), base64.urlsafe_b64encode(json.dumps(CONFIG).encode() * 9).decode()]
+)
 def test_a_configuration_need_not_be_a_file(deepspeed):
     check_launcher(deepspeed, {"LOCAL_RANK": "0", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "None"})
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from grpo_trl.errors import RunStopped
 from grpo_trl.policy import Completion, Packer, enable_scoring
 from grpo_trl.scoring import Scorer
 
@@ -200,3 +201,15 @@ def test_only_the_last_piece_of_a_step_synchronises(monkeypatch, accumulation, l
 def test_a_prompt_that_no_piece_can_hold_is_refused_before_training():
     with pytest.raises(ValueError, match=r"4 fit into max_tokens_per_piece.*set max_tokens_per_piece=16 or more"):
         train(make_model(), ["ab=", "abcdefgh"], rollout_func=None, max_tokens_per_piece=12)
+
+
+def test_memory_that_runs_out_in_the_comparison_stops_a_run_with_the_remedy(tmp_path):
+    model = make_model()
+
+    def hook(module, args, kwargs):
+        if kwargs.get("position_ids") is not None:
+            raise torch.OutOfMemoryError("made up")
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+    with pytest.raises(RunStopped, match=r"two completions \(made up\)\. Lower max_completion_length"):
+        train(model, ["ab=", "cde12="], output_dir=str(tmp_path))

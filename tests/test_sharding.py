@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_trl.sharding import GatheredWeights, check_engine_config, check_sharding, check_whole, groups_of_bytes
+from grpo_trl.sharding import (
+    ENGINE_MARK,
+    GatheredWeights,
+    check_engine_config,
+    check_sharding,
+    check_whole,
+    groups_of_bytes,
+)
 
 
 def parameter(numel, dtype=torch.bfloat16):
@@ -68,7 +75,7 @@ def test_a_quantized_model_is_never_sharded_as_it_is_loaded(monkeypatch, caplog)
 
 def test_a_model_of_another_engine_is_refused():
     model = nn.Sequential(nn.Linear(2, 2))
-    model.ds_inflight_param_registry = {}  # as DeepSpeed marks it
+    setattr(model, ENGINE_MARK, True)
     with pytest.raises(ValueError, match=r"engine of an earlier trainer.*save_model\(path\)"):
         check_sharding(model, 2)
 

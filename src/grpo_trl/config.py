@@ -384,10 +384,10 @@ class GRPOConfig(TrainingArguments):
                 "auto_find_batch_size=True would cut groups in two when it shrinks the batch; set it to False and lower "
                 "per_device_train_batch_size."
             )
-        if self.save_on_each_node:
+        if self.save_on_each_node and self.world_size > 1:
             raise ValueError(
-                "save_on_each_node=True would split checkpoints, of which each rank writes a part; set it to False, and "
-                "have output_dir on a file system that all machines share."
+                "save_on_each_node=True would split a checkpoint over machines, since each rank writes a part of it; set "
+                "it to False, and have output_dir on a file system that all machines share."
             )
         if self.sync_ref_model and not self.beta:
             raise ValueError("sync_ref_model=True needs a reference, and beta=0.0 keeps none; set beta, e.g. to 0.04.")

@@ -41,7 +41,8 @@ def check_launcher(deepspeed: Any, environment: Mapping[str, str]) -> None:
             there.
     """
     file = deepspeed or environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    if isinstance(file, str) and file.lower() != "none" and not file.startswith("{") and not Path(file).is_file():
+    is_path = isinstance(file, str) and "{" not in file and ("." in file or "/" in file)  # it may be JSON or base64 too
+    if is_path and not os.path.exists(file):
         raise ValueError(
             f"deepspeed={file!r} is no file, seen from {os.getcwd()}. Pass a dict, or the path of one as in ds_configs/ "
             "(with `accelerate launch`: deepspeed_config_file in the file that --config_file names)."

@@ -15,6 +15,7 @@ from .errors import RunStopped, StopRequested
 from .launch import check_shared
 from .notices import get_logger
 from .scoring import DoesNotFit
+from .sharding import ENGINE_MARK
 from .signals import EXIT_CODE, StopSignals, together
 from .state import UNFINISHED, RunState, finish_checkpoint, last_checkpoint, rotate_checkpoints
 from .watchdog import Watchdog
@@ -78,7 +79,7 @@ class ResumableTrainer(Trainer):
             ValueError: The checkpoint holds another run, or some rank cannot reach `output_dir`.
             RuntimeError: It is the second call, under DeepSpeed.
         """
-        if self.is_deepspeed_enabled and self.model_wrapped is not self.model:
+        if hasattr(self.model, ENGINE_MARK):
             raise RuntimeError(
                 "train() was called before, and DeepSpeed starts once for a model. Save it with save_model(path), and make "
                 "a new trainer with the path; to go on with this run, use resume_from_checkpoint there."
@@ -88,6 +89,8 @@ class ResumableTrainer(Trainer):
         folder = self._folder_to_resume(resume_from_checkpoint)
         self._resumed = None if folder is None else self._read_run_state(folder)
         self._saved = folder
+        if self.is_deepspeed_enabled:
+            setattr(self.model, ENGINE_MARK, True)
         with self._signals.listening():
             try:
                 output = super().train(None if folder is None else str(folder), *args, **kwargs)

@@ -69,9 +69,17 @@ class Scorer:
 
         Raises:
             ValueError: They are not, and `shared_prefix=True`.
+            DoesNotFit: Memory runs out.
         """
         if self.packer.shared_prefix and not self._compared:
-            self._pad_if(disagreement(model, completions, self.packer, self.temperature, self._mixed_precision))
+            try:
+                reason = disagreement(model, completions, self.packer, self.temperature, self._mixed_precision)
+            except torch.OutOfMemoryError as error:
+                raise DoesNotFit(
+                    f"Memory ran out in a forward of two completions ({str(error).splitlines()[0]}). Lower "
+                    "max_completion_length or the length of prompts, or use ZeRO-3 or LoRA."
+                ) from error
+            self._pad_if(reason)
         self._compared = True
 
     def informative(self, completions: Sequence[Completion]) -> list[Completion]:

@@ -15,6 +15,8 @@ from .notices import get_logger
 
 logger = get_logger(__name__)
 
+ENGINE_MARK = "_grpo_trl_has_engine"
+"""An attribute of models that DeepSpeed has wrapped, and changed for good."""
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """By accelerate's names."""
 GATHERED_AT_ONCE = 2**28
@@ -64,7 +66,7 @@ def check_sharding(model: nn.Module, world_size: int) -> None:
     Raises:
         ValueError: It was sharded while it was loaded, and the run has no ZeRO-3; or it is that of another engine.
     """
-    if any(hasattr(module, "ds_inflight_param_registry") for module in model.modules()):  # an engine's mark
+    if hasattr(model, ENGINE_MARK):
         raise ValueError(
             "The model belongs to the DeepSpeed engine of an earlier trainer. Save it with trainer.save_model(path), and "
             "pass the path."
@@ -113,7 +115,8 @@ def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
         half = HALF.get(accelerator.mixed_precision)
         if half and accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             for parameter in model.parameters():  # as they cast the policy, whose buffers they leave
-                parameter.data = parameter.data.to(half)
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(half)
         return accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
     from trl.models.utils import prepare_deepspeed
 

@@ -100,10 +100,12 @@ def resumed_state(folder: Path, rank: int, world_size: int, expected: dict[str, 
     first = RunState.load(folder, 0)
     old, new = first.schedule, expected
     if old != new:
-        pairs = {name: (old.get(name), new.get(name)) for name in old | new} | {"ranks": (first.world_size, world_size)}
-        changed = ", ".join(f"{name}: {then} then, {now} now" for name, (then, now) in pairs.items() if then != now)
+        changed = {name: (old.get(name), new.get(name)) for name in old | new if old.get(name) != new.get(name)}
+        if changed.keys() & {"ranks", "completions of a micro-step"}:
+            changed["ranks"] = first.world_size, world_size
+        told = ", ".join(f"{name}: {then} then, {now} now" for name, (then, now) in changed.items() if then != now)
         raise ValueError(
-            f"resume_from_checkpoint={str(folder)!r} holds a run that cannot go on like this ({changed}). Use the options, "
+            f"resume_from_checkpoint={str(folder)!r} holds a run that cannot go on like this ({told}). Use the options, "
             "the dataset, the engine and the ranks that it was started with. To start a new run from its weights, pass it "
             "as model."
         )

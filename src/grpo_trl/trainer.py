@@ -131,8 +131,9 @@ class GRPOTrainer(ResumableTrainer):
         )
         if self.is_deepspeed_enabled != deepspeed_was_asked_for(args.deepspeed, os.environ):
             raise ValueError(
-                "An earlier trainer of this process has decided whether there is DeepSpeed, and this one's GRPOConfig says "
-                "otherwise. Give all of them deepspeed=..., or none, or start another process."
+                f"deepspeed={args.deepspeed!r} says otherwise than an earlier trainer of this process, or "
+                "ACCELERATE_USE_DEEPSPEED in its environment. Give all trainers deepspeed=..., or none, or start another "
+                "process."
             )
         check_devices(args.n_gpu)  # a model that lies on several devices has set it to 1 by now
         if args.disable_dropout:
@@ -259,7 +260,8 @@ class GRPOTrainer(ResumableTrainer):
                 "evaluate() before train() cannot work with ds3_gather_for_generation=False: layers are gathered by an "
                 "engine, which training starts. Set it to True, or set eval_on_start=True instead of calling evaluate()."
             )
-        if next(self.model.parameters()).device != self.args.device:
+        parameter = next(self.model.parameters())
+        if not isinstance(parameter, DTensor) and parameter.device != self.args.device:
             self.model.to(self.args.device)
 
     # ---- What Trainer iterates over ----

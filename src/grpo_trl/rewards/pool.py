@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import wait
 from typing import Any
 
-from ..notices import get_logger
+from ..notices import EVERY_RANK, get_logger
 from .call import Answer, FunctionReward
 from .failures import Call, Ledger
 from .worker import PENDING, POLL_SECONDS, CallNotLoaded, Worker, WorkerError, packed_call, packed_function
@@ -81,7 +81,10 @@ class RewardPool:
 
     def _keep_out(self, ledger: Ledger, reason: str) -> None:
         logger.warning(
-            "The reward function %r is called in the training process, not by reward_workers: %s.", ledger.name, reason
+            "The reward function %r is called in the training process, not by reward_workers: %s.",
+            ledger.name,
+            reason,
+            extra=EVERY_RANK,
         )
         self._kept_out.add(ledger.name)
         self._packed.pop(ledger.name, None)
