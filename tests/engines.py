@@ -367,7 +367,7 @@ def sampling_that_fails(name, folder):
 
 
 def in_half_precision(name, folder):
-    """KL terms of the first step, where the policy is the reference."""
+    """KL terms of all steps; at the first one the policy is the reference."""
     with engine(name) as of_engine:
         trainer = sampler(folder, of_engine, bf16=True, logging_steps=1, save_strategy="no")
         trainer.train()
@@ -375,7 +375,7 @@ def in_half_precision(name, folder):
 
 
 def evaluated_first(name, folder):
-    """An evaluation before training, and the steps that are made after it; or what is said against it."""
+    """An evaluation before training, and the steps that are made after it."""
     with engine(name) as of_engine:
         trainer = sampler(folder, of_engine, save_strategy="no")
         before = trainer.evaluate(trainer.train_dataset)["eval_reward"]

@@ -1,8 +1,12 @@
 """Completions move between ranks once they are written and their sizes known, so that no rank waits long for another."""
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import distributed
 
 from .policy import Completion, Packer, by_prompt, deal
 
@@ -54,6 +58,23 @@ class Balancer:
             for share, received in zip(shares, parcel, strict=True):
                 share += received
         return shares
+
+
+def exchange(parcels: list[Any], device: torch.device) -> list[Any]:
+    """What every rank has for this one, in the order of ranks; `parcels` has one object for each rank. A collective.
+
+    Args:
+        parcels: What pickle takes.
+        device: One that the process group serves.
+    """
+    sent = [torch.frombuffer(bytearray(pickle.dumps(parcel)), dtype=torch.uint8) for parcel in parcels]
+    sizes = torch.tensor([len(data) for data in sent], device=device)
+    sizes_received = torch.empty_like(sizes)
+    distributed.all_to_all_single(sizes_received, sizes)
+    counts = sizes_received.tolist()
+    received = torch.empty(sum(counts), dtype=torch.uint8, device=device)
+    distributed.all_to_all_single(received, torch.cat(sent).to(device), counts, sizes.tolist())
+    return [pickle.loads(data.cpu().numpy().tobytes()) for data in received.split(counts)]
 
 
 def _groups(part: Sequence[Completion], trains: Callable[[Completion], bool]) -> list[list[int]]:

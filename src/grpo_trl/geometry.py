@@ -26,13 +26,13 @@ class Geometry:
         Raises:
             ValueError: The options contradict each other, or a window would split an optimizer step or a group.
         """
-        steps = steps_per_generation
+        by_window = generation_batch_size is not None
         if generation_batch_size is not None:
             steps = self._of_window(generation_batch_size, steps_per_generation)
-        elif steps is None:
-            steps = self.gradient_accumulation_steps
-        self._check_steps(steps, by_window=generation_batch_size is not None)
-        self._check_groups(steps, by_window=generation_batch_size is not None)
+        else:
+            steps = self.gradient_accumulation_steps if steps_per_generation is None else steps_per_generation
+        self._check_steps(steps, by_window)
+        self._check_groups(steps, by_window)
         return steps
 
     def _of_window(self, window: int, steps: int | None) -> int:

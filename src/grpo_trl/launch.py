@@ -1,8 +1,7 @@
-"""Whether the launcher and the machine gave what the options ask for, and what ranks hand each other."""
+"""Whether the launcher and the machines gave what the options ask for."""
 
 import atexit
 import os
-import pickle
 import sys
 import tempfile
 import time
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
 from transformers.utils import is_torch_bf16_gpu_available
 
 from .notices import get_logger
@@ -23,10 +21,10 @@ MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where kinds of MPI say how many ranks they have started."""
 SIZES = ("WORLD_SIZE", *MPI_SIZES)
 """Where launchers do: the first is that of torchrun, deepspeed and accelerate."""
-SHARING_SECONDS = 60.0
-"""In which network file systems show what another machine has written: NFS keeps what it knows of a folder so long."""
 TASKS = "SLURM_STEP_NUM_TASKS"
 """Where srun says how many processes it has started, which need not be ranks."""
+SHARING_SECONDS = 60.0
+"""In which network file systems show what another machine has written: NFS keeps what it knows of a folder so long."""
 
 
 def check_launcher(deepspeed: Any, environment: Mapping[str, str]) -> None:
@@ -201,23 +199,6 @@ def deepspeed_was_asked_for(option: Any, environment: Mapping[str, str]) -> bool
 def fsdp_was_asked_for(option: Any) -> bool:
     """By the option `fsdp`, or by accelerate's launcher."""
     return bool(option) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
-
-
-def exchange(parcels: list[Any], device: torch.device) -> list[Any]:
-    """What every rank has for this one, in the order of ranks; `parcels` has one object for each rank. A collective.
-
-    Args:
-        parcels: What pickle takes.
-        device: One that the process group serves.
-    """
-    sent = [torch.frombuffer(bytearray(pickle.dumps(parcel)), dtype=torch.uint8) for parcel in parcels]
-    sizes = torch.tensor([len(data) for data in sent], device=device)
-    sizes_received = torch.empty_like(sizes)
-    distributed.all_to_all_single(sizes_received, sizes)
-    counts = sizes_received.tolist()
-    received = torch.empty(sum(counts), dtype=torch.uint8, device=device)
-    distributed.all_to_all_single(received, torch.cat(sent).to(device), counts, sizes.tolist())
-    return [pickle.loads(data.cpu().numpy().tobytes()) for data in received.split(counts)]
 
 
 def _rest() -> None:

@@ -28,12 +28,12 @@ def load_policy(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dic
     """
     if isinstance(model, str):
         settings = {"dtype": "float32"} | model_init_kwargs
-        if (Path(model) / "adapter_config.json").exists() and not (Path(model) / "config.json").exists():
-            raise OSError(
-                f"model={model!r} is an adapter. To continue it, pass PeftModel.from_pretrained(base, {model!r}, "
-                "is_trainable=True), base being the model under it."
-            )
         if Path(model).is_dir() and not (Path(model) / "config.json").exists():
+            if (Path(model) / "adapter_config.json").exists():
+                raise OSError(
+                    f"model={model!r} is an adapter. To continue it, pass PeftModel.from_pretrained(base, {model!r}, "
+                    "is_trainable=True), base being the model under it."
+                )
             raise OSError(f"model={model!r} is a folder without config.json; pass the path of a local model.")
         try:
             return AutoModelForCausalLM.from_pretrained(model, **settings)

@@ -9,7 +9,10 @@ EVERY_RANK = {"every_rank": True}
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A logger of what all ranks find alike, so that the first one says it."""
+    """A logger of what all ranks find alike, so that the first one says it.
+
+    That of accelerate raises where its state is not made yet, which is when a wrong launch is told.
+    """
     logger = logging.getLogger(name)
     logger.addFilter(_is_wanted)
     return logger

@@ -1,4 +1,4 @@
-"""Where ZeRO-3 has put the weights: sharded while a model is loaded, whole while completions are written."""
+"""What an engine does to models: where their weights lie, in which precision, and when ranks have them whole."""
 
 import contextlib
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.integrations import deepspeed as deepspeed_integration
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -121,6 +122,27 @@ def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
     from trl.models.utils import prepare_deepspeed
 
     return prepare_deepspeed(model, accelerator)
+
+
+def place_unprepared(model: nn.Module, device: torch.device, gathers: bool) -> None:
+    """Make a model ready to write completions that no engine has placed yet, because training has not begun.
+
+    Args:
+        model: Not wrapped.
+        device: Of this rank.
+        gathers: Whether sampling gathers weights that lie in shards.
+
+    Raises:
+        ValueError: Weights are in shards, and nothing gathers them.
+    """
+    if not gathers and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "evaluate() before train() cannot work with ds3_gather_for_generation=False: layers are gathered by an engine, "
+            "which training starts. Set it to True, or set eval_on_start=True instead of calling evaluate()."
+        )
+    parameter = next(model.parameters())
+    if not isinstance(parameter, DTensor) and parameter.device != device:
+        model.to(device)
 
 
 class GatheredWeights:

@@ -30,12 +30,12 @@ from transformers.trainer_utils import speed_metrics
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from .assembly import make_engine, make_prompts, make_rewards, make_scorer
-from .balance import Balancer
+from .balance import Balancer, exchange
 from .config import GRPOConfig
 from .data import PromptSet
 from .evaluation import evaluate_prompts
 from .guards import DeadRun, NonFinite, Share, check_failures
-from .launch import check_devices, check_ranks, deepspeed_was_asked_for, exchange, fsdp_was_asked_for, rest_at_exit
+from .launch import check_devices, check_ranks, deepspeed_was_asked_for, fsdp_was_asked_for, rest_at_exit
 from .metrics import Mean, MetricLog, Sum, loss_metrics
 from .models import (
     Reference,
@@ -51,7 +51,7 @@ from .policy import Completion, Piece, enable_scoring, evaluation_mode, score, s
 from .report import append_objective, merge_tables, print_completions, write_completions
 from .resumable import ResumableTrainer
 from .rollout import RolloutEngine, RolloutFuncEngine, RoundRunner
-from .sharding import GatheredWeights, check_sharding, engine_of, prepare_frozen
+from .sharding import GatheredWeights, check_sharding, engine_of, place_unprepared, prepare_frozen
 from .state import RunState, StepShare, Window, fingerprint, resumed_state
 from .windows import WindowMaker
 
@@ -248,21 +248,6 @@ class GRPOTrainer(ResumableTrainer):
     @property
     def _shows_progress(self) -> bool:
         return not self.args.disable_tqdm and self.is_world_process_zero()
-
-    def _place_model(self) -> None:
-        """Where no engine has done so yet, because training has not begun.
-
-        Raises:
-            ValueError: Weights are in shards, and nothing gathers them.
-        """
-        if not self.args.ds3_gather_for_generation and any(hasattr(p, "ds_id") for p in self.model.parameters()):
-            raise ValueError(
-                "evaluate() before train() cannot work with ds3_gather_for_generation=False: layers are gathered by an "
-                "engine, which training starts. Set it to True, or set eval_on_start=True instead of calling evaluate()."
-            )
-        parameter = next(self.model.parameters())
-        if not isinstance(parameter, DTensor) and parameter.device != self.args.device:
-            self.model.to(self.args.device)
 
     # ---- What Trainer iterates over ----
     def get_train_dataloader(self) -> DataLoader:
@@ -518,7 +503,7 @@ class GRPOTrainer(ResumableTrainer):
         start_time = time.time()
         own_engine = not isinstance(self._runner.engine, RolloutFuncEngine)
         if own_engine and self._waits_in_forward and self.model_wrapped is self.model:
-            self._place_model()
+            place_unprepared(self.model, self.args.device, self.args.ds3_gather_for_generation)
         # once for the whole evaluation, where the trainer would else gather for each batch
         with evaluation_mode(self.model), self._gathered_policy() if own_engine else nullcontext():
             metrics = evaluate_prompts(
