@@ -282,6 +282,25 @@ def test_the_ends_of_the_ranges_are_accepted(options):
     assert {name: getattr(config, name) for name in options} == options
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"reward_timeout": 2.0}, "reward_timeout=2.0 needs reward_workers=1 or more"),
+        (
+            {"reward_timeout": math.nan, "reward_workers": 1},
+            "reward_timeout=nan cannot work; it must be above 0, or None",
+        ),
+        ({"reward_workers": -1}, "reward_workers=-1 cannot work; use 0"),
+        ({"reward_retries": -1}, "reward_retries=-1 cannot work; use 0"),
+        ({"reward_memory_limit": 0.0}, "reward_memory_limit=0.0 cannot work; it must be above 0"),
+        ({"on_reward_error": "ignore"}, "on_reward_error='ignore' is unknown; use one of 'exclude', 'raise'"),
+        ({"reward_weights": [1.0, math.nan]}, "reward_weights=[1.0, nan] cannot work; use finite numbers"),
+    ],
+)
+def test_reward_options_that_cannot_work_are_refused(options, message):
+    assert message in refusal(**options)
+
+
 def test_a_checkpoint_on_each_node_is_refused(monkeypatch):
     assert make_config(save_on_each_node=True).save_on_each_node  # of one process
     monkeypatch.setattr(GRPOConfig, "world_size", 2)

@@ -7,7 +7,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from types import NoneType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from transformers import TrainingArguments
 
@@ -17,7 +17,6 @@ from .guards import DEAD_RUN_ACTIONS
 from .launch import check_bf16, check_launcher, gpu_has_bf16
 from .objective import LOSS_LEVELS
 from .objective.advantages import SCALES
-from .rewards.failures import ON_ERROR
 from .rollout import SamplingOptions
 from .sharding import check_engine_config, start_engine
 
@@ -122,12 +121,11 @@ class GRPOConfig(TrainingArguments):
     reward_memory_limit: float = field(
         default=4.0, metadata={"help": "GiB of memory that a process of reward_workers may take (on Linux)."}
     )
-    on_reward_error: str = field(
+    on_reward_error: Literal["exclude", "raise"] = field(
         default="exclude",
         metadata={
             "help": "What becomes of a completion that a reward function fails on: it has no reward and no advantage "
             "('exclude'), or the run is saved and stops ('raise').",
-            "choices": list(ON_ERROR),
         },
     )
     max_reward_failure_rate: float = field(
@@ -371,7 +369,7 @@ class GRPOConfig(TrainingArguments):
             ("loss_level", tuple(LOSS_LEVELS)),
             ("scale_rewards", SCALES),
             ("prompt_overflow", OVERFLOW_POLICIES),
-            ("on_reward_error", ON_ERROR),
+            ("on_reward_error", ("exclude", "raise")),
             ("on_dead_run", DEAD_RUN_ACTIONS),
             ("shared_prefix", ("auto", True, False)),
         ):
@@ -388,6 +386,11 @@ class GRPOConfig(TrainingArguments):
             raise ValueError(
                 "save_on_each_node=True would split a checkpoint over machines, since each rank writes a part of it; set "
                 "it to False, and have output_dir on a file system that all machines share."
+            )
+        if self.reward_timeout is not None and not self.reward_workers:
+            raise ValueError(
+                f"reward_timeout={self.reward_timeout} needs reward_workers=1 or more: a call in the training process "
+                "cannot be stopped."
             )
         if self.sync_ref_model and not self.beta:
             raise ValueError("sync_ref_model=True needs a reference, and beta=0.0 keeps none; set beta, e.g. to 0.04.")
@@ -434,6 +437,10 @@ class GRPOConfig(TrainingArguments):
         check("ref_model_sync_steps", self.ref_model_sync_steps >= 1, "use at least 1")
         check("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "it must be between 0 and 1")
         check("reward_workers", self.reward_workers >= 0, "use 0 (none) or more")
+        weights = self.reward_weights
+        check(
+            "reward_weights", weights is None or all(map(math.isfinite, weights)), "use finite numbers, e.g. 1.0 each"
+        )
         check("reward_retries", self.reward_retries >= 0, "use 0 or more")
         check("reward_memory_limit", self.reward_memory_limit > 0, "it must be above 0, e.g. 4.0")
         check("max_reward_failure_rate", 0 <= self.max_reward_failure_rate <= 1, "it must be between 0 and 1")

@@ -11,7 +11,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
-from grpo_trl.rewards import RewardBatch, RewardNotes
+from grpo_trl.rewards import RewardBatch, RewardLogs
 from grpo_trl.rewards.call import EventLoop, FunctionReward
 from grpo_trl.rewards.models import ModelReward
 
@@ -152,9 +152,9 @@ def test_a_column_never_hides_an_argument_of_the_trainer():
         log_metric("called", 1)
         return [0.0] * 4
 
-    notes = FunctionReward(reward)(batch).notes
+    logs = FunctionReward(reward)(batch).logs
     assert seen == {"prompts": ["a=", "a=", "b=", "b="], "state": STATE}
-    assert notes.metrics == {"called": [1.0]}
+    assert logs.metrics == {"called": [1.0]}
 
 
 def test_an_argument_that_nobody_has_is_named_with_its_function():
@@ -179,10 +179,10 @@ def test_notes_collect_columns_and_metrics():
         log_metric("accuracy", torch.tensor(0.75))
         return lengths(completions)
 
-    notes = FunctionReward(reward)(make_batch()).notes
-    assert notes.columns == {"parsed": ["1", "22", "333", "4444"]}
-    assert notes.metrics == {"accuracy": [0.25, 0.75]}
-    assert all(type(value) is float for value in notes.metrics["accuracy"])
+    logs = FunctionReward(reward)(make_batch()).logs
+    assert logs.columns == {"parsed": ["1", "22", "333", "4444"]}
+    assert logs.metrics == {"accuracy": [0.25, 0.75]}
+    assert all(type(value) is float for value in logs.metrics["accuracy"])
 
 
 @pytest.mark.parametrize(
@@ -368,16 +368,16 @@ def test_an_answer_survives_the_way_back_from_a_worker():
     answer = FunctionReward(reward)(make_batch())
     back = pickle.loads(pickle.dumps(answer))
     assert back.wrong == answer.wrong
-    assert back.notes == answer.notes
+    assert back.logs == answer.logs
 
 
 def test_notes_of_two_functions_are_appended():
-    notes, other = RewardNotes(), RewardNotes()
-    notes.log_metric("m", 1)
+    logs, other = RewardLogs(), RewardLogs()
+    logs.log_metric("m", 1)
     other.log_metric("m", 2)
     other.log_extra("c", "ab")
-    notes.add(other)
-    assert (notes.metrics, notes.columns) == ({"m": [1.0, 2.0]}, {"c": ["a", "b"]})
+    logs.add(other)
+    assert (logs.metrics, logs.columns) == ({"m": [1.0, 2.0]}, {"c": ["a", "b"]})
 
 
 # ---- Reward models ----

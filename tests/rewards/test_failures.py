@@ -4,29 +4,29 @@ import pickle
 
 import pytest
 
-from grpo_trl.rewards import RewardBatch, RewardError, RewardNotes
-from grpo_trl.rewards.call import Answer
-from grpo_trl.rewards.failures import Call, FailureReport, Ledger
+from grpo_trl.rewards import RewardBatch, RewardError, RewardLogs
+from grpo_trl.rewards.call import RewardResult
+from grpo_trl.rewards.failures import FailureReport, RewardCall, RewardCallTracker
 from grpo_trl.rewards.worker import CallRaised, WorkerDied
 
 
-def make_ledger(count: int = 8, group: int = 4, retries: int = 0, on_error: str = "exclude") -> Ledger:
+def make_tracker(count: int = 8, group: int = 4, retries: int = 0, on_error: str = "exclude") -> RewardCallTracker:
     batch = RewardBatch([""] * count, [f"c{i}" for i in range(count)], [[]] * count, {}, None, group)
-    return Ledger("f", None, batch, retries, FailureReport(on_error))
+    return RewardCallTracker("f", None, batch, retries, FailureReport(on_error))
 
 
-def answer(values, wrong=None, notes=None) -> Answer:
-    return Answer(list(values), wrong or {}, notes or RewardNotes())
+def answer(values, wrong=None, logs=None) -> RewardResult:
+    return RewardResult(list(values), wrong or {}, logs or RewardLogs())
 
 
-def calls_until_done(ledger: Ledger, bad: set[int], parts: int = 1) -> list[list[int]]:
+def calls_until_done(tracker: RewardCallTracker, bad: set[int], parts: int = 1) -> list[list[int]]:
     """Play a function that fails on the rows in `bad` and gives the others their row as reward; the rows of each call."""
-    queue, made = ledger.calls(parts), []
+    queue, made = tracker.calls(parts), []
     while queue:
         call = queue.pop(0)
         made.append(list(call.rows))
         failed = bad & set(call.rows)
-        queue += ledger.record(call, OSError("bad row") if failed else answer(map(float, call.rows)))
+        queue += tracker.record(call, OSError("bad row") if failed else answer(map(float, call.rows)))
     return made
 
 
@@ -43,78 +43,78 @@ def calls_until_done(ledger: Ledger, bad: set[int], parts: int = 1) -> list[list
     ],
 )
 def test_a_batch_is_cut_between_groups(count, group, parts, expected):
-    calls = make_ledger(count, group).calls(parts)
+    calls = make_tracker(count, group).calls(parts)
     assert [len(call.rows) for call in calls] == expected
     assert [row for call in calls for row in call.rows] == list(range(count))
 
 
 def test_what_does_not_fail_is_called_once():
-    ledger = make_ledger()
-    assert calls_until_done(ledger, set()) == [list(range(8))]
-    assert ledger.close()[0] == [float(row) for row in range(8)]
-    assert ledger.failed == [False] * 8
+    tracker = make_tracker()
+    assert calls_until_done(tracker, set()) == [list(range(8))]
+    assert tracker.close()[0] == [float(row) for row in range(8)]
+    assert tracker.failed == [False] * 8
 
 
 def test_a_failure_is_looked_for_by_group_and_then_by_completion():
-    ledger = make_ledger()
-    assert calls_until_done(ledger, {5}) == [list(range(8)), [0, 1, 2, 3], [4, 5, 6, 7], [4], [5], [6], [7]]
-    values, _ = ledger.close()
-    assert [row for row, failed in enumerate(ledger.failed) if failed] == [5]
+    tracker = make_tracker()
+    assert calls_until_done(tracker, {5}) == [list(range(8)), [0, 1, 2, 3], [4, 5, 6, 7], [4], [5], [6], [7]]
+    values, _ = tracker.close()
+    assert [row for row, failed in enumerate(tracker.failed) if failed] == [5]
     assert math.isnan(values.pop(5))
     assert values == [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 7.0]
 
 
 def test_a_single_group_goes_straight_to_its_completions():
-    assert calls_until_done(make_ledger(4, 4), {0}) == [[0, 1, 2, 3], [0], [1], [2], [3]]
-    assert calls_until_done(make_ledger(2, 1), {0}) == [[0, 1], [0], [1]]
-    assert calls_until_done(make_ledger(1, 1), {0}) == [[0]]
+    assert calls_until_done(make_tracker(4, 4), {0}) == [[0, 1, 2, 3], [0], [1], [2], [3]]
+    assert calls_until_done(make_tracker(2, 1), {0}) == [[0, 1], [0], [1]]
+    assert calls_until_done(make_tracker(1, 1), {0}) == [[0]]
 
 
 def test_whole_calls_and_single_completions_are_retried_groups_are_not():
-    made = calls_until_done(make_ledger(4, 2, retries=2), {0})
+    made = calls_until_done(make_tracker(4, 2, retries=2), {0})
     whole = [0, 1, 2, 3]
     assert sorted(made) == sorted([whole, whole, whole, [0, 1], [2, 3], [0], [0], [0], [1]])
 
 
 def test_a_retry_that_succeeds_leaves_no_failure(caplog):
-    ledger = make_ledger(retries=1)
-    [call] = ledger.calls()
+    tracker = make_tracker(retries=1)
+    [call] = tracker.calls()
     assert call.retries == 1
-    [again] = ledger.record(call, OSError("not yet"))
-    assert again == Call(call.rows, 0)
-    assert ledger.record(again, answer([1.0] * 8)) == []
-    assert ledger.close()[0] == [1.0] * 8
-    assert not any(ledger.failed)
+    [again] = tracker.record(call, OSError("not yet"))
+    assert again == RewardCall(call.rows, 0)
+    assert tracker.record(again, answer([1.0] * 8)) == []
+    assert tracker.close()[0] == [1.0] * 8
+    assert not any(tracker.failed)
 
 
 def test_a_value_that_is_no_reward_fails_its_completion_without_another_call():
-    ledger = make_ledger(4, 2)
-    [call] = ledger.calls()
-    assert ledger.record(call, answer([1.0, math.nan, 3.0, math.nan], wrong={3: "returned 'x' (str)"})) == []
-    assert ledger.failed == [False, False, False, True]
+    tracker = make_tracker(4, 2)
+    [call] = tracker.calls()
+    assert tracker.record(call, answer([1.0, math.nan, 3.0, math.nan], wrong={3: "returned 'x' (str)"})) == []
+    assert tracker.failed == [False, False, False, True]
 
 
 def test_the_place_in_a_part_is_turned_into_the_row():
-    ledger = make_ledger(4, 2)
-    first, second = ledger.calls(2)
-    ledger.record(second, answer([3.0, math.nan], wrong={1: "returned 'x' (str)"}))
-    ledger.record(first, answer([1.0, 2.0]))
-    assert ledger.failed == [False, False, False, True]
-    assert ledger.close()[0][:3] == [1.0, 2.0, 3.0]
+    tracker = make_tracker(4, 2)
+    first, second = tracker.calls(2)
+    tracker.record(second, answer([3.0, math.nan], wrong={1: "returned 'x' (str)"}))
+    tracker.record(first, answer([1.0, 2.0]))
+    assert tracker.failed == [False, False, False, True]
+    assert tracker.close()[0][:3] == [1.0, 2.0, 3.0]
 
 
 def test_clearing_forgets_everything():
-    ledger = make_ledger(2, 1)
-    calls_until_done(ledger, {0, 1})
-    ledger.clear()
-    assert ledger.failed == [False, False]
-    values, _ = ledger.close()
+    tracker = make_tracker(2, 1)
+    calls_until_done(tracker, {0, 1})
+    tracker.clear()
+    assert tracker.failed == [False, False]
+    values, _ = tracker.close()
     assert all(map(math.isnan, values))
 
 
 # ---- Notes ----
-def notes(column=None, metric=None) -> RewardNotes:
-    made = RewardNotes()
+def logs(column=None, metric=None) -> RewardLogs:
+    made = RewardLogs()
     if column is not None:
         made.log_extra("seen", column)
     if metric is not None:
@@ -123,31 +123,31 @@ def notes(column=None, metric=None) -> RewardNotes:
 
 
 def test_notes_stand_in_the_order_of_the_completions_with_none_where_there_is_none():
-    ledger = make_ledger(6, 2)
-    first, second, third = ledger.calls(3)
-    ledger.record(third, answer([1.0] * 2, notes=notes("ef", 3.0)))
-    ledger.record(second, answer([1.0] * 2))
-    ledger.record(first, answer([1.0] * 2, notes=notes("ab", 1.0)))
-    _, merged = ledger.close()
+    tracker = make_tracker(6, 2)
+    first, second, third = tracker.calls(3)
+    tracker.record(third, answer([1.0] * 2, logs=logs("ef", 3.0)))
+    tracker.record(second, answer([1.0] * 2))
+    tracker.record(first, answer([1.0] * 2, logs=logs("ab", 1.0)))
+    _, merged = tracker.close()
     assert merged.columns == {"seen": ["a", "b", None, None, "e", "f"]}
     assert merged.metrics == {"m": [1.0, 3.0]}
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_log_extra_with_another_number_of_values_than_the_call_is_refused(count):
-    ledger = make_ledger(2, 2)
-    [call] = ledger.calls()
+    tracker = make_tracker(2, 2)
+    [call] = tracker.calls()
     with pytest.raises(
         ValueError, match=rf"log_extra\('seen', ...\) got {count} values for 2 completions; give one each"
     ):
-        ledger.record(call, answer([1.0, 2.0], notes=notes("abc"[:count])))
+        tracker.record(call, answer([1.0, 2.0], logs=logs("abc"[:count])))
 
 
 # ---- What is said ----
 def test_the_first_failure_is_logged_once_with_its_completion_and_traceback(caplog):
-    ledger = make_ledger(4, 2)
-    calls_until_done(ledger, {1, 3})
-    calls_until_done(Ledger("f", None, ledger.batch, 0, ledger.report), {0})
+    tracker = make_tracker(4, 2)
+    calls_until_done(tracker, {1, 3})
+    calls_until_done(RewardCallTracker("f", None, tracker.batch, 0, tracker.report), {0})
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert "The reward function 'f' failed on a completion: OSError: bad row" in record.message
@@ -163,17 +163,17 @@ def test_each_function_has_a_first_failure(caplog):
 
 
 def test_the_traceback_of_an_exception_is_logged(caplog):
-    ledger = make_ledger(1, 1)
+    tracker = make_tracker(1, 1)
     try:
         raise KeyError("here")
     except KeyError as error:
-        ledger.record(ledger.calls()[0], error)
+        tracker.record(tracker.calls()[0], error)
     assert 'raise KeyError("here")' in caplog.text
 
 
 def test_the_traceback_of_a_worker_is_logged_and_not_the_trainers_own(caplog):
-    ledger = make_ledger(1, 1)
-    ledger.record(ledger.calls()[0], CallRaised("KeyError: 'there'", "Traceback of the worker"))
+    tracker = make_tracker(1, 1)
+    tracker.record(tracker.calls()[0], CallRaised("KeyError: 'there'", "Traceback of the worker"))
     assert "failed on a completion: KeyError: 'there'" in caplog.text
     assert "Traceback of the worker" in caplog.text
 
@@ -190,12 +190,12 @@ def test_messages_are_shown_as_they_are(caplog):
 
 
 def test_what_fails_together_only_is_logged_and_is_no_failure(caplog):
-    ledger = make_ledger(2, 2)
-    [call] = ledger.calls()
-    for single in ledger.record(call, WorkerDied("the worker process was ended by SIGKILL")):
-        ledger.record(single, answer([1.0]))
-    assert ledger.close()[0] == [1.0, 1.0]
-    assert not any(ledger.failed)
+    tracker = make_tracker(2, 2)
+    [call] = tracker.calls()
+    for single in tracker.record(call, WorkerDied("the worker process was ended by SIGKILL")):
+        tracker.record(single, answer([1.0]))
+    assert tracker.close()[0] == [1.0, 1.0]
+    assert not any(tracker.failed)
     assert (
         "failed on 2 completions together, on none of them alone: the worker process was ended by SIGKILL"
         in caplog.text
@@ -210,9 +210,9 @@ def test_the_error_survives_the_way_to_another_rank():
 
 
 def test_raise_stops_at_the_completion_that_is_to_blame(caplog):
-    ledger = make_ledger(4, 2, on_error="raise")
+    tracker = make_tracker(4, 2, on_error="raise")
     with pytest.raises(RewardError, match="'f' failed on a completion: OSError: bad row") as raised:
-        calls_until_done(ledger, {2, 3})
+        calls_until_done(tracker, {2, 3})
     assert raised.value.name == "f"
     assert raised.value.completion == "c2"
     assert "OSError: bad row" in raised.value.traceback

@@ -13,7 +13,7 @@ import torch
 from grpo_trl.rewards import RewardBatch, RewardError, Rewards, RewardTable
 from grpo_trl.rewards import pool as module
 
-from . import faults
+from ..helpers import reward_faults as faults
 
 
 MEMORY = 256 * 1024**2
@@ -244,11 +244,11 @@ def test_the_state_of_the_trainer_reaches_functions_that_take_it(make_rewards):
 
 def test_notes_of_parts_are_put_together_and_those_of_failed_calls_dropped(make_rewards):
     batch = make_batch(8, {5})
-    notes = make_rewards(faults.noted)(batch).notes
+    logs = make_rewards(faults.noted)(batch).logs
     expected = [text.upper() for text in batch.completions]
     expected[5] = None
-    assert notes.columns == {"seen": expected}
-    assert notes.metrics == {"calls": [4.0, 1.0, 1.0, 1.0]}
+    assert logs.columns == {"seen": expected}
+    assert logs.metrics == {"calls": [4.0, 1.0, 1.0, 1.0]}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -348,11 +348,11 @@ def test_a_wait_is_watched_under_the_names_of_its_functions(make_rewards):
             entered.append("end")
 
     functions = [faults.lengths, faults.process, async_process, lambda completions: [1.0] * len(completions)]
-    make_rewards(functions)(make_batch(4), watch=Watch)
+    make_rewards(functions)(make_batch(4), phase=Watch)
     assert entered == ["lengths, process", "end", "<lambda>", "end", "async_process", "end"]
 
 
 def test_notes_do_not_depend_on_who_answers_first(make_rewards):
     batch = make_batch(16)
-    notes = make_rewards(faults.noted_slowly)(batch).notes  # of two calls, the first takes longer
-    assert notes.metrics == {"first": [1.0, 9.0]}
+    logs = make_rewards(faults.noted_slowly)(batch).logs  # of two calls, the first takes longer
+    assert logs.metrics == {"first": [1.0, 9.0]}

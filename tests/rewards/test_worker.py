@@ -22,7 +22,7 @@ from grpo_trl.rewards.worker import (
     packed_function,
 )
 
-from . import faults
+from ..helpers import reward_faults as faults
 
 
 MEMORY = 256 * 1024**2

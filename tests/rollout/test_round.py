@@ -6,7 +6,7 @@ import torch
 
 from grpo_trl.metrics import MetricLog
 from grpo_trl.policy import Completion
-from grpo_trl.rewards import RewardNotes, Rewards, RewardTable
+from grpo_trl.rewards import RewardLogs, Rewards, RewardTable
 from grpo_trl.rollout import Rollout, Round, RoundRunner
 from grpo_trl.rollout.round import Prompt
 from grpo_trl.seeds import derive_seed
@@ -22,13 +22,13 @@ FAILED[4, 0] = True
 TOTAL = torch.tensor([1.0, 13.0, 2.0, 0.5, NAN, 0.5], dtype=torch.float64)
 
 
-def make_round(notes: RewardNotes | None = None, total=TOTAL, num_generations: int = 3) -> Round:
+def make_round(notes: RewardLogs | None = None, total=TOTAL, num_generations: int = 3) -> Round:
     return Round(
         num_generations=num_generations,
         prompts=["a"] * 3 + ["b"] * 3,
         completions=[Completion([5, 6], ids, [True] * len(ids), ended=ids[-1:] in ([1], [2])) for ids in IDS],
         texts=["t0", "t1", "t2", "t3", "t4", "t5"],
-        rewards=RewardTable(["f", "g"], VALUES, total, notes or RewardNotes(), FAILED),
+        rewards=RewardTable(["f", "g"], VALUES, total, notes or RewardLogs(), FAILED),
     )
 
 
@@ -82,7 +82,7 @@ def test_lengths_count_the_tokens_that_the_model_wrote():
         Completion([5], [7, 8, 1], [True, False, True]),
         Completion([5], [7, 8], [False, False], ended=False),
     ]
-    table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardNotes(), torch.zeros(2, 1, dtype=torch.bool))
+    table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardLogs(), torch.zeros(2, 1, dtype=torch.bool))
     metrics = values(Round(2, ["a"] * 2, completions, ["", ""], table))
     assert metrics["completions/mean_length"] == 1.0
     assert metrics["completions/mean_terminated_length"] == 2.0
@@ -90,7 +90,7 @@ def test_lengths_count_the_tokens_that_the_model_wrote():
 
 def test_where_nothing_ended_there_is_no_terminated_length():
     completions = [Completion([5], [token], [True], ended=False) for token in (7, 8)]
-    table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardNotes(), torch.zeros(2, 1, dtype=torch.bool))
+    table = RewardTable(["f"], torch.zeros(2, 1), torch.zeros(2), RewardLogs(), torch.zeros(2, 1, dtype=torch.bool))
     metrics = values(Round(2, ["a"] * 2, completions, ["", ""], table))
     assert metrics["completions/clipped_ratio"] == 1.0
     assert [metrics[f"completions/{kind}_terminated_length"] for kind in ("mean", "min", "max")] == [None] * 3
@@ -107,7 +107,7 @@ def test_metrics_of_two_rounds_add_up():
 
 
 def test_notes_become_metrics_and_columns():
-    notes = RewardNotes()
+    notes = RewardLogs()
     notes.log_metric("accuracy", 0.25)
     notes.log_metric("accuracy", 0.5)
     notes.log_extra("parsed", list("uvwxyz"))
@@ -127,7 +127,7 @@ def test_the_table_has_one_entry_per_completion():
 
 @pytest.mark.parametrize("count", [5, 12])
 def test_log_extra_with_another_number_of_values_than_completions_is_refused(count):
-    notes = RewardNotes()
+    notes = RewardLogs()
     notes.log_extra("parsed", ["x"] * count)
     with pytest.raises(ValueError, match=rf"log_extra\('parsed', ...\) got {count} values for 6 completions"):
         make_round(notes).table()
@@ -225,7 +225,7 @@ def test_the_share_of_useful_decoding_is_written_against_computed_tokens():
 
 @pytest.mark.parametrize("name", ["prompt", "completion", "f", "advantage", "step"])
 def test_log_extra_does_not_take_the_name_of_another_column(name):
-    notes = RewardNotes()
+    notes = RewardLogs()
     notes.log_extra(name, list("uvwxyz"))
     with pytest.raises(ValueError, match=rf"log_extra\('{name}', ...\) names a column that the table has"):
         make_round(notes).table()

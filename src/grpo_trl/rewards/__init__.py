@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .answers import MathAnswer, gsm8k_answer, math_answer
-    from .call import RewardBatch, RewardNotes
+    from .call import RewardBatch, RewardLogs
     from .failures import RewardError
-    from .form import format_tags, json_schema, length_penalty, repetition_penalty
-    from .programs import python_tests
+    from .library.answers import MathAnswer, gsm8k_answer, math_answer
+    from .library.format import format_tags, json_schema, length_penalty, repetition_penalty
+    from .library.python_tests import python_tests
     from .rewards import Rewards, RewardTable
 
 __all__ = [
     "MathAnswer",
     "RewardBatch",
     "RewardError",
-    "RewardNotes",
+    "RewardLogs",
     "RewardTable",
     "Rewards",
     "format_tags",
@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "answers": ("MathAnswer", "gsm8k_answer", "math_answer"),
-    "call": ("RewardBatch", "RewardNotes"),
+    "library.answers": ("MathAnswer", "gsm8k_answer", "math_answer"),
+    "call": ("RewardBatch", "RewardLogs"),
     "failures": ("RewardError",),
-    "form": ("format_tags", "json_schema", "length_penalty", "repetition_penalty"),
-    "programs": ("python_tests",),
+    "library.format": ("format_tags", "json_schema", "length_penalty", "repetition_penalty"),
+    "library.python_tests": ("python_tests",),
     "rewards": ("RewardTable", "Rewards"),
 }
 

@@ -16,7 +16,7 @@ from typing import Any
 
 
 @dataclass
-class RewardNotes:
+class RewardLogs:
     """What reward functions log: columns of the completions table, and values that are averaged into metrics."""
 
     columns: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
@@ -30,8 +30,8 @@ class RewardNotes:
         """Log a number; it is averaged over calls and ranks until the next log."""
         self.metrics[name].append(float(value))
 
-    def add(self, other: "RewardNotes") -> None:
-        """Append the notes of another function."""
+    def add(self, other: "RewardLogs") -> None:
+        """Append the logs of another function."""
         for column, values in other.columns.items():
             self.columns[column].extend(values)
         for name, numbers in other.metrics.items():
@@ -50,15 +50,15 @@ class RewardBatch:
     trainer_state: Any = None
     num_generations: int = 1
 
-    def arguments(self, notes: RewardNotes) -> dict[str, Any]:
+    def arguments(self, logs: RewardLogs) -> dict[str, Any]:
         """Keyword arguments of a reward function. A column never hides one of the trainer's own names."""
         return self.columns | {
             "prompts": self.prompts,
             "completions": self.completions,
             "completion_ids": self.completion_ids,
             "trainer_state": self.trainer_state,
-            "log_extra": notes.log_extra,
-            "log_metric": notes.log_metric,
+            "log_extra": logs.log_extra,
+            "log_metric": logs.log_metric,
         }
 
     def part(self, rows: range) -> "RewardBatch":
@@ -73,17 +73,17 @@ class RewardBatch:
 
 
 @dataclass(frozen=True)
-class Answer:
+class RewardResult:
     """What one call gave."""
 
     values: list[float]
     """One per completion of the call: a finite number, or NaN where it returned None or what is no reward."""
     wrong: dict[int, str]
     """What is wrong with the values that are no reward, by their place in the call."""
-    notes: RewardNotes
+    logs: RewardLogs
 
     @classmethod
-    def of(cls, returned: Any, count: int, notes: RewardNotes, name: str) -> "Answer":
+    def of(cls, returned: Any, count: int, logs: RewardLogs, name: str) -> "RewardResult":
         """Read what the function `name` returned for `count` completions.
 
         Raises:
@@ -107,7 +107,7 @@ class Answer:
             for i, number in enumerate(numbers)
             if number is None
         }
-        return cls([math.nan if number is None else number for number in numbers], wrong, notes)
+        return cls([math.nan if number is None else number for number in numbers], wrong, logs)
 
 
 class FunctionReward:
@@ -120,22 +120,22 @@ class FunctionReward:
             getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is a coroutine function
         )
 
-    def __call__(self, batch: RewardBatch) -> Answer:
+    def __call__(self, batch: RewardBatch) -> RewardResult:
         """Call the function on the whole batch.
 
         Raises:
             ValueError: It returned no list with one value per completion.
             Exception: What the function raises.
         """
-        notes = RewardNotes()
-        returned = self.function(**self._select(batch.arguments(notes)))
-        return Answer.of(returned, len(batch.completions), notes, self.name)
+        logs = RewardLogs()
+        returned = self.function(**self._select(batch.arguments(logs)))
+        return RewardResult.of(returned, len(batch.completions), logs, self.name)
 
-    async def call_async(self, batch: RewardBatch) -> Answer:
+    async def call_async(self, batch: RewardBatch) -> RewardResult:
         """The same for a coroutine function."""
-        notes = RewardNotes()
+        logs = RewardLogs()
         try:
-            returned = await self.function(**self._select(batch.arguments(notes)))
+            returned = await self.function(**self._select(batch.arguments(logs)))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or not hasattr(task, "cancelling") or task.cancelling():  # of Python 3.11
@@ -143,7 +143,7 @@ class FunctionReward:
             raise RuntimeError("CancelledError in an async function") from error
         except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and its caller would wait for ever
             raise RuntimeError(f"{type(error).__name__} in an async function") from error
-        return Answer.of(returned, len(batch.completions), notes, self.name)
+        return RewardResult.of(returned, len(batch.completions), logs, self.name)
 
     def check(self, batch: RewardBatch) -> None:
         """Refuse a function that cannot be called on the batch.
@@ -151,7 +151,7 @@ class FunctionReward:
         Raises:
             ValueError: The function takes what neither the dataset nor the trainer has.
         """
-        arguments = batch.arguments(RewardNotes())
+        arguments = batch.arguments(RewardLogs())
         required = [
             name
             for name, p in (self._parameters() or {}).items()

@@ -4,16 +4,16 @@ import logging
 import math
 import traceback
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import RunStopped
-from .call import Answer, RewardBatch, RewardNotes
+from .call import RewardBatch, RewardLogs, RewardResult
 from .worker import WorkerError
 
 
 logger = logging.getLogger(__name__)
 
-ON_ERROR = ("exclude", "raise")
+OnError = Literal["exclude", "raise"]
 COMPLETION_CHARACTERS = 500
 
 
@@ -39,7 +39,7 @@ class RewardError(RunStopped):
 
 
 @dataclass(frozen=True)
-class Call:
+class RewardCall:
     """Some rows of the batch that a function is called on together, and how often that is repeated as it is."""
 
     rows: range
@@ -53,7 +53,7 @@ class FailureReport:
         on_error: "exclude" or "raise".
     """
 
-    def __init__(self, on_error: str):
+    def __init__(self, on_error: OnError):
         self.on_error = on_error
         self._logged: set[str] = set()
 
@@ -78,7 +78,7 @@ class FailureReport:
             logger.warning("%s\nFurther failures of it are only counted, in rewards/%s/failures.", text, name)
 
 
-class Ledger:
+class RewardCallTracker:
     """What one function's calls have given for the completions of a batch.
 
     A call that fails is repeated `retries` times as it is; then each of its groups is called alone, and of a group that
@@ -103,22 +103,22 @@ class Ledger:
     def clear(self) -> None:
         """Forget all that is recorded."""
         self.failed = [False] * len(self.batch.completions)
-        self._answers: list[tuple[range, Answer]] = []
+        self._results: list[tuple[range, RewardResult]] = []
         self._first_failure: tuple[int, str, str] | None = None
 
-    def calls(self, parts: int = 1) -> list[Call]:
+    def calls(self, parts: int = 1) -> list[RewardCall]:
         """The batch as at most `parts` calls on whole groups."""
         count, group = len(self.batch.completions), self.batch.num_generations
         return self._split(range(count), math.ceil(count / group / parts) * group, self.retries)
 
-    def record(self, call: Call, outcome: Answer | Exception) -> list[Call]:
+    def record(self, call: RewardCall, outcome: RewardResult | Exception) -> list[RewardCall]:
         """Write down what a call gave, or that it failed; the calls to make instead.
 
         Raises:
             ValueError: `log_extra` got another number of values than the call had completions.
             RewardError: A completion failed, and the report says that this stops the run.
         """
-        if isinstance(outcome, Answer):
+        if isinstance(outcome, RewardResult):
             self._accept(call.rows, outcome)
             return []
         message, text = _explained(outcome)
@@ -132,35 +132,35 @@ class Ledger:
         self._fail(call.rows[0], message, text)
         return []
 
-    def close(self) -> tuple[list[float], RewardNotes]:
-        """Values of all completions, NaN where the function returned None or failed, and notes, None where it gave none.
+    def close(self) -> tuple[list[float], RewardLogs]:
+        """Values of all completions, NaN where the function returned None or failed, and logs, None where it gave none.
 
-        Both are in the order of the completions, whatever the order of the answers.
+        Both are in the order of the completions, whatever the order of the calls.
         """
         if self._first_failure and not any(self.failed):
             self.report.only_together(self.name, *self._first_failure)
         values = [math.nan] * len(self.failed)
-        notes = RewardNotes()
-        for rows, answer in sorted(self._answers, key=lambda entry: entry[0].start):
-            values[rows.start : rows.stop] = answer.values
-            for name, column in answer.notes.columns.items():
-                whole = notes.columns.setdefault(name, [None] * len(values))
+        logs = RewardLogs()
+        for rows, result in sorted(self._results, key=lambda entry: entry[0].start):
+            values[rows.start : rows.stop] = result.values
+            for name, column in result.logs.columns.items():
+                whole = logs.columns.setdefault(name, [None] * len(values))
                 whole[rows.start : rows.stop] = column
-            for name, numbers in answer.notes.metrics.items():
-                notes.metrics[name].extend(numbers)
-        return values, notes
+            for name, numbers in result.logs.metrics.items():
+                logs.metrics[name].extend(numbers)
+        return values, logs
 
-    def _split(self, rows: range, size: int, retries: int) -> list[Call]:
-        return [Call(rows[start : start + size], retries) for start in range(0, len(rows), max(size, 1))]
+    def _split(self, rows: range, size: int, retries: int) -> list[RewardCall]:
+        return [RewardCall(rows[start : start + size], retries) for start in range(0, len(rows), max(size, 1))]
 
-    def _accept(self, rows: range, answer: Answer) -> None:
-        for column, values in answer.notes.columns.items():
+    def _accept(self, rows: range, result: RewardResult) -> None:
+        for column, values in result.logs.columns.items():
             if len(values) != len(rows):
                 raise ValueError(
                     f"log_extra({column!r}, ...) got {len(values)} values for {len(rows)} completions; give one each."
                 )
-        self._answers.append((rows, answer))
-        for place, message in answer.wrong.items():
+        self._results.append((rows, result))
+        for place, message in result.wrong.items():
             self._fail(rows[place], message, "")
 
     def _fail(self, row: int, message: str, text: str) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 
-from .call import Answer, RewardBatch, RewardNotes
+from .call import RewardBatch, RewardLogs, RewardResult
 
 
 class ModelReward:
@@ -32,7 +32,7 @@ class ModelReward:
         self.name = model.config._name_or_path.rstrip("/").split("/")[-1] or type(model).__name__
 
     @torch.no_grad()
-    def __call__(self, batch: RewardBatch) -> Answer:
+    def __call__(self, batch: RewardBatch) -> RewardResult:
         texts = [self._text(p, c) for p, c in zip(batch.prompts, batch.completions, strict=True)]
         device = next(self.model.parameters()).device
         rewards: list[float] = []
@@ -46,7 +46,7 @@ class ModelReward:
                 add_special_tokens=False,
             ).to(device)
             rewards += self.model(**inputs).logits[:, 0].double().tolist()
-        return Answer.of(rewards, len(texts), RewardNotes(), self.name)
+        return RewardResult.of(rewards, len(texts), RewardLogs(), self.name)
 
     def _text(self, prompt: Any, completion: Any) -> str:
         if isinstance(prompt, str):

@@ -12,8 +12,8 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from ..notices import EVERY_RANK, get_logger
-from .call import Answer, FunctionReward
-from .failures import Call, Ledger
+from .call import FunctionReward, RewardResult
+from .failures import RewardCall, RewardCallTracker
 from .worker import PENDING, POLL_SECONDS, CallNotLoaded, Worker, WorkerError, packed_call, packed_function
 
 
@@ -22,8 +22,8 @@ logger = get_logger(__name__)
 LARGEST_FUNCTION = 64 * 1024**2
 """Bytes of a packed function. One that carries more, such as a model of the script, would be sent with each call."""
 
-Watch = Callable[[str], AbstractContextManager[Any]]
-Job = tuple[Ledger, Call]
+Phase = Callable[[str], AbstractContextManager[Any]]
+QueuedCall = tuple[RewardCallTracker, RewardCall]
 
 
 class RewardPool:
@@ -42,57 +42,57 @@ class RewardPool:
         self._packed: dict[str, bytes] = {}
         """The functions of this batch. They are packed anew for each, so that what changes in them here changes there."""
 
-    def run(self, ledgers: Sequence[Ledger], watch: Watch = nullcontext) -> list[Ledger]:
+    def run(self, trackers: Sequence[RewardCallTracker], phase: Phase = nullcontext) -> list[RewardCallTracker]:
         """Make the calls of all functions that workers can call; the rest, for which nothing is recorded.
 
-        The groups of a batch are divided evenly among the workers. `watch` is entered around the wait with all names.
+        The groups of a batch are divided evenly among the workers. `phase` is entered around the wait with all names.
 
         Raises:
-            ValueError, RewardError: What `Ledger.record` raises.
+            ValueError, RewardError: What `RewardCallTracker.record` raises.
         """
         self._packed.clear()
-        for ledger in ledgers:
-            self._pack(ledger)
-        if pooled := [ledger for ledger in ledgers if ledger.name in self._packed]:
-            with watch(", ".join(ledger.name for ledger in pooled)):
-                self._work(deque((ledger, call) for ledger in pooled for call in ledger.calls(len(self._workers))))
-        return [ledger for ledger in ledgers if ledger.name not in self._packed]
+        for tracker in trackers:
+            self._pack(tracker)
+        if pooled := [tracker for tracker in trackers if tracker.name in self._packed]:
+            with phase(", ".join(tracker.name for tracker in pooled)):
+                self._work(deque((tracker, call) for tracker in pooled for call in tracker.calls(len(self._workers))))
+        return [tracker for tracker in trackers if tracker.name not in self._packed]
 
     def close(self) -> None:
         """End all workers."""
         for worker in self._workers:
             worker.kill()
 
-    def _pack(self, ledger: Ledger) -> None:
-        if ledger.name in self._kept_out:
+    def _pack(self, tracker: RewardCallTracker) -> None:
+        if tracker.name in self._kept_out:
             return
-        function = ledger.function
+        function = tracker.function
         if not isinstance(function, FunctionReward):
-            return self._keep_out(ledger, "it is a model")
+            return self._keep_out(tracker, "it is a model")
         if function.is_async:
-            return self._keep_out(ledger, "it is async")
+            return self._keep_out(tracker, "it is async")
         try:
             packed = packed_function(function)
         except Exception as error:
-            return self._keep_out(ledger, f"it cannot be pickled: {error}")
+            return self._keep_out(tracker, f"it cannot be pickled: {error}")
         if len(packed) > LARGEST_FUNCTION:
-            return self._keep_out(ledger, f"pickled it has {len(packed) / 1024**2:.0f} MiB")
-        self._packed[ledger.name] = packed
+            return self._keep_out(tracker, f"pickled it has {len(packed) / 1024**2:.0f} MiB")
+        self._packed[tracker.name] = packed
 
-    def _keep_out(self, ledger: Ledger, reason: str) -> None:
+    def _keep_out(self, tracker: RewardCallTracker, reason: str) -> None:
         logger.warning(
             "The reward function %r is called in the training process, not by reward_workers: %s.",
-            ledger.name,
+            tracker.name,
             reason,
             extra=EVERY_RANK,
         )
-        self._kept_out.add(ledger.name)
-        self._packed.pop(ledger.name, None)
-        ledger.clear()
+        self._kept_out.add(tracker.name)
+        self._packed.pop(tracker.name, None)
+        tracker.clear()
 
-    def _work(self, queue: deque[Job]) -> None:
-        """Hand out calls to idle workers and take in answers until both are none."""
-        busy: dict[Worker, Job] = {}
+    def _work(self, queue: deque[QueuedCall]) -> None:
+        """Hand out calls to idle workers and record results until there are no more."""
+        busy: dict[Worker, QueuedCall] = {}
         try:
             while queue or busy:
                 self._hand_out(queue, busy)
@@ -104,27 +104,27 @@ class RewardPool:
                 worker.kill()
             raise
 
-    def _hand_out(self, queue: deque[Job], busy: dict[Worker, Job]) -> None:
+    def _hand_out(self, queue: deque[QueuedCall], busy: dict[Worker, QueuedCall]) -> None:
         for worker in self._workers:
             while queue and worker not in busy:
-                ledger, call = queue.popleft()
-                if message := self._packed_job(ledger, call):
-                    busy[worker] = ledger, call  # before it is sent: see the end of `_work`
+                tracker, call = queue.popleft()
+                if message := self._packed_call(tracker, call):
+                    busy[worker] = tracker, call  # before it is sent: see the end of `_work`
                     worker.send(message, self.timeout)
 
-    def _packed_job(self, ledger: Ledger, call: Call) -> bytes | None:
+    def _packed_call(self, tracker: RewardCallTracker, call: RewardCall) -> bytes | None:
         """The call as a worker gets it; None for that of a function which has been found to stay here."""
-        packed = self._packed.get(ledger.name)
+        packed = self._packed.get(tracker.name)
         if packed is None:
             return None
         try:
-            return packed_call(packed, ledger.function.for_worker(ledger.batch.part(call.rows)))
+            return packed_call(packed, tracker.function.for_worker(tracker.batch.part(call.rows)))
         except Exception as error:
-            self._keep_out(ledger, f"its arguments cannot be pickled: {error}")
+            self._keep_out(tracker, f"its arguments cannot be pickled: {error}")
             return None
 
-    def _take_in(self, worker: Worker, queue: deque[Job], busy: dict[Worker, Job]) -> None:
-        outcome: Answer | WorkerError
+    def _take_in(self, worker: Worker, queue: deque[QueuedCall], busy: dict[Worker, QueuedCall]) -> None:
+        outcome: RewardResult | WorkerError
         try:
             outcome = worker.receive()
             if outcome is PENDING:
@@ -133,16 +133,16 @@ class RewardPool:
             if not error.worker_is_usable:
                 worker.kill()
             outcome = error
-        ledger, call = busy[worker]
-        if ledger.name not in self._packed:
+        tracker, call = busy[worker]
+        if tracker.name not in self._packed:
             pass
         elif isinstance(outcome, CallNotLoaded):
-            self._keep_out(ledger, f"a worker cannot load it: {outcome}")
+            self._keep_out(tracker, f"a worker cannot load it: {outcome}")
         else:
-            queue.extend((ledger, further) for further in ledger.record(call, outcome))
+            queue.extend((tracker, further) for further in tracker.record(call, outcome))
         del busy[worker]
 
-    def _patience(self, busy: dict[Worker, Job]) -> float:
+    def _patience(self, busy: dict[Worker, QueuedCall]) -> float:
         """Seconds to wait for news, short so that signal handlers run and workers that ended are found."""
         next_deadline = min((worker.deadline for worker in busy), default=0.0)
         return min(POLL_SECONDS, max(0.0, next_deadline - time.monotonic()))

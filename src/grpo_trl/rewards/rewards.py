@@ -4,7 +4,6 @@ Axes: B completions, F reward functions.
 """
 
 import asyncio
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import EventLoop, FunctionReward, RewardBatch, RewardNotes
-from .failures import ON_ERROR, Call, FailureReport, Ledger
+from .call import EventLoop, FunctionReward, RewardBatch, RewardLogs
+from .failures import FailureReport, OnError, RewardCall, RewardCallTracker
 from .models import ModelReward, load_reward_model, reward_tokenizer
-from .pool import RewardPool, Watch
+from .pool import Phase, RewardPool
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class RewardTable:
     """float64; NaN where a function returned None or failed."""
     total_B: Tensor
     """Weighted sum of the functions that apply, float64; NaN where none does, or where one that has a weight failed."""
-    notes: RewardNotes
+    logs: RewardLogs
     failed_BF: Tensor
     """bool; True where the function failed on the completion."""
 
@@ -53,8 +52,7 @@ class Rewards:
         on_error: "exclude" leaves the total of a completion undefined on which a function failed; "raise" raises.
 
     Raises:
-        ValueError: No reward function, another number of weights or tokenizers than of reward functions, a weight that
-            is not finite, or options that do not fit each other.
+        ValueError: No reward function, or another number of weights or tokenizers than of reward functions.
         TypeError: A reward function that is none of the above.
     """
 
@@ -71,9 +69,8 @@ class Rewards:
         timeout: float | None = None,
         retries: int = 0,
         memory_limit: int | None = None,
-        on_error: str = "exclude",
+        on_error: OnError = "exclude",
     ):
-        _check_options(workers, timeout, retries, memory_limit, on_error)
         funcs = _as_list(reward_funcs)
         if not funcs:
             raise ValueError("reward_funcs is empty; pass at least one reward function.")
@@ -82,8 +79,6 @@ class Rewards:
         for name, values in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
             if len(values) != len(funcs):
                 raise ValueError(f"{name} has {len(values)} entries for {len(funcs)} reward_funcs; give one for each.")
-        if not all(map(math.isfinite, weights)):
-            raise ValueError(f"reward_weights={weights} must be finite numbers, e.g. {[1.0] * len(funcs)}.")
         self.weights_F = torch.tensor(weights, dtype=torch.float64)
         self.functions = [
             _reward(func, tokenizer, model_init_kwargs or {}, chat_template_kwargs or {}, batch_size)
@@ -111,13 +106,13 @@ class Rewards:
         if self._pool:
             self._pool.close()
 
-    def __call__(self, batch: RewardBatch, watch: Watch = nullcontext) -> RewardTable:
-        """Call every function on the batch: in the workers first, then here the rest, synchronous functions in turn and
-        async ones at the same time.
+    def __call__(self, batch: RewardBatch, phase: Phase = nullcontext) -> RewardTable:
+        """Call every function on the batch: in the workers first, then the rest here, synchronous functions one by one
+        and async ones concurrently.
 
         Args:
             batch: The completions.
-            watch: Entered around each wait with the names of the functions that it waits for.
+            phase: Entered around each wait with the names of the functions that it waits for.
 
         Raises:
             ValueError: A function takes what nobody has, or gave `log_extra` another number of values than completions.
@@ -126,65 +121,65 @@ class Rewards:
         for function in self.functions:
             if isinstance(function, FunctionReward):
                 function.check(batch)
-        ledgers = [
-            Ledger(name, function, batch, self.retries, self._report)
+        trackers = [
+            RewardCallTracker(name, function, batch, self.retries, self._report)
             for name, function in zip(self.names, self.functions, strict=True)
         ]
-        self._fill(ledgers, watch)
-        notes = RewardNotes()
+        self._fill(trackers, phase)
+        logs = RewardLogs()
         columns = []
-        for ledger in ledgers:
-            values, own_notes = ledger.close()
+        for tracker in trackers:
+            values, own_logs = tracker.close()
             columns.append(values)
-            notes.add(own_notes)
+            logs.add(own_logs)
         values_BF = torch.tensor(columns, dtype=torch.float64).T.contiguous()
-        failed_BF = torch.tensor([ledger.failed for ledger in ledgers]).T.contiguous()
-        return RewardTable(self.names, values_BF, self.total(values_BF, failed_BF), notes, failed_BF)
+        failed_BF = torch.tensor([tracker.failed for tracker in trackers]).T.contiguous()
+        return RewardTable(self.names, values_BF, self.total(values_BF, failed_BF), logs, failed_BF)
 
     def total(self, values_BF: Tensor, failed_BF: Tensor) -> Tensor:
         """Weighted sum over the functions that apply to a completion. Shape (B,), float64.
 
         NaN where no function applies, and where one failed: the sum of the others would read as a judgement. Functions
-        whose weight is 0 only watch, unless all do.
+        whose weight is 0 only phase, unless all do.
         """
-        counts_F = (self.weights_F != 0) | (self.weights_F == 0).all()
+        applies_F = (self.weights_F != 0) | (self.weights_F == 0).all()
         total_B = (values_BF * self.weights_F).nansum(1)
-        undefined_B = values_BF[:, counts_F].isnan().all(1) | (failed_BF & (self.weights_F != 0)).any(1)
-        return total_B.masked_fill(undefined_B, torch.nan)
+        mask_undefined_B = values_BF[:, applies_F].isnan().all(1) | (failed_BF & (self.weights_F != 0)).any(1)
+        return total_B.masked_fill(mask_undefined_B, torch.nan)
 
-    def _fill(self, ledgers: list[Ledger], watch: Watch) -> None:
-        left = self._pool.run(ledgers, watch) if self._pool else ledgers
-        for ledger in left:
-            if not _is_async(ledger):
-                with watch(ledger.name):
-                    _call_here(ledger)
-        if waiting := [ledger for ledger in left if _is_async(ledger)]:
-            with watch(", ".join(ledger.name for ledger in waiting)):
-                self._event_loop.run([self._await(ledger, call) for ledger in waiting for call in ledger.calls()])
+    def _fill(self, trackers: list[RewardCallTracker], phase: Phase) -> None:
+        left = self._pool.run(trackers, phase) if self._pool else trackers
+        for tracker in left:
+            if not _is_async(tracker):
+                with phase(tracker.name):
+                    _call_here(tracker)
+        if waiting := [tracker for tracker in left if _is_async(tracker)]:
+            with phase(", ".join(tracker.name for tracker in waiting)):
+                self._event_loop.run([self._await(tracker, call) for tracker in waiting for call in tracker.calls()])
 
-    async def _await(self, ledger: Ledger, call: Call) -> None:
+    async def _await(self, tracker: RewardCallTracker, call: RewardCall) -> None:
         """A call of an async function, then, all at the same time, the calls that are to be made instead if it failed."""
         try:
-            outcome = await asyncio.wait_for(ledger.function.call_async(ledger.batch.part(call.rows)), self.timeout)
+            outcome = await asyncio.wait_for(tracker.function.call_async(tracker.batch.part(call.rows)), self.timeout)
         except Exception as error:
             outcome = error
-        await asyncio.gather(*(self._await(ledger, further) for further in ledger.record(call, outcome)))
+        await asyncio.gather(*(self._await(tracker, further) for further in tracker.record(call, outcome)))
 
 
-def _call_here(ledger: Ledger) -> None:
+def _call_here(tracker: RewardCallTracker) -> None:
     """Make all calls of a synchronous function in this process."""
-    queue = deque(ledger.calls())
+    queue = deque(tracker.calls())
     while queue:
         call = queue.popleft()
         try:
-            outcome = ledger.function(ledger.batch.part(call.rows))
+            outcome = tracker.function(tracker.batch.part(call.rows))
         except Exception as error:
             outcome = error
-        queue.extend(ledger.record(call, outcome))
+        queue.extend(tracker.record(call, outcome))
 
 
-def _is_async(ledger: Ledger) -> bool:
-    return isinstance(ledger.function, FunctionReward) and ledger.function.is_async
+def _is_async(tracker: RewardCallTracker) -> bool:
+    return isinstance(tracker.function, FunctionReward) and tracker.function.is_async
 
 
 def _reward(
@@ -202,21 +197,6 @@ def _reward(
         f"A reward function is {func!r} ({type(func).__name__}); it must be a callable, a sequence-classification model, "
         "or the path of one."
     )
-
-
-def _check_options(workers: int, timeout: float | None, retries: int, memory_limit: int | None, on_error: str) -> None:
-    for name, value in (("reward_workers", workers), ("reward_retries", retries)):
-        if value < 0:
-            raise ValueError(f"{name}={value} must be 0 or more.")
-    for name, limit in (("reward_timeout", timeout), ("reward_memory_limit", memory_limit)):
-        if limit is not None and not limit > 0:
-            raise ValueError(f"{name}={limit} must be more than 0, or None for no limit.")
-    if timeout is not None and not workers:
-        raise ValueError(
-            f"reward_timeout={timeout} needs reward_workers=1 or more: a call in the training process cannot be stopped."
-        )
-    if on_error not in ON_ERROR:
-        raise ValueError(f"on_reward_error={on_error!r} must be one of {', '.join(map(repr, ON_ERROR))}.")
 
 
 def _as_list(value: Any) -> list[Any]:

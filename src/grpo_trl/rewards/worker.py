@@ -246,10 +246,10 @@ def _serve(connection: Connection) -> None:
             call = connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(_answer(call, connection))
+        connection.send_bytes(_reply(call, connection))
 
 
-def _answer(call: bytes, connection: Connection) -> bytes:
+def _reply(call: bytes, connection: Connection) -> bytes:
     """The end of a call as `Worker.receive` reads it; what ends the loading of its function is sent on the way."""
     kind = "not loaded"
     try:

@@ -78,14 +78,14 @@ class Round:
         """
         rewards = dict(zip(self.rewards.names, self.rewards.values_BF.T.tolist(), strict=True))
         table = {"prompt": self.prompts, "completion": self.texts} | rewards
-        for name, values in self.rewards.notes.columns.items():
+        for name, values in self.rewards.logs.columns.items():
             if len(values) != len(self.texts):
                 raise ValueError(
                     f"log_extra({name!r}, ...) got {len(values)} values for {len(self.texts)} completions; give one each."
                 )
             if name in (*table, *TABLE_COLUMNS):
                 raise ValueError(f"log_extra({name!r}, ...) names a column that the table has; choose another name.")
-        return table | self.rewards.notes.columns
+        return table | self.rewards.logs.columns
 
     def _reward_metrics(self) -> dict[str, Metric]:
         total_B = self.rewards.total_B
@@ -99,7 +99,7 @@ class Round:
             metrics[f"rewards/{name}/mean"] = Mean.of(values_B, ~values_B.isnan())
             metrics[f"rewards/{name}/std"] = Std.of(values_B)
             metrics[f"rewards/{name}/failures"] = Sum(self.rewards.failed_BF[:, f].sum())
-        for name, values in self.rewards.notes.metrics.items():
+        for name, values in self.rewards.logs.metrics.items():
             if name in metrics or name in TRAINER_METRICS:
                 raise ValueError(f"log_metric({name!r}, ...) names a metric that the log has; choose another name.")
             metrics[name] = Mean(sum(values), len(values))

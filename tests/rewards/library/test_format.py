@@ -6,7 +6,7 @@ import time
 import pytest
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
-from grpo_trl.rewards.form import (
+from grpo_trl.rewards.library.format import (
     format_tags,
     json_schema,
     last_block,

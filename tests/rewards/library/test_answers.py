@@ -6,8 +6,8 @@ from fractions import Fraction
 
 import pytest
 
-from grpo_trl.rewards import answers
-from grpo_trl.rewards.answers import MathAnswer, final_number, gsm8k_answer, math_answer
+from grpo_trl.rewards.library import answers
+from grpo_trl.rewards.library.answers import MathAnswer, final_number, gsm8k_answer, math_answer
 from grpo_trl.rewards.worker import CallRaised
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from .form import text_of
-from .worker import GIB, CallRaised, CallTimedOut, Worker, WorkerDied, packed_call
+from ..worker import GIB, CallRaised, CallTimedOut, Worker, WorkerDied, packed_call
+from .format import text_of
 
 
 # ---- GSM8K ----

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from .form import last_block, text_of
+from .format import last_block, text_of
 
 
 _STARTING = 10.0
@@ -117,7 +117,7 @@ def _run(program: str, tests: Sequence[str], timeout: float, memory_limit: int) 
     """Which tests pass, and whether the program was isolated."""
     with tempfile.TemporaryDirectory(prefix="grpo_trl-", ignore_cleanup_errors=True) as folder:
         request = {"program": program, "tests": list(tests), "timeout": timeout, "memory_limit": memory_limit}
-        guard = subprocess.Popen(
+        launcher = subprocess.Popen(
             [os.path.realpath(sys.executable), "-I", "-S", str(Path(__file__).with_name("sandbox.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -128,23 +128,23 @@ def _run(program: str, tests: Sequence[str], timeout: float, memory_limit: int) 
         )
         answer = b""
         try:
-            assert guard.stdin is not None
-            guard.stdin.write(marshal.dumps(request | {"folder": folder}))
-            guard.stdin.flush()
-            answer = _answer(guard, 2 * timeout + _STARTING)
+            assert launcher.stdin is not None
+            launcher.stdin.write(marshal.dumps(request | {"folder": folder}))
+            launcher.stdin.flush()
+            answer = _answer(launcher, 2 * timeout + _STARTING)
         except BrokenPipeError:  # it could not even start
             pass
         finally:
-            _kill(guard, isolated=answer[:1] == b"\x01")
+            _kill(launcher, isolated=answer[:1] == b"\x01")
     passed = [value == 1 for value in answer[1:]]
     return (passed if len(passed) == len(tests) else [False] * len(tests)), answer[:1] == b"\x01"
 
 
-def _answer(guard: "subprocess.Popen[bytes]", seconds: float) -> bytes:
-    """What the keeper writes until it ends; empty if it takes too long."""
-    assert guard.stdout is not None
+def _answer(launcher: "subprocess.Popen[bytes]", seconds: float) -> bytes:
+    """What the supervisor writes until it ends; empty if it takes too long."""
+    assert launcher.stdout is not None
     answer, end = b"", time.monotonic() + seconds
-    connection = Connection(os.dup(guard.stdout.fileno()), writable=False)
+    connection = Connection(os.dup(launcher.stdout.fileno()), writable=False)
     with connection:
         while connection.poll(max(0.0, end - time.monotonic())):
             if not (data := os.read(connection.fileno(), 65536)):
@@ -153,26 +153,26 @@ def _answer(guard: "subprocess.Popen[bytes]", seconds: float) -> bytes:
     return b""
 
 
-def _kill(guard: "subprocess.Popen[bytes]", isolated: bool) -> None:
-    """End the guard and all that descends from it. In a namespace, it has ended with the keeper."""
+def _kill(launcher: "subprocess.Popen[bytes]", isolated: bool) -> None:
+    """End the launcher and all that descends from it. In a namespace, it has ended with the supervisor."""
     import psutil
 
-    assert guard.stdin is not None
+    assert launcher.stdin is not None
 
     end = time.monotonic() + _STARTING
     with contextlib.suppress(psutil.NoSuchProcess):
         while not isolated and time.monotonic() < end:
-            descendants = psutil.Process(guard.pid).children(recursive=True)
+            descendants = psutil.Process(launcher.pid).children(recursive=True)
             alive = [process for process in descendants if process.status() != psutil.STATUS_ZOMBIE]
             for process in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
             if not alive:
                 break
-    with guard:
+    with launcher:
         with contextlib.suppress(BrokenPipeError):
-            guard.stdin.close()
+            launcher.stdin.close()
         try:
-            guard.wait(_STARTING)
+            launcher.wait(_STARTING)
         except subprocess.TimeoutExpired:
-            os.killpg(guard.pid, signal.SIGKILL)
+            os.killpg(launcher.pid, signal.SIGKILL)

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo_trl.rewards import programs
-from grpo_trl.rewards.programs import python_tests
+from grpo_trl.rewards.library import python_tests as module
+from grpo_trl.rewards.library.python_tests import python_tests
 
 
 MIB = 1024**2
@@ -21,13 +21,13 @@ TIMEOUT = 1.5
 @pytest.fixture(scope="session", autouse=True)
 def isolated() -> bool:
     """Whether this machine permits namespaces."""
-    return programs._run("x = 1", ["assert x == 1"], 30.0, 512 * MIB)[1]
+    return module._run("x = 1", ["assert x == 1"], 30.0, 512 * MIB)[1]
 
 
 @pytest.fixture(autouse=True)
 def leaves_nothing(tmp_path, monkeypatch):
     """No process and no file stays behind, whatever a test runs."""
-    monkeypatch.setattr(programs.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
     before = {process.pid for process in psutil.process_iter()}
     yield
     end = time.monotonic() + 5
@@ -38,10 +38,10 @@ def leaves_nothing(tmp_path, monkeypatch):
 
 
 def is_ours(process: psutil.Process) -> bool:
-    """Started by a guard: its own process group, or its users, or its interpreter's command line."""
+    """Started by a launcher: its own process group, or its users, or its interpreter's command line."""
     try:
         line = process.cmdline()
-        return "sandbox.py" in " ".join(line) or process.uids().real >= 2**30 or "play(int" in " ".join(line)
+        return "sandbox.py" in " ".join(line) or process.uids().real >= 2**30 or "run_program(int" in " ".join(line)
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False
 
@@ -147,7 +147,7 @@ def test_options_are_checked(option, value):
 
 
 def test_a_system_without_limits_is_refused(monkeypatch):
-    monkeypatch.setattr(programs.os, "name", "nt")
+    monkeypatch.setattr(module.os, "name", "nt")
     with pytest.raises(RuntimeError, match="needs the process limits of Linux or macOS"):
         python_tests()
 
@@ -158,9 +158,9 @@ def test_an_installation_that_runs_nothing_is_no_wrong_program():
 
 
 def test_a_machine_without_namespaces_is_warned_of(monkeypatch):
-    monkeypatch.setattr(programs, "_run", lambda *args: ([True], False))
+    monkeypatch.setattr(module, "_run", lambda *args: ([True], False))
     with pytest.warns(UserWarning, match="may not use namespaces here"):
-        programs._check_that_programs_run.__wrapped__(512 * MIB)
+        module._check_that_programs_run.__wrapped__(512 * MIB)
 
 
 @pytest.mark.parametrize("tests", [[1], [b"pass"], {"inputs": []}.items(), [["assert True"]]])
@@ -492,7 +492,7 @@ def test_an_interrupted_call_leaves_nothing():
     signal.setitimer(signal.ITIMER_REAL, 0.4)
     try:
         with pytest.raises(KeyboardInterrupt):
-            programs._run("import time; time.sleep(1000)", ["assert True"], 1000.0, 512 * MIB)
+            module._run("import time; time.sleep(1000)", ["assert True"], 1000.0, 512 * MIB)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
@@ -501,15 +501,15 @@ def test_an_interrupted_call_leaves_nothing():
 def test_a_killed_trainer_leaves_no_process(tmp_path):
     script = f"""
 import sys; sys.path[:] = {sys.path!r}
-from grpo_trl.rewards import programs
+from grpo_trl.rewards.library import python_tests as module
 print('started', flush=True)
-programs._run("import time; time.sleep(1000)", ["assert True"], 1000.0, 2**29)
+module._run("import time; time.sleep(1000)", ["assert True"], 1000.0, 2**29)
 """
     trainer = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env={"TMPDIR": str(tmp_path)})
     with trainer:
         trainer.stdout.readline()
         for _ in range(200):
-            if len(psutil.Process(trainer.pid).children(recursive=True)) == 3:  # guard, keeper, player
+            if len(psutil.Process(trainer.pid).children(recursive=True)) == 3:  # launcher, supervisor, runner
                 break
             time.sleep(0.05)
         else:

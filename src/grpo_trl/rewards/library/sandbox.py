@@ -1,12 +1,12 @@
-"""The processes that run a program against its tests, for `programs.py`. This file is the script that they run.
+"""The processes that run a program against its tests, for `python_tests.py`. This file is the script that they run.
 
-guard    takes the request and leaves the machine's files, processes and network where that is permitted
-keeper   its child, the first process of the new process namespace: has the tests, and judges
-player   its children, one per test: a fresh interpreter without privileges and with limits, that runs the program, then
-         the test. Nothing that the program must not see ever is in its memory before the program has run.
+launcher     takes the request, and leaves the machine's files, processes and network where that is permitted
+supervisor   its child, the first process of the new process namespace: holds the tests and judges
+runner       its children, one per test: a fresh interpreter with limits and without privileges, which runs the program,
+             then the test. Nothing that the program must not see is in its memory before the program has run.
 
-The guard lives until its standard input ends, which it does too when the trainer is killed: so long, what a program
-leaves behind is still among its descendants. It imports little, to start fast.
+The launcher lives until its standard input ends, also when the trainer is killed; until then, what a program leaves behind
+is among its descendants. It imports little, to start fast.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 4, 36, 38
 _SYS_MOUNT_SETATTR = 442
 _AT_FDCWD, _AT_RECURSIVE, _READ_ONLY_NOSUID = -100, 0x8000, 1 | 2
 
-# What the player runs. The builtins that it needs are local, since the program may replace them; the keeper sends the test
-# and the token of its success only when the nonce has come, and that is sent when the program has come to its end.
-_PLAYER = """
-def play(inbox, outbox):
+# What the runner executes. The builtins that it needs are local, since the program may replace them. It sends the nonce
+# when the program has ended; only then does the supervisor send the test and the token of its success.
+_RUNNER = """
+def run_program(inbox, outbox):
     import builtins, marshal, os, sys
     read, write, leave, loads, run, to_code = os.read, os.write, os._exit, marshal.loads, exec, compile
     untrace, unprofile, size_of, number = sys.settrace, sys.setprofile, len, int.from_bytes
@@ -66,11 +66,11 @@ def play(inbox, outbox):
         leave(0)
 
 import sys
-play(int(sys.argv[1]), int(sys.argv[2]))
+run_program(int(sys.argv[1]), int(sys.argv[2]))
 """
 
 
-# ---- Guard ----
+# ---- Launcher ----
 def main() -> None:
     """Read a request from the standard input; write one byte, whether the program is isolated, and one per test."""
     request = marshal.load(sys.stdin.buffer)
@@ -81,19 +81,19 @@ def main() -> None:
     if os.getuid() == 0:
         os.chmod(request["folder"], 0o711)
     if sys.platform == "linux":
-        _prctl(_PR_SET_DUMPABLE, 0)  # a program of the same user must not read the tests from the keeper's memory
+        _prctl(_PR_SET_DUMPABLE, 0)  # a program of the same user must not read the tests from the supervisor's memory
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    keeper = os.fork()
-    if keeper == 0:
+    supervisor = os.fork()
+    if supervisor == 0:
         try:
-            os.write(1, bytes([isolated]) + bytes(Keeper(request).judge()))
+            os.write(1, bytes([isolated]) + bytes(Supervisor(request).judge()))
         finally:
             os._exit(0)
     os.close(1)
     while os.read(0, 1):
         pass
     with contextlib.suppress(OSError):
-        os.kill(keeper, signal.SIGKILL)
+        os.kill(supervisor, signal.SIGKILL)
         while True:
             os.wait()
 
@@ -150,19 +150,19 @@ def _prctl(option: int, value: int) -> None:
     ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
-# ---- Keeper ----
-class Keeper:
+# ---- Supervisor ----
+class Supervisor:
     """Runs the program once for each test, one after another, in the time that the request allows for all."""
 
     def __init__(self, request: dict[str, Any]):
         self.request = request
         self.is_isolated = os.getpid() == 1
-        self.player = 0
+        self.runner = 0
         self.runs = 0
 
     def judge(self) -> list[bool]:
         """Which tests the program passes. One that passes a test that nothing can pass passes none."""
-        signal.signal(signal.SIGALRM, lambda *_: self._kill_player())
+        signal.signal(signal.SIGALRM, lambda *_: self._kill_runner())
         tests = self.request["tests"]
         passed = []
         start = _now()
@@ -177,10 +177,10 @@ class Keeper:
     def _passes(self, test: str, seconds: float) -> bool:
         self.runs += 1
         (read_in, inbox), (outbox, write_out) = os.pipe(), os.pipe()
-        self.player = os.fork()
-        if self.player == 0:
+        self.runner = os.fork()
+        if self.runner == 0:
             try:
-                self._play(read_in, write_out)
+                self._become_runner(read_in, write_out)
             finally:
                 os._exit(127)
         os.close(read_in)
@@ -201,30 +201,30 @@ class Keeper:
             signal.setitimer(signal.ITIMER_REAL, 0)
             os.close(inbox)
             os.close(outbox)
-            self._kill_player()
+            self._kill_runner()
             self._reap()
 
-    def _kill_player(self) -> None:
+    def _kill_runner(self) -> None:
         with contextlib.suppress(OSError):
             if self.is_isolated:
-                os.kill(-1, signal.SIGKILL)  # all of this namespace but the keeper
+                os.kill(-1, signal.SIGKILL)  # all of this namespace but the supervisor
             else:
-                os.kill(self.player, signal.SIGKILL)
-                os.killpg(self.player, signal.SIGKILL)
+                os.kill(self.runner, signal.SIGKILL)
+                os.killpg(self.runner, signal.SIGKILL)
 
     def _reap(self) -> None:
         with contextlib.suppress(OSError):
-            os.waitpid(self.player, 0)
+            os.waitpid(self.runner, 0)
             while self.is_isolated:
                 os.wait()
 
-    def _play(self, inbox: int, outbox: int) -> None:
-        """Become the player."""
+    def _become_runner(self, inbox: int, outbox: int) -> None:
+        """Become the runner."""
         os.setsid()
         folder = f"{self.request['folder']}/{self.runs}"
         os.mkdir(folder)
         os.chdir(folder)
-        os.dup2(2, 0)  # the guard's standard error is /dev/null
+        os.dup2(2, 0)  # the launcher's standard error is /dev/null
         os.dup2(2, 1)
         os.set_inheritable(inbox, True)
         os.set_inheritable(outbox, True)
@@ -233,12 +233,12 @@ class Keeper:
         if os.getuid() == 0:
             _become(self.request["user"], folder)
         elif sys.platform == "linux":
-            others = 2 if self.is_isolated else _tasks_of_user()  # guard and keeper, in a namespace that counts afresh
+            others = 2 if self.is_isolated else _tasks_of_user()  # a namespace counts launcher and supervisor only
         if sys.platform == "linux":
             _prctl(_PR_SET_NO_NEW_PRIVS, 1)
             _set_limit(resource.RLIMIT_NPROC, others + PROCESSES)
         environment = {"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": folder, "TMPDIR": folder}
-        python = [sys.executable, "-I", "-S", "-c", _PLAYER, str(inbox), str(outbox)]
+        python = [sys.executable, "-I", "-S", "-c", _RUNNER, str(inbox), str(outbox)]
         os.execve(sys.executable, python, environment)
 
 
