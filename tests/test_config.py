@@ -86,11 +86,6 @@ def test_the_best_model_is_that_with_the_highest_reward_held_out():
     assert (config.metric_for_best_model, config.greater_is_better) == ("eval_loss", False)
 
 
-def test_epsilon_high_is_epsilon_unless_it_is_set():
-    assert make_config(epsilon=0.1).epsilon_bounds == (0.1, 0.1)
-    assert make_config(epsilon=0.1, epsilon_high=0.3).epsilon_bounds == (0.1, 0.3)
-
-
 def test_evaluation_samples_num_generations_unless_it_is_told_otherwise():
     assert make_config(num_generations=4).eval_generations == 4
     assert make_config(num_generations_eval=1).eval_generations == 1

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_trl.metrics import Max, Mean, Metric, MetricLog, Min, Std, loss_metrics
-from grpo_trl.objective import grpo_loss
+from grpo_trl.objective import grpo_loss, make_objective
 from grpo_trl.policy import Completion, Packer, Scores
 
 
@@ -192,10 +192,7 @@ def make_metrics(loss_level: str, old=True, ref=True, sampler=True, rows=(0, 1, 
         scores.logps_BT if piece.old_logps_BT is None else piece.old_logps_BT,
         piece.advantages_B,
         piece.mask_BT,
-        loss_level=loss_level,
-        epsilon=0.2,
-        epsilon_high=0.3,
-        beta=0.1 if ref else 0.0,
+        objective=make_objective(loss_level, epsilon=0.2, epsilon_high=0.3, beta=0.1 if ref else 0.0),
         ref_logps_BT=piece.ref_logps_BT,
     )
     metrics = loss_metrics(output, scores, piece)
@@ -264,5 +261,5 @@ def test_a_piece_without_completions_has_the_same_metrics_without_values(loss_le
 
 def test_a_log_ratio_above_20_counts_as_tail(monkeypatch):
     monkeypatch.setitem(globals(), "REF", [[20.5, 0.0, -0.5], *REF[1:]])
-    assert make_metrics("token")["log_ratio_tail"] == pytest.approx(1 / 4)
-    assert make_metrics("sequence")["log_ratio_tail"] == pytest.approx(1 / 2)
+    assert make_metrics("token")["log_ratio_tail"] == pytest.approx(1 / 8)
+    assert make_metrics("sequence")["log_ratio_tail"] == pytest.approx(1 / 4)

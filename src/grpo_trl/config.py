@@ -280,11 +280,6 @@ class GRPOConfig(TrainingArguments):
         self._resolve_window()
 
     @property
-    def epsilon_bounds(self) -> tuple[float, float]:
-        """How far the ratio may go below and above 1."""
-        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
-
-    @property
     def eval_generations(self) -> int:
         """Completions per prompt in evaluation."""
         return self.num_generations if self.num_generations_eval is None else self.num_generations_eval

@@ -171,20 +171,22 @@ def loss_metrics(output: LossOutput, scores: Scores, piece: Piece) -> dict[str, 
     `policy_signal` explains a loss that is near 0 on policy by construction: the mean over completions of
     `LossOutput.signal_B`, 0 where nothing can be learned.
     """
-    counts_BU = output.counts_BU
+    mask_BU = output.mask_BU
     metrics: dict[str, Metric] = {
         "policy_signal": Mean.of(output.signal_B),
         "entropy": Mean.of(scores.entropy_BT, piece.mask_BT),
-        "log_ratio_tail": Mean.of(output.tail_BU.float(), counts_BU),
-        "clip_ratio/region_mean": Mean.of((output.clipped_low_BU | output.clipped_high_BU).float(), counts_BU),
+        "clip_ratio/region_mean": Mean.of((output.clipped_low_BU | output.clipped_high_BU).float(), mask_BU),
     }
-    units_B = counts_BU.sum(1)
+    units_B = mask_BU.sum(1)
     for side, clipped_BU, extreme in (("low", output.clipped_low_BU, Min), ("high", output.clipped_high_BU, Max)):
         share_B = clipped_BU.sum(1).float() / units_B.clamp(min=1)
-        metrics[f"clip_ratio/{side}_mean"] = Mean.of(clipped_BU.float(), counts_BU)
+        metrics[f"clip_ratio/{side}_mean"] = Mean.of(clipped_BU.float(), mask_BU)
         metrics[f"clip_ratio/{side}_{extreme.__name__.lower()}"] = extreme.of(share_B, units_B > 0)
-    if output.kl_BU is not None:
-        metrics["kl"] = Mean.of(output.kl_BU, counts_BU)
+    tail = Mean.of(output.tail_BU.float(), mask_BU)
+    if output.kl is not None:
+        metrics["kl"] = Mean.of(output.kl.kl_BK, output.kl.mask_BK)
+        tail += Mean.of(output.kl.tail_BK.float(), output.kl.mask_BK)
+    metrics["log_ratio_tail"] = tail
     if piece.sampler_logps_BT is not None:
         old_BT = scores.logps_BT.detach() if piece.old_logps_BT is None else piece.old_logps_BT
         difference_BT = (old_BT - piece.sampler_logps_BT).abs()

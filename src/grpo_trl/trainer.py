@@ -46,7 +46,7 @@ from .models import (
     load_policy,
     load_tokenizer,
 )
-from .objective import grpo_loss
+from .objective import Counts, grpo_loss, make_objective
 from .policy import Completion, Piece, enable_scoring, evaluation_mode, score, serve_shared_prefix
 from .report import append_objective, merge_tables, print_completions, write_completions
 from .resumable import ResumableTrainer
@@ -140,6 +140,9 @@ class GRPOTrainer(ResumableTrainer):
             disable_dropout(self.model)
         self.model.add_model_tags(["grpo_trl", "grpo"])
 
+        self._objective = make_objective(
+            args.loss_level, epsilon=args.epsilon, epsilon_high=args.epsilon_high, beta=args.beta
+        )
         self._metrics, self._step_metrics = MetricLog(), MetricLog()
         self._window: Window | None = None
         self._gathered = GatheredWeights()
@@ -345,20 +348,17 @@ class GRPOTrainer(ResumableTrainer):
     ) -> Tensor:
         """The piece's share of the optimizer step's loss; its gradient averages over ranks, as DDP and ZeRO do."""
         scores = score(model, inputs, self.args.temperature)
-        epsilon, epsilon_high = self.args.epsilon_bounds
         output = grpo_loss(
             scores.logps_BT,
             scores.logps_BT.detach() if inputs.old_logps_BT is None else inputs.old_logps_BT,
             inputs.advantages_B,
             inputs.mask_BT,
-            loss_level=self.args.loss_level,
-            epsilon=epsilon,
-            epsilon_high=epsilon_high,
-            beta=self.args.beta,
+            objective=self._objective,
             ref_logps_BT=inputs.ref_logps_BT,
         )
         self._step_metrics.add_all(loss_metrics(output, scores, inputs))
-        return output.loss * self.args.world_size / inputs.num_completions
+        divisor = self._objective.aggregation.divisor(Counts(inputs.num_completions))
+        return output.loss * self.args.world_size / divisor
 
     def _prepare_inputs(self, inputs: Piece) -> Piece:  # type: ignore[override]
         return inputs  # on the device already, in the precision that it needs

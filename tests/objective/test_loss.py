@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_trl.objective import grpo_loss
-from grpo_trl.objective.loss import exp_tangent
+from grpo_trl.objective import Counts, grpo_loss, make_objective
+from grpo_trl.objective.ratios import exp_tangent
 
 from .. import oracle
 
@@ -48,10 +49,8 @@ def run(level, lists, advantages, beta=0.0, width=None, dtype=torch.float64, **o
         pad(lists["old"], width, dtype=dtype),
         torch.tensor(advantages, dtype=torch.float64),
         mask,
-        loss_level=level,
-        beta=beta,
+        objective=make_objective(level, beta=beta, **(CLIP | options)),
         ref_logps_BT=pad(lists["ref"], width, dtype=dtype) if beta else None,
-        **(CLIP | options),
     )
     output.loss.backward()
     assert (logps.grad[~mask] == 0).all()
@@ -122,25 +121,22 @@ def test_levels_are_equal_for_completions_of_one_token(beta):
 
 @LEVEL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("tokens", [1, 100])
-@pytest.mark.parametrize("size", [30.0, 1e3, 1e6])
-@pytest.mark.parametrize("sign", [-1, 1])
-@pytest.mark.parametrize("advantage", [-1.5, 1.5])
-def test_loss_and_gradient_are_finite_for_log_ratios_up_to_a_million(level, dtype, tokens, size, sign, advantage):
-    step = sign * size / tokens
-    lists = {"logps": [[0.0] * tokens], "old": [[step] * tokens], "ref": [[-step] * tokens]}
-    output, gradient = run(level, lists, [advantage], beta=0.04, dtype=dtype)
-    assert math.isfinite(output.loss.item())
-    assert all(map(math.isfinite, gradient[0]))
+def test_loss_and_gradient_are_finite_for_log_ratios_up_to_a_million(level, dtype):
+    for tokens, size, sign, advantage in itertools.product([1, 100], [30.0, 1e3, 1e6], [-1, 1], [-1.5, 1.5]):
+        step = sign * size / tokens
+        lists = {"logps": [[0.0] * tokens], "old": [[step] * tokens], "ref": [[-step] * tokens]}
+        output, gradient = run(level, lists, [advantage], beta=0.04, dtype=dtype)
+        assert math.isfinite(output.loss.item())
+        assert all(map(math.isfinite, gradient[0]))
 
 
 @LEVEL
-@pytest.mark.parametrize("log_ratio", [-1e6, -30.0, -1.0, -1e-3, 1e-3, 1.0, 19.0, 21.0, 50.0, 1e3, 1e6])
-def test_the_kl_gradient_pulls_towards_the_reference_however_far_it_is(level, log_ratio):
-    lists = {"logps": [[0.0]], "old": [[0.0]], "ref": [[log_ratio]]}
-    _, gradient = run(level, lists, [0.0], beta=1.0, dtype=torch.float32)
-    # Gradient descent moves the log-probability against the gradient: up where the reference is higher.
-    assert math.copysign(1, -gradient[0][0]) == math.copysign(1, log_ratio)
+def test_the_kl_gradient_pulls_towards_the_reference_however_far_it_is(level):
+    for log_ratio in (-1e6, -30.0, -1.0, -1e-3, 1e-3, 1.0, 19.0, 21.0, 50.0, 1e3, 1e6):
+        lists = {"logps": [[0.0]], "old": [[0.0]], "ref": [[log_ratio]]}
+        _, gradient = run(level, lists, [0.0], beta=1.0, dtype=torch.float32)
+        # Gradient descent moves the log-probability against the gradient: up where the reference is higher.
+        assert math.copysign(1, -gradient[0][0]) == math.copysign(1, log_ratio)
 
 
 def test_the_kl_gradient_above_twenty_is_as_steep_as_at_twenty():
@@ -156,7 +152,8 @@ def test_an_empty_completion_contributes_nothing(level):
     alone, _ = run(level, {name: rows[1:] for name, rows in lists.items()}, [1.0], beta=0.1)
     assert with_empty.loss.item() == alone.loss.item()
     assert with_empty.signal_B[0] == 0
-    assert not with_empty.counts_BU[0].any()
+    assert not with_empty.mask_BU[0].any()
+    assert not with_empty.kl.mask_BK[0].any()
     assert not (with_empty.tail_BU | with_empty.clipped_low_BU | with_empty.clipped_high_BU)[0].any()
 
 
@@ -166,9 +163,9 @@ def test_tokens_outside_the_mask_are_as_if_absent(level):
     lists, advantages = make_batch([4])
     mask = torch.tensor([[True, False, True, True]])
     logps = pad(lists["logps"]).requires_grad_()
-    options = {"loss_level": level, "beta": 0.1, **CLIP}
+    objective = make_objective(level, beta=0.1, **CLIP)
     old, ref = pad(lists["old"]), pad(lists["ref"])
-    output = grpo_loss(logps, old, torch.tensor(advantages), mask, ref_logps_BT=ref, **options)
+    output = grpo_loss(logps, old, torch.tensor(advantages), mask, objective=objective, ref_logps_BT=ref)
     kept = {name: [[row[i] for i in (0, 2, 3)] for row in rows] for name, rows in lists.items()}
     expected, _ = oracle.grpo(level, kept["logps"], kept["old"], advantages, 0.2, 0.28, 0.1, kept["ref"])
     assert output.loss.item() == pytest.approx(expected, rel=1e-6)
@@ -197,9 +194,10 @@ def test_signal_is_the_size_of_the_gradient_that_is_left(level):
 def test_tail_counts_log_ratios_above_twenty_of_policy_and_reference():
     lists = {"logps": [[25.0, 0.0, 0.0, 15.0]], "old": [[0.0] * 4], "ref": [[25.0, 21.0, 19.0, 10.0]]}
     token, _ = run("token", lists, [1.0], beta=0.1)
-    assert token.tail_BU.tolist() == [[True, True, False, False]]
+    assert token.tail_BU.tolist() == [[True, False, False, False]]
+    assert token.kl.tail_BK.tolist() == [[False, True, False, False]]
     sequence, _ = run("sequence", lists, [1.0], beta=0.1)
-    assert sequence.tail_BU.tolist() == [[True]]
+    assert (sequence.tail_BU.tolist(), sequence.kl.tail_BK.tolist()) == ([[True]], [[True]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -216,6 +214,16 @@ def test_errors_name_the_option():
     one = torch.zeros(1, 1)
     mask = torch.ones(1, 1, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"loss_level='paper'.*'token' or 'sequence'"):
-        grpo_loss(one, one, torch.zeros(1), mask, loss_level="paper", **CLIP)
+        make_objective("paper", **CLIP)
     with pytest.raises(ValueError, match=r"beta=0\.1 needs ref_logps_BT"):
-        grpo_loss(one, one, torch.zeros(1), mask, loss_level="token", beta=0.1, **CLIP)
+        grpo_loss(one, one, torch.zeros(1), mask, objective=make_objective("token", beta=0.1, **CLIP))
+
+
+def test_epsilon_high_is_epsilon_by_default():
+    assert make_objective("token", epsilon=0.1) == make_objective("token", epsilon=0.1, epsilon_high=0.1)
+
+
+@LEVEL
+def test_both_levels_divide_by_the_completions_of_the_mini_batch(level):
+    divisor = make_objective(level, **CLIP).aggregation.divisor
+    assert divisor(Counts(completions=12) + Counts(completions=4)) == 16.0

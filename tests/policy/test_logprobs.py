@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_trl.objective import grpo_loss
+from grpo_trl.objective import grpo_loss, make_objective
 from grpo_trl.policy import Completion, Packer, enable_scoring, score, score_completions
 
 from ..conftest import ARCHITECTURES, make_model
@@ -120,9 +120,7 @@ def test_a_piece_without_tokens_has_no_loss_and_gives_every_parameter_a_gradient
         scores.logps_BT.detach(),
         piece.advantages_B,
         piece.mask_BT,
-        loss_level="token",
-        epsilon=0.2,
-        epsilon_high=0.2,
+        objective=make_objective("token", epsilon=0.2),
     ).loss
     loss.backward()
     assert loss == 0

@@ -13,8 +13,8 @@ STD_EPSILON = 1e-4
 SCALES = ("group", "batch", "none")
 
 
-def group_advantages(rewards_PG: Tensor, scale_rewards: str = "group", window_rewards: Tensor | None = None) -> Tensor:
-    """How much better each completion is than its group.
+def group_advantages(rewards_PG: Tensor, scale_rewards: str = "group", batch_rewards: Tensor | None = None) -> Tensor:
+    """Compute how much better each completion is than its group.
 
         A_i = (r_i - mean(r)) / (std(r) + 1e-4)
 
@@ -27,33 +27,33 @@ def group_advantages(rewards_PG: Tensor, scale_rewards: str = "group", window_re
     Args:
         rewards_PG: Rewards of shape (P, G), any float dtype, NaN where a completion has no reward.
         scale_rewards: What divides: `"group"`, the standard deviation of the group; `"batch"`, that of
-            `window_rewards`; `"none"`, nothing.
-        window_rewards: Rewards of the whole window on all ranks, any shape, NaN where undefined. Read for
+            `batch_rewards`; `"none"`, nothing.
+        batch_rewards: Rewards of the whole generation batch on all ranks, any shape, NaN where undefined. Read for
             `scale_rewards="batch"` only.
 
     Returns:
         Advantages of shape (P, G), float64. An empty input gives an empty result.
 
     Raises:
-        ValueError: `scale_rewards` is not one of the three, or `"batch"` came without `window_rewards`.
+        ValueError: `scale_rewards` is not one of the three, or `"batch"` came without `batch_rewards`.
     """
     if scale_rewards not in SCALES:
         raise ValueError(f"scale_rewards={scale_rewards!r} is unknown; use one of {', '.join(map(repr, SCALES))}.")
     rewards_PG = rewards_PG.double()
-    defined_PG = ~rewards_PG.isnan()
-    count_P1 = defined_PG.sum(1, keepdim=True)
+    mask_PG = ~rewards_PG.isnan()
+    count_P1 = mask_PG.sum(1, keepdim=True)
     mean_P1 = rewards_PG.nansum(1, keepdim=True) / count_P1
-    centred_PG = rewards_PG - mean_P1
+    centered_PG = rewards_PG - mean_P1
     if scale_rewards == "group":
-        variance_P1 = centred_PG.square().nansum(1, keepdim=True) / (count_P1 - 1)
-        centred_PG = centred_PG / (variance_P1.sqrt() + STD_EPSILON)
+        variance_P1 = centered_PG.square().nansum(1, keepdim=True) / (count_P1 - 1)
+        centered_PG = centered_PG / (variance_P1.sqrt() + STD_EPSILON)
     elif scale_rewards == "batch":
-        if window_rewards is None:
-            raise ValueError("scale_rewards='batch' needs window_rewards, the rewards of the whole window.")
-        window_rewards = window_rewards.double()
-        centred_PG = centred_PG / (window_rewards[~window_rewards.isnan()].std() + STD_EPSILON)
-    informative_P1 = _largest(rewards_PG) > _largest(-rewards_PG).neg()
-    return torch.where(informative_P1 & defined_PG, centred_PG, 0.0)
+        if batch_rewards is None:
+            raise ValueError("scale_rewards='batch' needs batch_rewards, the rewards of the whole generation batch.")
+        batch_rewards = batch_rewards.double()
+        centered_PG = centered_PG / (batch_rewards[~batch_rewards.isnan()].std() + STD_EPSILON)
+    mask_signal_P1 = _largest(rewards_PG) > _largest(-rewards_PG).neg()
+    return torch.where(mask_signal_P1 & mask_PG, centered_PG, 0.0)
 
 
 def _largest(rewards_PG: Tensor) -> Tensor:
