@@ -9,6 +9,7 @@ blocks, every 0.3 ms), and bytes that collectives move (torch.profiler's record 
 
 import argparse
 import ctypes
+import itertools
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import torch
 from datasets import Dataset
@@ -27,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer, plan
-from grpo_trl.plan import Job, Shape, activations, memory, traffic
+from grpo_trl.plan import Job, Shape, activation_bytes_per_token, memory, traffic
 
 
 RANKS = 2
@@ -205,19 +207,20 @@ def count_parameters(name, layers):
     return counted
 
 
-def count_tokens(checkpointing, groups):
+def count_tokens(checkpointing, precision, groups):
     """In one process: the update of one piece with so many long prompts, each another."""
     prompts = [
         "".join(LETTERS[i >> 3 * place & 7] for place in range(4)) + "a" * (PROMPT - 4) for i in range(4 * groups)
     ]
     counted, _ = train(
-        model(**vars(SHAPE)).bfloat16(),
+        model(**vars(SHAPE)).to(torch.bfloat16 if precision == "bf16" else torch.float32),
         prompts,
         per_device_train_batch_size=2 * groups,
         num_generations=2,
         max_completion_length=2,
         gradient_checkpointing=checkpointing,
         optim="sgd",
+        bf16=precision == "autocast",
     )
     return counted
 
@@ -252,11 +255,12 @@ def compare_parameters(name):
     return [(value / job.parameters, counted[q] / job.parameters) for q, value in zip(QUANTITIES, planned, strict=True)]
 
 
-def compare_tokens(checkpointing):
+def compare_tokens(precision, checkpointing):
     """Plan and count of activations, per token."""
-    counted = grown(*(run([sys.executable], "tokens", int(checkpointing), groups) for groups in GROUPS))
-    one, two = (activations(SHAPE, tokens, checkpointing=checkpointing) for tokens in (1, 2))
-    return two - one, counted["update"] / (PROMPT * (GROUPS[1] - GROUPS[0]))
+    how = f"{precision},{int(checkpointing)}"
+    counted = grown(*(run([sys.executable], "tokens", how, groups) for groups in GROUPS))
+    planned = activation_bytes_per_token(SHAPE, precision, checkpointing)
+    return planned, counted["update"] / (PROMPT * (GROUPS[1] - GROUPS[0]))
 
 
 def main():
@@ -266,7 +270,11 @@ def main():
     args = parser.parse_args()
     if args.count:
         what, how, size, file = args.count
-        counted = count_parameters(how, int(size)) if what == "parameters" else count_tokens(how == "1", int(size))
+        if what == "parameters":
+            counted = count_parameters(how, int(size))
+        else:
+            precision, checkpointing = how.split(",")
+            counted = count_tokens(checkpointing == "1", precision, int(size))
         if os.environ.get("RANK", "0") == "0":
             Path(file).write_text(json.dumps(counted))
         return
@@ -276,9 +284,9 @@ def main():
         cells = [f"{planned:.2f} / {count:.2f}" for planned, count in compare_parameters(name)]
         print(f"{name:16}" + "".join(f"{cell:>19}" for cell in cells), flush=True)
     print(f"\nplan / counted, bytes of activations per token, {SHAPE}")
-    for checkpointing in (True, False):
-        planned, count = compare_tokens(checkpointing)
-        print(f"checkpointing={checkpointing!s:6} {planned:,.0f} / {count:,.0f}", flush=True)
+    for precision, checkpointing in itertools.product(get_args(plan.Precision), (True, False)):
+        planned, count = compare_tokens(precision, checkpointing)
+        print(f"{precision},checkpointing={checkpointing!s:6} {planned:,.0f} / {count:,.0f}", flush=True)
 
 
 if __name__ == "__main__":

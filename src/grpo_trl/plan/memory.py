@@ -1,6 +1,6 @@
 """What a way of training holds and sends, in bytes of a rank, before it is run.
 
-`memory` and `traffic` follow from the number of parameters; `activations` come on top, for the tokens of one piece.
+`memory` and `traffic` follow from the number of parameters; activations come on top, for the tokens of one micro-batch.
 `benchmarks/distributed.py` counts the same in runs of two processes.
 
 Source: Rajbhandari et al., arXiv 1910.02054, sections 5 and 7, for what each stage shards; what DeepSpeed's engine holds
@@ -17,8 +17,6 @@ ADAM = 2 * FLOAT32
 """Two moments of each trained parameter."""
 LIVE = 10**9
 """Parameters that ZeRO-3 keeps gathered, and that it updates at a time (stage3_max_live_parameters, sub_group_size)."""
-SLICE_BYTES = 20 * 256
-"""Of the logits of one slice of positions and what is computed from them, for each token of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -138,30 +136,3 @@ def traffic(job: Job, pieces: int = 1, passes: int = 0) -> Traffic:
     if job.stage == 2:
         return Traffic((2 * pieces + 1) * gradients, 0)
     return Traffic(pieces * ((2 + passes) * weights + gradients), weights)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A transformer whose layers are attention and a gated feed-forward: Llama, Qwen, Mistral."""
-
-    layers: int
-    hidden: int
-    key_value: int
-    """Key-value heads times the size of a head."""
-    intermediate: int
-    vocabulary: int
-
-
-def activations(shape: Shape, tokens: int, checkpointing: bool = True) -> float:
-    """What a piece of so many tokens holds in bfloat16 at the peak of its backward pass, without gradients of weights.
-
-        layer   S = 20 h + 4 g + 8 i         what one layer keeps of a token for its backward pass
-                w = 4 (i + h)                what that pass makes besides
-        piece   t (2 L h + S + w) + 20 * 256 V         with checkpointing; without, t (L S + w) + 20 * 256 V
-
-    with h = `hidden`, g = `key_value`, i = `intermediate`, V = `vocabulary`, L layers, t tokens.
-    """
-    hidden, intermediate = shape.hidden, shape.intermediate
-    layer = 20 * hidden + 4 * shape.key_value + 8 * intermediate
-    kept = shape.layers * 2 * hidden + layer if checkpointing else shape.layers * layer
-    return tokens * (kept + 4 * (intermediate + hidden)) + SLICE_BYTES * shape.vocabulary

@@ -1,0 +1,111 @@
+"""Bytes that the tokens of a micro-batch take: activations, logits, keys and values.
+
+The numbers of a layer are those of Llama, Qwen and Mistral, counted from what autograd keeps; a test counts them again.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+Precision = Literal["bf16", "autocast", "float32"]
+"""bfloat16 weights (ZeRO); float32 weights under autocast to bfloat16 (DDP and one GPU); float32 throughout."""
+
+SLICE = 256
+"""Tokens whose logits exist at a time."""
+LOGIT_BYTES = 20
+"""Of one logit and what is computed from it, forward and backward."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A transformer whose layers are attention and a gated feed-forward."""
+
+    layers: int
+    hidden: int
+    key_value: int
+    """Key-value heads times the size of a head."""
+    intermediate: int
+    """Of the experts that a token uses together, in a mixture of experts."""
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Shape":
+        """Read the sizes from the configuration of a model of transformers, e.g. `model.config`.
+
+        Raises:
+            ValueError: It has other names for them.
+        """
+        config = config.get_text_config()
+        try:
+            hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+        except AttributeError as error:
+            raise ValueError(f"The plan cannot read the sizes of a {type(config).__name__}: {error}.") from error
+        head = getattr(config, "head_dim", None) or hidden // heads
+        key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+        intermediate = getattr(config, "intermediate_size", None) or 4 * hidden
+        experts = getattr(config, "num_experts_per_tok", None)
+        if experts:
+            intermediate = experts * (getattr(config, "moe_intermediate_size", None) or intermediate)
+        return cls(layers, hidden, key_value_heads * head, intermediate, config.vocab_size)
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """Bytes of a token in one layer, per unit of hidden, key-value and intermediate size."""
+
+    residual: int
+    """Of the residual stream, per unit of the hidden size: what checkpointing keeps of a layer."""
+    hidden: int
+    key_value: int
+    intermediate: int
+    backward_hidden: int
+    """What the backward pass of a layer makes besides."""
+    backward_intermediate: int
+
+
+LAYER: dict[Precision, _Bytes] = {
+    "bf16": _Bytes(2, 20, 4, 8, 4, 4),
+    "autocast": _Bytes(4, 30, 4, 8, 8, 4),
+    "float32": _Bytes(4, 32, 8, 16, 8, 8),
+}
+
+
+def activation_bytes_per_token(shape: Shape, precision: Precision = "bf16", checkpointing: bool = True) -> int:
+    """Count the bytes of activations that each token of a micro-batch holds at the peak of its backward pass.
+
+        layer   S = a h + b g + c i          what one layer keeps of a token: 20 h + 4 g + 8 i in bfloat16
+                w = d h + e i                what its backward pass makes besides: 4 h + 4 i
+        token   L r h + S + w                with checkpointing, r bytes of the residual stream a layer: 2, else 4
+                L S + w                      without
+
+    with h = `hidden`, g = `key_value`, i = `intermediate`, L = `layers`. Gradients of weights are not in it, and logits
+    are in `logits_bytes`, whose size does not grow with the tokens.
+    """
+    b = LAYER[precision]
+    layer = b.hidden * shape.hidden + b.key_value * shape.key_value + b.intermediate * shape.intermediate
+    backward = b.backward_hidden * shape.hidden + b.backward_intermediate * shape.intermediate
+    kept = shape.layers * b.residual * shape.hidden + layer if checkpointing else shape.layers * layer
+    return kept + backward
+
+
+def logits_bytes(shape: Shape) -> int:
+    """Count the bytes of the logits of one slice of tokens, with all that is computed from them."""
+    return LOGIT_BYTES * SLICE * shape.vocabulary
+
+
+def activations(shape: Shape, tokens: int, precision: Precision = "bf16", checkpointing: bool = True) -> int:
+    """Count the bytes that a micro-batch of so many tokens holds at the peak of its backward pass."""
+    return tokens * activation_bytes_per_token(shape, precision, checkpointing) + logits_bytes(shape)
+
+
+def largest_micro_batch(
+    shape: Shape, free_bytes: float, precision: Precision = "bf16", checkpointing: bool = True
+) -> int:
+    """Count the tokens of the largest micro-batch whose activations and logits fit into `free_bytes`; 0 if none does."""
+    room = free_bytes - logits_bytes(shape)
+    return max(0, int(room // activation_bytes_per_token(shape, precision, checkpointing)))
+
+
+def key_value_bytes_per_token(shape: Shape, precision: Precision = "bf16") -> int:
+    """Count the bytes of the keys and values of one token over all layers."""
+    return 2 * (4 if precision == "float32" else 2) * shape.layers * shape.key_value
