@@ -31,6 +31,26 @@ def uniforms(seed: int, completion: int, count: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
+def keeping_random_state() -> Iterator[None]:
+    """Restore the global random states of Python, numpy and torch at the end.
+
+    >>> before = random.getstate()
+    >>> with keeping_random_state():
+    ...     number = random.random()
+    >>> random.getstate() == before
+    True
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, the global random states of Python, numpy and torch start from `seed`; they are as they were after.
 
@@ -39,14 +59,8 @@ def seeded(seed: int) -> Iterator[None]:
     >>> with seeded(7):
     ...     assert first == (random.random(), torch.rand(1).item())
     """
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() and torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices):
+    with keeping_random_state():
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+        yield

@@ -3,6 +3,9 @@ import functools
 import math
 import pickle
 import threading
+from collections import deque
+from decimal import Decimal
+from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +21,7 @@ from grpo_trl.rewards.models import ModelReward
 from ..conftest import SIZES, make_tokenizer
 
 
-STATE = object()
+STATE = SimpleNamespace(global_step=3, log_history=[{"loss": 0.5}])
 
 
 def make_batch(**columns: list) -> RewardBatch:
@@ -32,9 +35,15 @@ def make_batch(**columns: list) -> RewardBatch:
 
 
 def call(function, batch: RewardBatch | None = None) -> list[float]:
-    answer = FunctionReward(function)(batch or make_batch())
-    assert answer.wrong == {}
-    return answer.values
+    result = FunctionReward(function)(batch or make_batch())
+    assert (result.wrong, result.mistake) == ({}, "")
+    return result.values
+
+
+def mistake(function) -> str:
+    result = FunctionReward(function)(make_batch())
+    assert result.values == []
+    return result.mistake
 
 
 def lengths(completions):
@@ -157,19 +166,97 @@ def test_a_column_never_hides_an_argument_of_the_trainer():
     assert logs.metrics == {"called": [1.0]}
 
 
-def test_an_argument_that_nobody_has_is_named_with_its_function():
+def test_an_argument_that_nobody_has_is_named_with_its_function_and_the_dataset():
     def picky(completions, solution, difficulty):
         return lengths(completions)
 
     with pytest.raises(
-        ValueError, match=r"'picky' takes solution, difficulty, .*may take answer, completion_ids, comp"
+        ValueError,
+        match=r"'picky' takes solution, difficulty, which neither eval_dataset nor .*may take answer, completion_ids, comp",
     ):
-        FunctionReward(picky).check(make_batch())
+        FunctionReward(picky).check_columns(["answer"], "eval_dataset")
 
 
-@pytest.mark.parametrize("function", [lengths, lambda **kwargs: [], lambda answer, *rest, depth=1: []])
+@pytest.mark.parametrize(
+    "function", [lengths, lambda **kwargs: [], lambda answer, *rest, depth=1: [], lambda depth=1: []]
+)
 def test_a_function_that_can_be_called_passes_the_check(function):
-    FunctionReward(function).check(make_batch())
+    FunctionReward(function).check_columns(["answer", "depth"])
+
+
+def test_a_function_whose_defaults_name_no_column_is_refused():
+    def shallow(depth=1):
+        return []
+
+    with pytest.raises(ValueError, match="'shallow' takes nothing that the dataset or the trainer has"):
+        FunctionReward(shallow).check_columns(["answer"])
+
+
+def nothing():
+    return [1.0]
+
+
+def positional(*args):
+    return [1.0]
+
+
+def position_only(completions, /, **kwargs):
+    return [1.0]
+
+
+def generator(completions):
+    yield 1.0
+
+
+async def async_generator(completions):
+    yield 1.0
+
+
+class Generator:
+    def __call__(self, completions):
+        yield 1.0
+
+
+@functools.wraps(lengths)
+def undecorated(*args):
+    return lengths(*args)
+
+
+@pytest.mark.parametrize(
+    "function, error, message",
+    [
+        (nothing, ValueError, "'nothing' takes no argument by keyword"),
+        (positional, ValueError, "'positional' takes no argument by keyword"),
+        (undecorated, ValueError, "'lengths' takes no argument by keyword"),
+        (position_only, ValueError, "'position_only' takes completions by position only"),
+        (len, ValueError, "'len' takes obj by position only"),
+        (generator, TypeError, "'generator' is a generator"),
+        (async_generator, TypeError, "'async_generator' is a generator"),
+        (Generator(), TypeError, "'Generator' is a generator"),
+        (Lengths, TypeError, r"the class Lengths, not an instance of it; pass Lengths\(...\)"),
+        (functools.partial(Lengths), TypeError, "the class Lengths"),
+    ],
+)
+def test_what_could_never_be_called_is_refused_at_construction(function, error, message):
+    with pytest.raises(error, match=message):
+        FunctionReward(function)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda completions: async_lengths(completions),
+        functools.partial(AsyncLengths()),
+        functools.wraps(lengths)(lambda **kwargs: async_lengths(**kwargs)),
+    ],
+)
+def test_a_coroutine_that_a_sync_function_returns_is_awaited(function):
+    assert call(function) == [1.0, 2.0, 3.0, 4.0]
+
+    async def notebook():
+        return call(function)
+
+    assert asyncio.run(notebook()) == [1.0, 2.0, 3.0, 4.0]
 
 
 def test_notes_collect_columns_and_metrics():
@@ -194,6 +281,11 @@ def test_notes_collect_columns_and_metrics():
         torch.tensor([1, 2.5, 1, -4], dtype=torch.bfloat16, requires_grad=True),
         np.array([1, 2.5, 1, -4], dtype=np.float32),
         [torch.tensor(1.0), np.float64(2.5), np.int64(1), torch.tensor([-4.0])],
+        [Decimal("1"), Fraction(5, 2), np.True_, -4],
+        np.array([Decimal("1"), Fraction(5, 2), True, -4.0], dtype=object),
+        np.array([[1], [2.5], [1], [-4]]),
+        torch.tensor([[1], [2.5], [1], [-4]]),
+        deque([1, 2.5, True, -4]),
     ],
 )
 def test_numbers_of_every_kind_are_accepted(returned):
@@ -220,14 +312,33 @@ def test_none_becomes_nan():
         ({0: 1.0}, "returned dict; it must return a list"),
         ((x for x in range(4)), "returned generator; it must return a list"),
         (torch.tensor(1.0), "returned Tensor; it must return a list"),
+        (torch.ones(4, 2), "returned an array of shape (4, 2) for 4 completions; its shape must be (4,)"),
+        (np.ones((1, 4)), "returned an array of shape (1, 4) for 4 completions"),
+        (np.ones((2, 2)), "returned an array of shape (2, 2) for 4 completions"),
     ],
 )
-def test_what_is_no_reward_is_refused_by_name(returned, message):
+def test_a_result_that_is_wrong_as_a_whole_is_a_mistake(returned, message):
     def wrong(completions):
         return returned
 
-    with pytest.raises(ValueError, match="'wrong' " + message):
-        call(wrong)
+    assert mistake(wrong).startswith(f"The reward function 'wrong' {message}")
+
+
+@pytest.mark.parametrize(
+    "log, message",
+    [
+        (lambda extra, metric: extra("seen", "abc"), "calls log_extra('seen', ...) with 3 values for 4 completions"),
+        (lambda extra, metric: extra("seen", "abcde"), "calls log_extra('seen', ...) with 5 values for 4 completions"),
+        (lambda extra, metric: extra(3, "abcd"), "calls log_extra(3, ...); the name must be a string"),
+        (lambda extra, metric: metric(None, 1.0), "calls log_metric(None, ...); the name must be a string"),
+    ],
+)
+def test_logs_that_cannot_be_shown_are_a_mistake(log, message):
+    def wrong(completions, log_extra, log_metric):
+        log(log_extra, log_metric)
+        return lengths(completions)
+
+    assert mistake(wrong).startswith(f"The reward function 'wrong' {message}")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +354,8 @@ def test_what_is_no_reward_is_refused_by_name(returned, message):
         ([1.0, 2.0, 3.0, 4j], 3, "returned 4j (complex);"),
         ([1.0, 2.0, 3.0, torch.ones(2)], 3, "returned tensor([1., 1.]) (Tensor);"),
         ([1.0, 10**400, 3.0, 4.0], 1, f"returned 1{'0' * 199} (int);"),
+        ([1.0, Decimal("1e400"), 3.0, 4.0], 1, "returned Decimal('1E+400') (Decimal);"),
+        ([1.0, Decimal("sNaN"), 3.0, 4.0], 1, "returned Decimal('sNaN') (Decimal);"),
     ],
 )
 def test_a_value_that_is_no_reward_fails_its_own_completion(returned, place, message):
@@ -255,17 +368,12 @@ def test_a_value_that_is_no_reward_fails_its_own_completion(returned, place, mes
     assert [v for i, v in enumerate(answer.values) if i != place] == [v for v in expected if v != place + 1]
 
 
-def test_every_value_may_be_none_of_a_reward():
-    answer = FunctionReward(lambda completions: torch.ones(4, 1))(make_batch())
-    assert sorted(answer.wrong) == [0, 1, 2, 3]
-
-
 def test_coroutines_are_checked_like_functions():
     async def wrong(completions):
         return [1.0]
 
-    with pytest.raises(ValueError, match="'wrong' returned 1 values for 4"):
-        EventLoop().run([FunctionReward(wrong).call_async(make_batch())])
+    [result] = EventLoop().run([FunctionReward(wrong).call_async(make_batch())])
+    assert result.mistake.startswith("The reward function 'wrong' returned 1 values for 4")
 
 
 def test_coroutines_run_at_the_same_time_and_keep_their_order():

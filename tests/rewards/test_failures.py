@@ -10,12 +10,14 @@ from grpo_trl.rewards.failures import FailureReport, RewardCall, RewardCallTrack
 from grpo_trl.rewards.worker import CallRaised, WorkerDied
 
 
-def make_tracker(count: int = 8, group: int = 4, retries: int = 0, on_error: str = "exclude") -> RewardCallTracker:
+def make_tracker(
+    count: int = 8, group: int = 4, retries: int = 0, on_error: str = "exclude", **options
+) -> RewardCallTracker:
     batch = RewardBatch([""] * count, [f"c{i}" for i in range(count)], [[]] * count, {}, None, group)
-    return RewardCallTracker("f", None, batch, retries, FailureReport(on_error))
+    return RewardCallTracker("f", None, batch, retries, FailureReport(on_error), **options)
 
 
-def answer(values, wrong=None, logs=None) -> RewardResult:
+def result(values, wrong=None, logs=None) -> RewardResult:
     return RewardResult(list(values), wrong or {}, logs or RewardLogs())
 
 
@@ -26,7 +28,7 @@ def calls_until_done(tracker: RewardCallTracker, bad: set[int], parts: int = 1) 
         call = queue.pop(0)
         made.append(list(call.rows))
         failed = bad & set(call.rows)
-        queue += tracker.record(call, OSError("bad row") if failed else answer(map(float, call.rows)))
+        queue += tracker.record(call, OSError("bad row") if failed else result(map(float, call.rows)))
     return made
 
 
@@ -82,7 +84,7 @@ def test_a_retry_that_succeeds_leaves_no_failure(caplog):
     assert call.retries == 1
     [again] = tracker.record(call, OSError("not yet"))
     assert again == RewardCall(call.rows, 0)
-    assert tracker.record(again, answer([1.0] * 8)) == []
+    assert tracker.record(again, result([1.0] * 8)) == []
     assert tracker.close()[0] == [1.0] * 8
     assert not any(tracker.failed)
 
@@ -90,15 +92,15 @@ def test_a_retry_that_succeeds_leaves_no_failure(caplog):
 def test_a_value_that_is_no_reward_fails_its_completion_without_another_call():
     tracker = make_tracker(4, 2)
     [call] = tracker.calls()
-    assert tracker.record(call, answer([1.0, math.nan, 3.0, math.nan], wrong={3: "returned 'x' (str)"})) == []
+    assert tracker.record(call, result([1.0, math.nan, 3.0, math.nan], wrong={3: "returned 'x' (str)"})) == []
     assert tracker.failed == [False, False, False, True]
 
 
 def test_the_place_in_a_part_is_turned_into_the_row():
     tracker = make_tracker(4, 2)
     first, second = tracker.calls(2)
-    tracker.record(second, answer([3.0, math.nan], wrong={1: "returned 'x' (str)"}))
-    tracker.record(first, answer([1.0, 2.0]))
+    tracker.record(second, result([3.0, math.nan], wrong={1: "returned 'x' (str)"}))
+    tracker.record(first, result([1.0, 2.0]))
     assert tracker.failed == [False, False, False, True]
     assert tracker.close()[0][:3] == [1.0, 2.0, 3.0]
 
@@ -125,22 +127,39 @@ def logs(column=None, metric=None) -> RewardLogs:
 def test_notes_stand_in_the_order_of_the_completions_with_none_where_there_is_none():
     tracker = make_tracker(6, 2)
     first, second, third = tracker.calls(3)
-    tracker.record(third, answer([1.0] * 2, logs=logs("ef", 3.0)))
-    tracker.record(second, answer([1.0] * 2))
-    tracker.record(first, answer([1.0] * 2, logs=logs("ab", 1.0)))
+    tracker.record(third, result([1.0] * 2, logs=logs("ef", 3.0)))
+    tracker.record(second, result([1.0] * 2))
+    tracker.record(first, result([1.0] * 2, logs=logs("ab", 1.0)))
     _, merged = tracker.close()
     assert merged.columns == {"seen": ["a", "b", None, None, "e", "f"]}
     assert merged.metrics == {"m": [1.0, 3.0]}
 
 
-@pytest.mark.parametrize("count", [1, 3])
-def test_log_extra_with_another_number_of_values_than_the_call_is_refused(count):
-    tracker = make_tracker(2, 2)
+# ---- Mistakes, and functions that only watch ----
+def test_a_result_that_is_wrong_as_a_whole_stops_and_is_not_repeated():
+    tracker = make_tracker(4, 2, retries=3)
     [call] = tracker.calls()
-    with pytest.raises(
-        ValueError, match=rf"log_extra\('seen', ...\) got {count} values for 2 completions; give one each"
-    ):
-        tracker.record(call, answer([1.0, 2.0], logs=logs("abc"[:count])))
+    with pytest.raises(ValueError, match="'f' returned 1 values for 4"):
+        tracker.record(call, RewardResult.of([1.0], 4, RewardLogs(), "f"))
+
+
+def test_a_function_that_watches_stops_nothing(caplog):
+    tracker = make_tracker(4, 2, on_error="raise", watches=True)
+    first, second = tracker.calls(2)
+    assert tracker.record(first, RewardResult.of([1.0], 2, RewardLogs(), "f")) == []
+    for single in tracker.record(second, OSError("bad row")):
+        assert tracker.record(single, OSError("bad row")) == []
+    assert tracker.failed == [True] * 4
+    assert "'f' returned 1 values for 2" in caplog.text
+
+
+def test_a_value_that_could_overflow_fails_its_completion():
+    tracker = make_tracker(4, 4, largest=1e300)
+    [call] = tracker.calls()
+    tracker.record(call, result([1e300, 2e300, -2e300, math.nan]))
+    values, _ = tracker.close()
+    assert tracker.failed == [False, True, True, False]
+    assert values[0] == 1e300
 
 
 # ---- What is said ----
@@ -193,7 +212,7 @@ def test_what_fails_together_only_is_logged_and_is_no_failure(caplog):
     tracker = make_tracker(2, 2)
     [call] = tracker.calls()
     for single in tracker.record(call, WorkerDied("the worker process was ended by SIGKILL")):
-        tracker.record(single, answer([1.0]))
+        tracker.record(single, result([1.0]))
     assert tracker.close()[0] == [1.0, 1.0]
     assert not any(tracker.failed)
     assert (

@@ -93,18 +93,26 @@ def test_a_value_that_is_no_reward(make_rewards, kind, bad, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("bad", [{37}, range(100)])
-@pytest.mark.parametrize("change", [-1, 1])
-def test_too_few_and_too_many_values(make_rewards, change, bad, workers):
-    rewards = make_rewards([functools.partial(faults.wrong_count, change=change), faults.lengths], workers)
-    batch = make_batch(100, bad)
-    check(rewards(batch), batch, bad)
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        (functools.partial(faults.wrong_count, change=-1), "'wrong_count' returned {fewer} values for {count}"),
+        (functools.partial(faults.wrong_count, change=1), "'wrong_count' returned {more} values for {count}"),
+        (faults.wrong_type, "'wrong_type' returned float; it must return a list"),
+        (faults.noted_too_few, r"'noted_too_few' calls log_extra\('seen', ...\) with {fewer} values for {count}"),
+    ],
+)
+def test_a_mistake_stops_and_is_not_repeated_on_parts(make_rewards, function, message, workers):
+    count = 100 // max(workers, 1)
+    with pytest.raises(ValueError, match=message.format(count=count, fewer=count - 1, more=count + 1)):
+        make_rewards([function, faults.lengths], workers, retries=2)(make_batch(100, {37}, group=50))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_something_that_is_no_list(make_rewards, workers):
-    batch = make_batch(100, {37})
-    check(make_rewards([faults.wrong_type, faults.lengths], workers)(batch), batch, {37})
+def test_a_mistake_of_a_function_without_weight_stops_nothing(make_rewards, workers):
+    table = make_rewards([faults.noted_too_few, faults.lengths], workers, weights=[0.0, 1.0])(make_batch(4))
+    assert table.failed_BF.tolist() == [[True, False]] * 4
+    assert table.total_B.tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -249,12 +257,6 @@ def test_notes_of_parts_are_put_together_and_those_of_failed_calls_dropped(make_
     expected[5] = None
     assert logs.columns == {"seen": expected}
     assert logs.metrics == {"calls": [4.0, 1.0, 1.0, 1.0]}
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_log_extra_with_another_number_of_values_is_refused(make_rewards, workers):
-    with pytest.raises(ValueError, match=r"log_extra\('seen', ...\) got 3 values for 4 completions"):
-        make_rewards(faults.noted_too_few, workers)(make_batch(4))
 
 
 def test_what_an_instance_holds_here_is_what_it_holds_there(make_rewards):

@@ -1,18 +1,22 @@
 import asyncio
 import contextlib
 import functools
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from transformers import Qwen2ForSequenceClassification
 
 import grpo_trl.rewards
 from grpo_trl.rewards import RewardBatch, RewardError, Rewards
 from grpo_trl.rewards.models import ModelReward
 
-from ..conftest import make_tokenizer
+from ..conftest import make_model, make_tokenizer
 from .test_call import by_hand, make_reward_model
 
 
@@ -129,6 +133,33 @@ def test_a_failure_of_a_function_without_weight_leaves_the_reward_defined():
     assert table.total_B.tolist() == [0, 1, 2, 3]
 
 
+def test_the_failures_that_can_stop_a_run_are_those_of_functions_with_weight():
+    table = Rewards([fails_on("x"), fails_on("xx"), lengths], weights=[1.0, 0.0, 2.0])(make_batch())
+    assert table.names == ["broken", "broken_2", "lengths"]
+    assert table.failures == {"broken": 1, "lengths": 0}
+
+
+@pytest.mark.parametrize("broken", [fails_on("xx"), fails_on_async("xx")])
+def test_a_function_without_weight_does_not_stop_at_its_failures(broken):
+    table = Rewards([lengths, broken], weights=[1.0, 0.0], on_error="raise")(make_batch())
+    assert table.total_B.tolist() == [0, 1, 2, 3]
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=4))
+def test_finite_values_and_weights_never_add_up_to_infinity(functions):
+    def constant(value):
+        return lambda completions: [value] * len(completions)
+
+    table = Rewards([constant(value) for value, _ in functions], [weight for _, weight in functions])(make_batch(1))
+    assert not table.total_B.isinf().any()
+    small = all(abs(value * weight) < 1e300 for value, weight in functions)
+    if small and all(abs(value) < 1e300 for value, _ in functions):
+        assert table.total_B.item() == pytest.approx(math.fsum(value * weight for value, weight in functions))
+
+
 def test_none_that_is_returned_is_no_failure():
     table = Rewards([lengths, never])(make_batch())
     assert not table.failed_BF.any()
@@ -226,13 +257,29 @@ def test_names_that_occur_twice_are_made_distinct():
     assert Rewards([lengths, even_only, twice, lengths]).names == ["lengths", "even_only", "lengths_2", "lengths_3"]
 
 
+def named(name):
+    def function(completions):
+        return [1.0] * len(completions)
+
+    function.__name__ = name
+    return function
+
+
+@given(st.lists(st.sampled_from(["f", "f_2", "f_3", "g"]), min_size=1, max_size=6))
+def test_names_are_distinct_and_the_first_of_each_keeps_its_own(names):
+    distinct = Rewards([named(name) for name in names]).names
+    assert len(set(distinct)) == len(names)
+    for i, name in enumerate(names):
+        assert distinct[i] == name or name in names[:i]
+
+
 @pytest.mark.parametrize("reward_funcs", [None, [], ()])
 def test_no_reward_function_is_refused(reward_funcs):
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         Rewards(reward_funcs)
 
 
-@pytest.mark.parametrize("wrong", [3, {"f": lengths}])
+@pytest.mark.parametrize("wrong", [3, {"f": lengths}, None, (lengths, 1.0), math])
 def test_what_is_no_reward_function_is_refused(wrong):
     with pytest.raises(TypeError, match=f"{type(wrong).__name__}.*it must be a callable"):
         Rewards([lengths, wrong])
@@ -250,6 +297,69 @@ def test_another_number_of_tokenizers_than_functions_is_refused(tokenizer):
 
 
 # ---- Reward models ----
+@pytest.mark.parametrize(
+    "make, error, message",
+    [
+        (
+            make_model,
+            TypeError,
+            "has a Qwen2ForCausalLM, which is a language model: .* AutoModelForSequenceClassification",
+        ),
+        (lambda: make_model().model, TypeError, "has a Qwen2Model, which does not return one number per sequence"),
+        (lambda: get_peft_model(make_model(), LoraConfig()), TypeError, "has a Peft.*, which is a language model"),
+        (
+            lambda: torch.nn.Linear(2, 1),
+            TypeError,
+            "has a Linear, which is a torch module but no model of transformers",
+        ),
+        (lambda: make_reward_model(num_labels=2), ValueError, "with num_labels=2, and a reward is one number"),
+        (
+            lambda: Qwen2ForSequenceClassification,
+            TypeError,
+            "the class Qwen2ForSequenceClassification, not an instance",
+        ),
+    ],
+)
+def test_a_model_that_gives_no_reward_is_refused_with_one_that_does(tokenizer, make, error, message):
+    with pytest.raises(error, match=message):
+        Rewards(make(), processing_classes=tokenizer)
+
+
+def test_a_reward_model_with_an_adapter_is_one(tokenizer):
+    model = get_peft_model(make_reward_model(), LoraConfig(task_type="SEQ_CLS"))
+    assert not Rewards(model, processing_classes=tokenizer)(make_batch()).failed_BF.any()
+
+
+def test_a_path_without_a_classification_head_is_refused(tmp_path, tokenizer):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"checkpoint of the reward model .* has no score.weight, which would be random"
+    ):
+        Rewards(str(tmp_path), processing_classes=tokenizer)
+
+
+def test_a_path_without_a_model_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is no path or hub name of a model .* Pass a function itself, not its name"):
+        Rewards(str(tmp_path / "accuracy"))
+
+
+def test_a_model_without_a_tokenizer_says_what_to_pass(tmp_path):
+    with pytest.raises(ValueError, match=r"has no tokenizer to be found, .* pass it in reward_processing_classes"):
+        Rewards(make_reward_model())
+    make_reward_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"has no tokenizer at its path, '{tmp_path}'; pass it in"):
+        Rewards(str(tmp_path))
+    with pytest.raises(TypeError, match="reward_processing_classes has a str for a reward model; pass its tokenizer"):
+        Rewards(make_reward_model(), processing_classes="path")
+
+
+def test_a_model_that_gives_several_numbers_fails_by_its_shape(tokenizer, caplog):
+    model = make_reward_model()
+    model.score = torch.nn.Linear(32, 3, bias=False)
+    Rewards(model, processing_classes=tokenizer)(make_batch())
+    assert "returns logits of shape (1, 3) for 1 completions" in caplog.text
+
+
 def expected_rewards(tokenizer) -> list[float]:
     return [by_hand(make_reward_model(), tokenizer, "a=" + "x" * i) for i in range(4)]
 

@@ -1,5 +1,6 @@
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ def test_rewards_see_every_column_repeated_in_the_order_of_the_completions(token
         Prompt({"prompt": "a=", "answer": "x", "completion": "hidden"}, [15, 42], 7),
         Prompt({"prompt": "b=", "answer": "y", "completion": "hidden"}, [16, 42], 9),
     ]
-    state, engine = object(), FakeEngine(turns=[1, 2, 3, 4])
+    state, engine = SimpleNamespace(global_step=3), FakeEngine(turns=[1, 2, 3, 4])
     sampled = run(tokenizer, prompts, reward, engine, state=state)
     assert (engine.request.prompts, engine.request.prompt_ids) == (["a=", "b="], [[15, 42], [16, 42]])
     assert (engine.request.num_generations, engine.request.seeds) == (2, [derive_seed(11, 7), derive_seed(11, 9)])
@@ -183,7 +184,7 @@ def test_rewards_see_every_column_repeated_in_the_order_of_the_completions(token
     assert seen["completion_ids"] == [[5, 1], [6, 1], [7, 1], [8, 1]]
     assert seen["answer"] == ["x", "x", "y", "y"]
     assert seen["turns"] == [1, 2, 3, 4]
-    assert seen["trainer_state"] is state
+    assert seen["trainer_state"] == state
     assert set(seen) == {
         *("prompts", "completions", "completion_ids", "answer", "turns"),
         *("trainer_state", "log_extra", "log_metric"),

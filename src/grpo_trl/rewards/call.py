@@ -4,15 +4,24 @@ A worker imports this module, which therefore imports neither torch nor transfor
 """
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
+
+from .isolation import isolated
+
+
+OWN_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+"""What every reward function may name; a column never hides one of them."""
 
 
 @dataclass
@@ -24,7 +33,7 @@ class RewardLogs:
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
         """Add a column to the completions table; one value per completion of the call."""
-        self.columns[column].extend(values)
+        self.columns[column].extend(map(_copy, values))
 
     def log_metric(self, name: str, value: float) -> None:
         """Log a number; it is averaged over calls and ranks until the next log."""
@@ -37,11 +46,24 @@ class RewardLogs:
         for name, numbers in other.metrics.items():
             self.metrics[name].extend(numbers)
 
+    def mistake(self, count: int) -> str:
+        """Describe what is wrong with the logs of a call on `count` completions; empty where nothing is."""
+        for function, names in (("log_extra", self.columns), ("log_metric", self.metrics)):
+            for name in names:
+                if not isinstance(name, str):
+                    return f"calls {function}({name!r}, ...); the name must be a string"
+        for column, values in self.columns.items():
+            if len(values) != count:
+                return (
+                    f"calls log_extra({column!r}, ...) with {len(values)} values for {count} completions; give one each"
+                )
+        return ""
+
 
 @dataclass(frozen=True)
 class RewardBatch:
     """What reward functions see, one entry per completion: prompts and completions as text (or lists of messages), token
-    ids, and the dataset's other columns. The completions of a prompt, its group, follow each other."""
+    ids, and the dataset's other columns. The completions of a group follow each other."""
 
     prompts: list[Any]
     completions: list[Any]
@@ -50,19 +72,25 @@ class RewardBatch:
     trainer_state: Any = None
     num_generations: int = 1
 
-    def arguments(self, logs: RewardLogs) -> dict[str, Any]:
-        """Keyword arguments of a reward function. A column never hides one of the trainer's own names."""
-        return self.columns | {
-            "prompts": self.prompts,
-            "completions": self.completions,
-            "completion_ids": self.completion_ids,
-            "trainer_state": self.trainer_state,
-            "log_extra": logs.log_extra,
-            "log_metric": logs.log_metric,
-        }
+    def arguments(self, names: Collection[str] | None, logs: RewardLogs) -> dict[str, Any]:
+        """Return a function's keyword arguments, those in `names` (all if None), as copies that are its own.
+
+        Each completion has its own copy, also where a group shares an object. Only what cannot be copied is shared.
+        """
+        per_completion = self.columns | {"prompts": self.prompts, "completions": self.completions}
+        wanted = {name: values for name, values in per_completion.items() if names is None or name in names}
+        arguments: dict[str, Any] = {name: _copy_each(values) for name, values in wanted.items()}
+        if names is None or "completion_ids" in names:
+            arguments["completion_ids"] = [list(ids) for ids in self.completion_ids]
+        if names is None or "trainer_state" in names:
+            arguments["trainer_state"] = _copy_state(self.trainer_state)
+        for name, function in (("log_extra", logs.log_extra), ("log_metric", logs.log_metric)):
+            if names is None or name in names:
+                arguments[name] = function
+        return arguments
 
     def part(self, rows: range) -> "RewardBatch":
-        """Some completions that follow each other."""
+        """Return some completions that follow each other."""
         return replace(
             self,
             prompts=self.prompts[rows.start : rows.stop],
@@ -77,29 +105,19 @@ class RewardResult:
     """What one call gave."""
 
     values: list[float]
-    """One per completion of the call: a finite number, or NaN where it returned None or what is no reward."""
+    """One per completion of the call: a finite number, or NaN where it returned None or something that is no reward."""
     wrong: dict[int, str]
-    """What is wrong with the values that are no reward, by their place in the call."""
+    """What is wrong with the values that are no reward, by their index in the call."""
     logs: RewardLogs
+    mistake: str = ""
+    """What is wrong with the result as a whole, so that it has no values: the function has to be corrected."""
 
     @classmethod
     def of(cls, returned: Any, count: int, logs: RewardLogs, name: str) -> "RewardResult":
-        """Read what the function `name` returned for `count` completions.
-
-        Raises:
-            ValueError: It is no list of `count` values.
-        """
-        values = returned.tolist() if hasattr(returned, "tolist") else returned
-        if not isinstance(values, (list, tuple)):
-            raise ValueError(
-                f"The reward function {name!r} returned {type(returned).__name__}; it must return a list with one "
-                "number, or None, per completion."
-            )
-        if len(values) != count:
-            raise ValueError(
-                f"The reward function {name!r} returned {len(values)} values for {count} completions; it must return "
-                "one number, or None, per completion."
-            )
+        """Read what the function `name` returned and logged for `count` completions."""
+        values, mistake = _values(returned, count)
+        if mistake := mistake or logs.mistake(count):
+            return cls([], {}, RewardLogs(), f"The reward function {name!r} {mistake}.")
         numbers = [_number(value) for value in values]
         wrong = {
             i: f"returned {repr(values[i])[:200]} ({type(values[i]).__name__}); it must return a finite number, or None "
@@ -111,7 +129,12 @@ class RewardResult:
 
 
 class FunctionReward:
-    """A callable, sync or async, that takes what it names of `RewardBatch.arguments` (all of it with `**kwargs`)."""
+    """A callable, sync or async, that takes what it names of `RewardBatch.arguments` (all of it with `**kwargs`).
+
+    Raises:
+        TypeError: It is a class, or a generator.
+        ValueError: It takes nothing by keyword.
+    """
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
@@ -119,57 +142,57 @@ class FunctionReward:
         self.is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is a coroutine function
         )
+        self._check_kind()
+        self._check_parameters()
 
     def __call__(self, batch: RewardBatch) -> RewardResult:
-        """Call the function on the whole batch.
+        """Call the function on the whole batch. If a sync function returns an awaitable, it is awaited.
 
         Raises:
-            ValueError: It returned no list with one value per completion.
             Exception: What the function raises.
         """
         logs = RewardLogs()
-        returned = self.function(**self._select(batch.arguments(logs)))
-        return RewardResult.of(returned, len(batch.completions), logs, self.name)
+        with isolated():
+            returned = self.function(**batch.arguments(self._names(), logs))
+            if inspect.isawaitable(returned):
+                [returned] = EVENT_LOOP.run([_finish(returned)])
+            return RewardResult.of(returned, len(batch.completions), logs, self.name)
 
     async def call_async(self, batch: RewardBatch) -> RewardResult:
-        """The same for a coroutine function."""
+        """Call a coroutine function on the whole batch."""
         logs = RewardLogs()
-        try:
-            returned = await self.function(**self._select(batch.arguments(logs)))
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is None or not hasattr(task, "cancelling") or task.cancelling():  # of Python 3.11
-                raise
-            raise RuntimeError("CancelledError in an async function") from error
-        except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and its caller would wait for ever
-            raise RuntimeError(f"{type(error).__name__} in an async function") from error
+        returned = await _finish(self.function(**batch.arguments(self._names(), logs)))
         return RewardResult.of(returned, len(batch.completions), logs, self.name)
 
-    def check(self, batch: RewardBatch) -> None:
-        """Refuse a function that cannot be called on the batch.
+    def check_columns(self, columns: Collection[str], dataset: str = "the dataset") -> None:
+        """Refuse a function that cannot be called with these columns.
 
         Raises:
-            ValueError: The function takes what neither the dataset nor the trainer has.
+            ValueError: It takes what neither the dataset nor the trainer has, or nothing that they have.
         """
-        arguments = batch.arguments(RewardLogs())
-        required = [
-            name
-            for name, p in (self._parameters() or {}).items()
-            if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
-        ]
-        if missing := [name for name in required if name not in arguments]:
+        parameters = self._parameters()
+        if parameters is None:
+            return
+        available = {*columns, *OWN_ARGUMENTS}
+        missing = [name for name, p in parameters.items() if p.default is p.empty and name not in available]
+        offer = f"it may take {', '.join(sorted(available))}, or **kwargs"
+        if missing:
             raise ValueError(
-                f"The reward function {self.name!r} takes {', '.join(missing)}, which neither the dataset nor the trainer "
-                f"has; it may take {', '.join(sorted(arguments))}, or **kwargs."
+                f"The reward function {self.name!r} takes {', '.join(missing)}, which neither {dataset} nor the trainer "
+                f"has; {offer}. Give a parameter a default if only some datasets have its column."
+            )
+        if not available & parameters.keys():
+            raise ValueError(
+                f"The reward function {self.name!r} takes nothing that {dataset} or the trainer has; {offer}."
             )
 
     def for_worker(self, batch: RewardBatch) -> RewardBatch:
-        """What a worker is sent of a batch: what the function names.
+        """Return what a worker is sent of a batch: what the function names.
 
-        With `**kwargs` that is everything, the trainer's state reduced to its plain values: the whole of it grows with each
+        With `**kwargs` that is everything, but of the trainer's state the plain values only: all of it grows with each
         log, and loading it would have the worker import transformers.
         """
-        named = self._parameters()
+        named = self._names()
         if named is None:
             return replace(batch, trainer_state=_plain(batch.trainer_state))
         return replace(
@@ -180,17 +203,50 @@ class FunctionReward:
             trainer_state=batch.trainer_state if "trainer_state" in named else None,
         )
 
+    def _check_kind(self) -> None:
+        function = _innermost(self.function)
+        if inspect.isclass(function):
+            raise TypeError(
+                f"reward_funcs has the class {self.name}, not an instance of it; pass {self.name}(...) with its arguments."
+            )
+        called = function if inspect.isroutine(function) else type(function).__call__
+        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+            raise TypeError(
+                f"The reward function {self.name!r} is a generator; it must return a list with one number, or None, per "
+                "completion."
+            )
+
+    def _check_parameters(self) -> None:
+        """Refuse a function that cannot be called by keyword."""
+        try:
+            parameters = inspect.signature(self.function, follow_wrapped=False).parameters.values()
+        except (ValueError, TypeError):  # some built-in callables have no signature
+            return
+        by_position = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+        if by_position:
+            raise ValueError(
+                f"The reward function {self.name!r} takes {', '.join(by_position)} by position only; arguments are passed "
+                "by keyword, as in def f(completions, **kwargs)."
+            )
+        if not any(p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters):
+            raise ValueError(
+                f"The reward function {self.name!r} takes no argument by keyword, so it would not see the completions; "
+                "define it as in def f(completions, **kwargs)."
+            )
+
     def _parameters(self) -> dict[str, inspect.Parameter] | None:
-        """What the function names; None if it takes everything."""
+        """Return what the function names; None if it takes everything."""
         try:
             parameters = inspect.signature(self.function).parameters
-        except ValueError:  # some built-in callables have no signature
+        except (ValueError, TypeError):  # some built-in callables have no signature
             return None
-        return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else dict(parameters)
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return None
+        return {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
-    def _select(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        named = self._parameters()
-        return arguments if named is None else {name: value for name, value in arguments.items() if name in named}
+    def _names(self) -> Collection[str] | None:
+        parameters = self._parameters()
+        return None if parameters is None else parameters.keys()
 
 
 class EventLoop:
@@ -211,7 +267,8 @@ class EventLoop:
         async def gather() -> list[Any]:
             tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
             try:
-                return await asyncio.gather(*tasks)
+                with isolated():  # all of them together: they run at the same time
+                    return await asyncio.gather(*tasks)
             finally:
                 for task in tasks:
                     task.cancel()
@@ -223,16 +280,80 @@ class EventLoop:
             future.cancel()  # what a signal handler has raised here must not leave them running
 
 
+EVENT_LOOP = EventLoop()
+"""Of this process."""
+
+
+async def _finish(awaitable: Awaitable[Any]) -> Any:
+    """Await what a reward function returned; what it must not do to the event loop becomes an ordinary error."""
+    try:
+        return await awaitable
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or not hasattr(task, "cancelling") or task.cancelling():  # of Python 3.11
+            raise
+        raise RuntimeError("CancelledError in an async function") from error
+    except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and its caller would wait for ever
+        raise RuntimeError(f"{type(error).__name__} in an async function") from error
+
+
+# ---- Copies ----
+def _copy(value: Any) -> Any:
+    """Return a copy, or the object itself where it cannot be copied."""
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
+
+
+def _copy_each(values: Any) -> Any:
+    return list(map(_copy, values)) if isinstance(values, (list, tuple)) else _copy(values)
+
+
+def _copy_state(state: Any) -> Any:
+    """Copy the trainer's state. Its log, which grows, has entries of numbers, so that copying these is enough."""
+    try:
+        own = copy.copy(state)
+    except Exception:
+        return state
+    for name, value in getattr(state, "__dict__", {}).items():
+        own.__dict__[name] = [dict(entry) for entry in value] if name == "log_history" else _copy(value)
+    return own
+
+
+# ---- Values ----
+def _values(returned: Any, count: int) -> tuple[Sequence[Any], str]:
+    """Return the values that a function returned for `count` completions, and what is wrong with them as a whole."""
+    shape = tuple(getattr(returned, "shape", ()))
+    if len(shape) > 1:
+        if shape[0] != count or math.prod(shape) != count:
+            return [], f"returned an array of shape {shape} for {count} completions; its shape must be ({count},)"
+        returned = returned.reshape(count)
+    values = returned.tolist() if hasattr(returned, "tolist") else returned
+    if not isinstance(values, Sequence) or isinstance(values, (str, bytes)):
+        return [], (
+            f"returned {type(returned).__name__}; it must return a list with one number, or None, per completion"
+        )
+    if len(values) != count:
+        return [], (
+            f"returned {len(values)} values for {count} completions; it must return one number, or None, per completion"
+        )
+    return values, ""
+
+
 def _number(value: Any) -> float | None:
     """The float that a returned value stands for, NaN for None; None for what is no reward."""
     if value is None:
         return math.nan
     if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
         value = value.item()
-    try:
-        return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
-    except OverflowError:  # an integer larger than any float
+    if not isinstance(value, (Real, Decimal)):
         return None
+    try:
+        number = float(value)
+    except (OverflowError, ValueError):  # an integer larger than any float; a signaling NaN
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _plain(state: Any) -> SimpleNamespace | None:
@@ -243,7 +364,11 @@ def _plain(state: Any) -> SimpleNamespace | None:
     return SimpleNamespace(**{k: v for k, v in getattr(state, "__dict__", {}).items() if isinstance(v, kinds)})
 
 
+def _innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what a `functools.partial` calls."""
+    return _innermost(function.func) if isinstance(function, functools.partial) else function
+
+
 def _callable_name(function: Callable[..., Any]) -> str:
-    if isinstance(function, functools.partial):
-        return _callable_name(function.func)
-    return getattr(function, "__name__", type(function).__name__)
+    function = _innermost(function)
+    return str(getattr(function, "__name__", type(function).__name__))

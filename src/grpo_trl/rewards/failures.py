@@ -57,13 +57,15 @@ class FailureReport:
         self.on_error = on_error
         self._logged: set[str] = set()
 
-    def completion_failed(self, name: str, completion: Any, message: str, traceback: str) -> None:
+    def completion_failed(
+        self, name: str, completion: Any, message: str, traceback: str, watches: bool = False
+    ) -> None:
         """A function gave no reward to a completion.
 
         Raises:
-            RewardError: With `on_error="raise"`.
+            RewardError: With `on_error="raise"`, unless the function only `watches`.
         """
-        if self.on_error == "raise":
+        if self.on_error == "raise" and not watches:
             raise RewardError(name, completion, message, traceback)
         self._log_first(name, describe(name, completion, message, traceback))
 
@@ -82,7 +84,8 @@ class RewardCallTracker:
     """What one function's calls have given for the completions of a batch.
 
     A call that fails is repeated `retries` times as it is; then each of its groups is called alone, and of a group that
-    fails again each completion, that again `retries` times. A value that is no reward fails its own completion only.
+    fails again each completion, that again `retries` times. A value that is no reward fails its own completion only. A
+    result that is wrong as a whole is a mistake in the function, which no repetition corrects.
 
     Args:
         name: The function's name in the log.
@@ -90,10 +93,24 @@ class RewardCallTracker:
         batch: All completions.
         retries: How often the first and the last calls are repeated.
         report: Told of each completion that failed for good.
+        watches: Its weight is 0: its failures, mistakes included, are logged and stop nothing.
+        largest: A value beyond this size fails its completion, since the weighted sum could overflow.
     """
 
-    def __init__(self, name: str, function: Any, batch: RewardBatch, retries: int, report: FailureReport):
+    def __init__(
+        self,
+        name: str,
+        function: Any,
+        batch: RewardBatch,
+        retries: int,
+        report: FailureReport,
+        *,
+        watches: bool = False,
+        largest: float = math.inf,
+    ):
         self.name = name
+        self.watches = watches
+        self.largest = largest
         self.function = function
         self.batch = batch
         self.retries = retries
@@ -115,7 +132,7 @@ class RewardCallTracker:
         """Write down what a call gave, or that it failed; the calls to make instead.
 
         Raises:
-            ValueError: `log_extra` got another number of values than the call had completions.
+            ValueError: The result is wrong as a whole; see `RewardResult.mistake`.
             RewardError: A completion failed, and the report says that this stops the run.
         """
         if isinstance(outcome, RewardResult):
@@ -154,18 +171,21 @@ class RewardCallTracker:
         return [RewardCall(rows[start : start + size], retries) for start in range(0, len(rows), max(size, 1))]
 
     def _accept(self, rows: range, result: RewardResult) -> None:
-        for column, values in result.logs.columns.items():
-            if len(values) != len(rows):
-                raise ValueError(
-                    f"log_extra({column!r}, ...) got {len(values)} values for {len(rows)} completions; give one each."
-                )
-        self._results.append((rows, result))
-        for place, message in result.wrong.items():
+        if result.mistake and not self.watches:
+            raise ValueError(result.mistake)
+        if result.mistake:
+            for row in rows:
+                self._fail(row, result.mistake, "")
+            return
+        too_large = {i: f"returned {v}, which overflows" for i, v in enumerate(result.values) if abs(v) > self.largest}
+        values = [math.nan if i in too_large else value for i, value in enumerate(result.values)]
+        self._results.append((rows, replace(result, values=values)))
+        for place, message in (result.wrong | too_large).items():
             self._fail(rows[place], message, "")
 
     def _fail(self, row: int, message: str, text: str) -> None:
         self.failed[row] = True
-        self.report.completion_failed(self.name, self.batch.completions[row], message, text)
+        self.report.completion_failed(self.name, self.batch.completions[row], message, text, self.watches)
 
 
 def describe(name: str, completion: Any, message: str, traceback: str) -> str:

@@ -4,8 +4,10 @@ Axes: B completions, F reward functions.
 """
 
 import asyncio
+import itertools
+import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .call import EventLoop, FunctionReward, RewardBatch, RewardLogs
+from ..seeds import keeping_random_state
+from .call import EVENT_LOOP, FunctionReward, RewardBatch, RewardLogs
 from .failures import FailureReport, OnError, RewardCall, RewardCallTracker
-from .models import ModelReward, load_reward_model, reward_tokenizer
+from .models import ModelReward, check_reward_model, load_reward_model, reward_tokenizer
 from .pool import Phase, RewardPool
 
 
@@ -31,6 +34,14 @@ class RewardTable:
     logs: RewardLogs
     failed_BF: Tensor
     """bool; True where the function failed on the completion."""
+    watching: frozenset[str] = frozenset()
+    """Functions whose weight is 0."""
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """Completions that each function failed on, without functions that only watch."""
+        counts = dict(zip(self.names, self.failed_BF.sum(0).tolist(), strict=True))
+        return {name: count for name, count in counts.items() if name not in self.watching}
 
 
 class Rewards:
@@ -92,7 +103,6 @@ class Rewards:
         self.retries = retries
         self.timeout = timeout
         self._report = FailureReport(on_error)
-        self._event_loop = EventLoop()
         self._pool = RewardPool(workers, timeout, memory_limit) if workers else None
 
     def prepare_models(self, prepare: Callable[[nn.Module], nn.Module]) -> None:
@@ -100,6 +110,16 @@ class Rewards:
         for function in self.functions:
             if isinstance(function, ModelReward):
                 function.model = prepare(function.model)
+
+    def check_columns(self, columns: Collection[str], dataset: str = "the dataset") -> None:
+        """Refuse functions that cannot be called with these columns of `dataset`.
+
+        Raises:
+            ValueError: See `FunctionReward.check_columns`.
+        """
+        for function in self.functions:
+            if isinstance(function, FunctionReward):
+                function.check_columns(columns, dataset)
 
     def close(self) -> None:
         """End the workers. A later call starts others."""
@@ -115,16 +135,11 @@ class Rewards:
             phase: Entered around each wait with the names of the functions that it waits for.
 
         Raises:
-            ValueError: A function takes what nobody has, or gave `log_extra` another number of values than completions.
+            ValueError: A function takes what nobody has, or a result of it is wrong as a whole.
             RewardError: A function failed on a completion, with `on_error="raise"`.
         """
-        for function in self.functions:
-            if isinstance(function, FunctionReward):
-                function.check(batch)
-        trackers = [
-            RewardCallTracker(name, function, batch, self.retries, self._report)
-            for name, function in zip(self.names, self.functions, strict=True)
-        ]
+        self.check_columns(batch.columns)
+        trackers = self._trackers(batch)
         self._fill(trackers, phase)
         logs = RewardLogs()
         columns = []
@@ -134,31 +149,46 @@ class Rewards:
             logs.add(own_logs)
         values_BF = torch.tensor(columns, dtype=torch.float64).T.contiguous()
         failed_BF = torch.tensor([tracker.failed for tracker in trackers]).T.contiguous()
-        return RewardTable(self.names, values_BF, self.total(values_BF, failed_BF), logs, failed_BF)
+        watching = frozenset(tracker.name for tracker in trackers if tracker.watches)
+        return RewardTable(self.names, values_BF, self.total(values_BF, failed_BF), logs, failed_BF, watching)
 
     def total(self, values_BF: Tensor, failed_BF: Tensor) -> Tensor:
         """Weighted sum over the functions that apply to a completion. Shape (B,), float64.
 
         NaN where no function applies, and where one failed: the sum of the others would read as a judgement. Functions
-        whose weight is 0 only phase, unless all do.
+        whose weight is 0 only watch, unless all do.
         """
         applies_F = (self.weights_F != 0) | (self.weights_F == 0).all()
         total_B = (values_BF * self.weights_F).nansum(1)
         mask_undefined_B = values_BF[:, applies_F].isnan().all(1) | (failed_BF & (self.weights_F != 0)).any(1)
         return total_B.masked_fill(mask_undefined_B, torch.nan)
 
+    def _trackers(self, batch: RewardBatch) -> list[RewardCallTracker]:
+        return [
+            RewardCallTracker(
+                name,
+                function,
+                batch,
+                self.retries,
+                self._report,
+                watches=weight == 0,
+                largest=sys.float_info.max / max(1.0, abs(weight)) / len(self.functions),
+            )
+            for name, function, weight in zip(self.names, self.functions, self.weights_F.tolist(), strict=True)
+        ]
+
     def _fill(self, trackers: list[RewardCallTracker], phase: Phase) -> None:
         left = self._pool.run(trackers, phase) if self._pool else trackers
         for tracker in left:
             if not _is_async(tracker):
-                with phase(tracker.name):
+                with phase(tracker.name), keeping_random_state():
                     _call_here(tracker)
         if waiting := [tracker for tracker in left if _is_async(tracker)]:
-            with phase(", ".join(tracker.name for tracker in waiting)):
-                self._event_loop.run([self._await(tracker, call) for tracker in waiting for call in tracker.calls()])
+            with phase(", ".join(tracker.name for tracker in waiting)), keeping_random_state():
+                EVENT_LOOP.run([self._await(tracker, call) for tracker in waiting for call in tracker.calls()])
 
     async def _await(self, tracker: RewardCallTracker, call: RewardCall) -> None:
-        """A call of an async function, then, all at the same time, the calls that are to be made instead if it failed."""
+        """Make a call of an async function; if it fails, make the calls to make instead, all at the same time."""
         try:
             outcome = await asyncio.wait_for(tracker.function.call_async(tracker.batch.part(call.rows)), self.timeout)
         except Exception as error:
@@ -185,10 +215,11 @@ def _is_async(tracker: RewardCallTracker) -> bool:
 def _reward(
     func: Any, tokenizer: Any, init_kwargs: dict[str, Any], chat_template_kwargs: dict[str, Any], batch_size: int
 ) -> FunctionReward | ModelReward:
-    """What calls `func`, with the reward model and its tokenizer loaded."""
+    """Return what calls `func`, with the reward model and its tokenizer loaded."""
     if isinstance(func, str):
         func = load_reward_model(func, init_kwargs)
     if isinstance(func, nn.Module):
+        check_reward_model(func)
         tokenizer = reward_tokenizer(func, tokenizer, init_kwargs.get("trust_remote_code", False))
         return ModelReward(func, tokenizer, chat_template_kwargs, batch_size)
     if callable(func):
@@ -207,5 +238,8 @@ def _as_list(value: Any) -> list[Any]:
 
 def _distinct(names: list[str]) -> list[str]:
     """`["f", "g", "f"]` -> `["f", "g", "f_2"]`: two functions of one name must not share a metric."""
-    counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
-    return [name if count == 1 else f"{name}_{count}" for name, count in zip(names, counts, strict=True)]
+    distinct: list[str] = []
+    for name in names:
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        distinct.append(next(c for c in candidates if c not in distinct and (c == name or c not in names)))
+    return distinct
