@@ -48,6 +48,30 @@ def test_batch_scale_divides_by_the_deviation_of_the_batch_and_not_of_these_grou
     torch.testing.assert_close(actual, expected.double(), rtol=1e-6, atol=1e-6)
 
 
+@given(GROUPS, st.integers(500, 1013), st.sampled_from(["group", "batch"]))
+def test_advantages_of_huge_rewards_are_those_of_the_rewards_in_another_unit(groups, power, scale):
+    rewards = tensor(groups)
+    huge = rewards * 2.0**power
+    more = torch.tensor([5.0, -40.0], dtype=torch.float64)
+    batch = [torch.cat([huge.flatten(), more * 2.0**power]), torch.cat([rewards.flatten(), more])]
+    centered = [oracle.advantages(g, divisor=0) for g in groups]
+    deviations = [batch[1][~batch[1].isnan()].std().item()] * len(groups)
+    if scale == "group":
+        counts = [len(g) - g.count(None) for g in groups]
+        deviations = [
+            math.sqrt(math.fsum(c**2 for c in g) / max(1, n - 1)) for g, n in zip(centered, counts, strict=True)
+        ]
+    expected = [[c / d if c else 0.0 for c in g] for g, d in zip(centered, deviations, strict=True)]
+    actual = group_advantages(huge, scale, batch[0])
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), rtol=1e-7, atol=1e-9)
+
+
+def test_a_small_group_keeps_its_signal_beside_a_huge_one():
+    rewards = torch.tensor([[0.0, 1.0], [0.0, 1.7e308], [-1.7e308, 1.7e308]], dtype=torch.float64)
+    expected = torch.tensor([[-1.0, 1.0]] * 3, dtype=torch.float64) * 0.5**0.5
+    torch.testing.assert_close(group_advantages(rewards), expected, rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
 def test_equal_rewards_of_any_size_give_exactly_zero(scale):
     for value, size in itertools.product([0.7, 1e-300, 1e300, -0.1, 0.0], [2, 3, 8, 7]):

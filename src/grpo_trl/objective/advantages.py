@@ -10,6 +10,9 @@ from torch import Tensor
 STD_EPSILON = 1e-4
 """Added to the standard deviation that divides; TRL's value."""
 
+LARGEST = 2.0**500
+"""Of this size, as many rewards as there may be can be squared and added up in float64."""
+
 SCALES = ("group", "batch", "none")
 
 
@@ -41,19 +44,33 @@ def group_advantages(rewards_PG: Tensor, scale_rewards: str = "group", batch_rew
         raise ValueError(f"scale_rewards={scale_rewards!r} is unknown; use one of {', '.join(map(repr, SCALES))}.")
     rewards_PG = rewards_PG.double()
     mask_PG = ~rewards_PG.isnan()
+    mask_signal_P1 = _largest(rewards_PG) > _largest(-rewards_PG).neg()
+    unit_P1 = _unit(_largest(rewards_PG.abs()))
+    scaled_PG = rewards_PG / unit_P1
     count_P1 = mask_PG.sum(1, keepdim=True)
-    mean_P1 = rewards_PG.nansum(1, keepdim=True) / count_P1
-    centered_PG = rewards_PG - mean_P1
+    mean_P1 = scaled_PG.nansum(1, keepdim=True) / count_P1
+    centered_PG = scaled_PG - mean_P1
     if scale_rewards == "group":
         variance_P1 = centered_PG.square().nansum(1, keepdim=True) / (count_P1 - 1)
-        centered_PG = centered_PG / (variance_P1.sqrt() + STD_EPSILON)
+        advantages_PG = centered_PG / (variance_P1.sqrt() + STD_EPSILON / unit_P1)
     elif scale_rewards == "batch":
         if batch_rewards is None:
             raise ValueError("scale_rewards='batch' needs batch_rewards, the rewards of the whole generation batch.")
-        batch_rewards = batch_rewards.double()
-        centered_PG = centered_PG / (batch_rewards[~batch_rewards.isnan()].std() + STD_EPSILON)
-    mask_signal_P1 = _largest(rewards_PG) > _largest(-rewards_PG).neg()
-    return torch.where(mask_signal_P1 & mask_PG, centered_PG, 0.0)
+        batch_rewards = batch_rewards[~batch_rewards.isnan()].double()
+        unit = _unit(batch_rewards.abs().max()) if len(batch_rewards) else torch.ones(())
+        std = (batch_rewards / unit).std()
+        advantages_PG = centered_PG * (unit_P1 / unit) / (std + STD_EPSILON / unit)
+    else:
+        advantages_PG = centered_PG * unit_P1
+    return torch.where(mask_signal_P1 & mask_PG, advantages_PG, 0.0)
+
+
+def _unit(largest: Tensor) -> Tensor:
+    """Return what to divide rewards by so that their squares and sums do not overflow: a power of 2, which rounds nothing.
+
+    1 for rewards up to 2^500 in size, and where there is none (`largest` is -inf).
+    """
+    return torch.where(largest > LARGEST, 2.0 ** (torch.frexp(largest).exponent.double() - 1), 1.0)
 
 
 def _largest(rewards_PG: Tensor) -> Tensor:
