@@ -289,7 +289,8 @@ def test_the_ends_of_the_ranges_are_accepted(options):
         ({"reward_retries": -1}, "reward_retries=-1 cannot work; use 0"),
         ({"reward_memory_limit": 0.0}, "reward_memory_limit=0.0 cannot work; it must be above 0"),
         ({"on_reward_error": "ignore"}, "on_reward_error='ignore' is unknown; use one of 'exclude', 'raise'"),
-        ({"reward_weights": [1.0, math.nan]}, "reward_weights=[1.0, nan] cannot work; use finite numbers"),
+        ({"reward_weights": [1.0, math.nan]}, "reward_weights=[1.0, nan] cannot work; it must be a list of finite"),
+        ({"reward_weights": 0.5}, "reward_weights=0.5 cannot work; it must be a list of finite"),
     ],
 )
 def test_reward_options_that_cannot_work_are_refused(options, message):

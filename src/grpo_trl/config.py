@@ -432,9 +432,8 @@ class GRPOConfig(TrainingArguments):
         check("ref_model_sync_steps", self.ref_model_sync_steps >= 1, "use at least 1")
         check("ref_model_mixup_alpha", 0 <= self.ref_model_mixup_alpha <= 1, "it must be between 0 and 1")
         check("reward_workers", self.reward_workers >= 0, "use 0 (none) or more")
-        weights = self.reward_weights
         check(
-            "reward_weights", weights is None or all(map(math.isfinite, weights)), "use finite numbers, e.g. 1.0 each"
+            "reward_weights", _are_weights(self.reward_weights), "it must be a list of finite numbers, e.g. [1.0, 0.5]"
         )
         check("reward_retries", self.reward_retries >= 0, "use 0 or more")
         check("reward_memory_limit", self.reward_memory_limit > 0, "it must be above 0, e.g. 4.0")
@@ -456,3 +455,8 @@ class GRPOConfig(TrainingArguments):
         )
         self.steps_per_generation = geometry.micro_steps(self.steps_per_generation, self.generation_batch_size)
         self.generation_batch_size = geometry.completions_per_micro_step * self.steps_per_generation
+
+
+def _are_weights(weights: Any) -> bool:
+    is_list = isinstance(weights, (list, tuple))
+    return weights is None or (is_list and all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights))

@@ -1,5 +1,6 @@
 """Evaluation: sampling and rewarding held-out prompts, each once, and nothing of the training's state."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,13 @@ from tqdm.auto import tqdm
 
 from .data import PromptSet
 from .metrics import MetricLog
+from .notices import get_logger
 from .rollout import RoundRunner
 from .seeds import derive_seed
 from .signals import together
+
+
+logger = get_logger(__name__)
 
 
 def evaluate_prompts(
@@ -43,7 +48,7 @@ def evaluate_prompts(
         show_progress: Draw a bar.
 
     Returns:
-        TRL's metrics, without a prefix.
+        TRL's metrics, without a prefix. Those of rewards are NaN if no completion has a reward.
 
     Raises:
         StopRequested, RunStopped, RuntimeError: See `together`.
@@ -62,4 +67,12 @@ def evaluate_prompts(
             log.add_all(sampled.metrics())
 
         together(sample, rank, gather)
-    return metrics.reduce(gather)
+    means = ["reward", *(f"rewards/{name}/mean" for name in runner.rewards.names)]
+    reduced = dict.fromkeys(means, math.nan) | metrics.reduce(gather)
+    if math.isnan(reduced["reward"]):
+        logger.warning(
+            "No completion of the evaluation on %s has a reward: all reward functions returned None or failed (see "
+            "rewards/NAME/failures). Its reward is NaN, which counts as no improvement.",
+            prompts.name,
+        )
+    return reduced

@@ -33,7 +33,7 @@ class Share:
     ended: int
     """Completions that came to their end."""
     failures: dict[str, int]
-    """Completions that each reward function failed on."""
+    """Completions that each reward function failed on; those whose weight is 0 are left out."""
 
     @classmethod
     def of(cls, sampled: Round) -> "Share":
@@ -42,7 +42,7 @@ class Share:
             rewards=sampled.rewards.total_B.tolist(),
             informative=int(sampled.informative_P.sum()),
             ended=sum(c.ended for c in sampled.completions),
-            failures=dict(zip(sampled.rewards.names, sampled.rewards.failed_BF.sum(0).tolist(), strict=True)),
+            failures=sampled.rewards.failures,
         )
 
 

@@ -32,7 +32,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 from .assembly import make_engine, make_prompts, make_rewards, make_scorer
 from .balance import Balancer, exchange
 from .config import GRPOConfig
-from .data import PromptSet
+from .data import PromptLimit, PromptSet
 from .evaluation import evaluate_prompts
 from .guards import DeadRun, NonFinite, Share, check_failures
 from .launch import check_devices, check_ranks, deepspeed_was_asked_for, fsdp_was_asked_for, rest_at_exit
@@ -50,7 +50,7 @@ from .objective import Counts, grpo_loss, make_objective
 from .policy import Completion, Piece, enable_scoring, evaluation_mode, score, serve_shared_prefix
 from .report import append_objective, merge_tables, print_completions, write_completions
 from .resumable import ResumableTrainer
-from .rollout import RolloutEngine, RolloutFuncEngine, RoundRunner
+from .rollout import RolloutEngine, RolloutFuncEngine, RoundRunner, reward_columns
 from .sharding import GatheredWeights, check_sharding, engine_of, place_unprepared, prepare_frozen
 from .state import RunState, StepShare, Window, fingerprint, resumed_state
 from .windows import WindowMaker
@@ -197,7 +197,7 @@ class GRPOTrainer(ResumableTrainer):
         if self.train_dataset is None:
             return
         limit = self.args.prompt_limit(context, trained_on=not writes_prompts)
-        prompts = make_prompts(self.train_dataset, self.processing_class, self.args, limit, "train_dataset")
+        prompts = self._make_prompts(self.train_dataset, limit, "train_dataset")
         self._schedule = self.args.schedule(len(prompts))
         self._schedule.check()
         self._windows = WindowMaker(
@@ -219,10 +219,13 @@ class GRPOTrainer(ResumableTrainer):
         """What is evaluated on, by name; a single dataset has the name ""."""
         parts = {} if dataset is None else dataset if isinstance(dataset, dict) else {"": dataset}
         titles = {name: f"eval_dataset[{name!r}]" if name else "eval_dataset" for name in parts}
-        return {
-            name: make_prompts(part, self.processing_class, self.args, self._eval_limit, titles[name])
-            for name, part in parts.items()
-        }
+        return {name: self._make_prompts(part, self._eval_limit, titles[name]) for name, part in parts.items()}
+
+    def _make_prompts(self, dataset: Dataset, limit: PromptLimit, name: str) -> PromptSet:
+        prompts = make_prompts(dataset, self.processing_class, self.args, limit, name)
+        if not isinstance(self._runner.engine, RolloutFuncEngine):  # whose columns are known when it has been called
+            self._runner.rewards.check_columns(reward_columns(prompts.dataset.column_names), name)
+        return prompts
 
     def _make_engine(self, rollout_func: Callable[..., dict[str, Any]] | None) -> RolloutEngine:
         ends = eos_token_ids(self.model, self.processing_class)

@@ -170,6 +170,11 @@ def test_an_argument_that_nobody_has_is_named_with_its_function_and_the_dataset(
     def picky(completions, solution, difficulty):
         return lengths(completions)
 
+    def picky_of_more(completions, solution, **kwargs):
+        return lengths(completions)
+
+    with pytest.raises(ValueError, match=r"'picky_of_more' takes solution, which neither the dataset"):
+        FunctionReward(picky_of_more).check_columns(["answer"])
     with pytest.raises(
         ValueError,
         match=r"'picky' takes solution, difficulty, which neither eval_dataset nor .*may take answer, completion_ids, comp",

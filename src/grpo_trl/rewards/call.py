@@ -170,9 +170,7 @@ class FunctionReward:
         Raises:
             ValueError: It takes what neither the dataset nor the trainer has, or nothing that they have.
         """
-        parameters = self._parameters()
-        if parameters is None:
-            return
+        parameters, takes_all = self._parameters()
         available = {*columns, *OWN_ARGUMENTS}
         missing = [name for name, p in parameters.items() if p.default is p.empty and name not in available]
         offer = f"it may take {', '.join(sorted(available))}, or **kwargs"
@@ -181,7 +179,7 @@ class FunctionReward:
                 f"The reward function {self.name!r} takes {', '.join(missing)}, which neither {dataset} nor the trainer "
                 f"has; {offer}. Give a parameter a default if only some datasets have its column."
             )
-        if not available & parameters.keys():
+        if not takes_all and not available & parameters.keys():
             raise ValueError(
                 f"The reward function {self.name!r} takes nothing that {dataset} or the trainer has; {offer}."
             )
@@ -234,19 +232,19 @@ class FunctionReward:
                 "define it as in def f(completions, **kwargs)."
             )
 
-    def _parameters(self) -> dict[str, inspect.Parameter] | None:
-        """Return what the function names; None if it takes everything."""
+    def _parameters(self) -> tuple[dict[str, inspect.Parameter], bool]:
+        """Return the parameters that can be passed by keyword, and whether the function takes everything else too."""
         try:
             parameters = inspect.signature(self.function).parameters
         except (ValueError, TypeError):  # some built-in callables have no signature
-            return None
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return None
-        return {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            return {}, True
+        named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+        return named, any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     def _names(self) -> Collection[str] | None:
-        parameters = self._parameters()
-        return None if parameters is None else parameters.keys()
+        """Return the arguments that the function is passed, None for all."""
+        named, takes_all = self._parameters()
+        return None if takes_all else named.keys()
 
 
 class EventLoop:

@@ -4,7 +4,7 @@ from .base import Rollout, RolloutEngine, RolloutRequest, SamplingOptions
 from .custom import RolloutFuncEngine
 from .generate import GenerateEngine
 from .group import GroupEngine
-from .round import Round, RoundRunner
+from .round import Round, RoundRunner, reward_columns
 
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "Round",
     "RoundRunner",
     "SamplingOptions",
+    "reward_columns",
 ]

@@ -3,7 +3,7 @@
 Axes: P prompts, G completions per prompt, B = P*G completions, F reward functions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -184,6 +184,10 @@ class RoundRunner:
         ]
 
 
+def reward_columns(columns: Iterable[str]) -> list[str]:
+    """Return the columns of a dataset that reward functions get; the others come under the names of the trainer."""
+    return [name for name in columns if name not in ("prompt", "completion", "completion_ids")]
+
+
 def _columns(rows: list[Prompt]) -> dict[str, list[Any]]:
-    names = [name for name in rows[0].example if name not in ("prompt", "completion", "completion_ids")]
-    return {name: [row.example[name] for row in rows] for name in names}
+    return {name: [row.example[name] for row in rows] for name in reward_columns(rows[0].example)}
