@@ -7,6 +7,7 @@ from pathlib import Path
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from datasets import Dataset
@@ -57,6 +58,8 @@ ARCHITECTURES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {}),
 }
 torch.set_num_threads(1)  # tensors this small lose more to threads than they gain
+hypothesis.settings.register_profile("no deadline", deadline=None)  # of a machine that others use too
+hypothesis.settings.load_profile("no deadline")
 SHARED = Path(__file__).parents[2] / "shared"
 
 
