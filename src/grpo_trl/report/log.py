@@ -1,0 +1,125 @@
+"""What every run leaves in its output directory, whatever `report_to` says.
+
+    log.jsonl           a line per log, and one where the run starts or resumes
+    config.json         the options
+    environment.json    versions and hardware
+    plan.json           what the run was planned to do and to cost
+    completions/        parquet files, one per log: a sample of groups, or all completions with `log_completions`
+
+Nothing here ends a run: what cannot be written is one warning.
+"""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .completions import write_completions
+from .tolerant import clean, str_of, tolerated
+
+
+LOG, CONFIG, ENVIRONMENT, PLAN, COMPLETIONS = "log.jsonl", "config.json", "environment.json", "plan.json", "completions"
+SAMPLED_GROUPS = 8
+"""Groups of a generation batch that are kept at a log."""
+SAMPLED_FILES = 128
+"""Logs of which a sample is kept; above that, every second one goes."""
+
+
+class RunLog:
+    """Writes the log of a run; one process does.
+
+    Args:
+        folder: The output directory.
+        keeps_all: Keep all completions of all logs, not a bounded sample.
+    """
+
+    def __init__(self, folder: Path, keeps_all: bool = False):
+        self.folder = folder
+        self.keeps_all = keeps_all
+        self._logs, self._stride = 0, 1
+
+    def start(self, step: int, max_steps: int, facts: Mapping[str, Any]) -> None:
+        """Note that the run starts, or resumes, after optimizer step `step`.
+
+        Args:
+            step: Lines of later steps in the log are superseded.
+            max_steps: Optimizer steps of the whole run.
+            facts: Contents of further files by name, e.g. `{"config.json": {...}}`.
+        """
+        for name, content in facts.items():
+            with tolerated(f"Writing {self.folder / name}"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                (self.folder / name).write_text(json.dumps(plain(content), indent=2) + "\n", encoding="utf-8")
+        if step == 0:
+            self._delete(self._completion_files())
+        self._append({"event": "start", "step": step, "max_steps": max_steps})
+
+    def entry(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append a line with the metrics of a log."""
+        self._append({"step": step} | dict(metrics))
+
+    def end(self, step: int) -> None:
+        """Note that training has ended."""
+        self._append({"event": "end", "step": step})
+
+    def completions(self, step: int, table: dict[str, list[Any]], num_generations: int) -> None:
+        """Keep the completions of a generation batch, group after group.
+
+        Args:
+            step: The optimizer step.
+            table: Columns of equal length.
+            num_generations: Completions of a group, which stand together.
+        """
+        self._logs += 1
+        if not self.keeps_all and (self._logs - 1) % self._stride:
+            return
+        with tolerated(f"Keeping completions in {self.folder / COMPLETIONS}"):
+            rows = len(table["prompt"])
+            count = rows if self.keeps_all else min(rows, SAMPLED_GROUPS * num_generations)
+            groups = [row // num_generations for row in range(count)]
+            kept = {"step": [step] * count, "group": groups} | {name: column[:count] for name, column in table.items()}
+            write_completions(kept, self.folder / COMPLETIONS / f"completions_{step:05d}.parquet")
+            self._thin_out()
+
+    def _thin_out(self) -> None:
+        files = self._completion_files()
+        if not self.keeps_all and len(files) > SAMPLED_FILES:
+            self._stride *= 2
+            self._delete(files[1::2])
+
+    def _completion_files(self) -> list[Path]:
+        return completion_files(self.folder)
+
+    def _delete(self, files: list[Path]) -> None:
+        with tolerated(f"Deleting older completions in {self.folder / COMPLETIONS}"):
+            for file in files:
+                file.unlink(missing_ok=True)
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with tolerated(f"Writing {self.folder / LOG}"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            line = json.dumps({"time": round(time.time(), 3)} | plain(entry), allow_nan=False)
+            with (self.folder / LOG).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+
+def completion_files(folder: Path) -> list[Path]:
+    """List the files of completions of a run, by optimizer step."""
+    return sorted((folder / COMPLETIONS).glob("completions_*.parquet"), key=lambda path: int(path.stem.split("_")[1]))
+
+
+def plain(value: Any) -> Any:
+    """Convert any object to what JSON has; numbers that are not finite become their names: "nan", "inf", "-inf"."""
+    if isinstance(value, Mapping):
+        return {clean(str_of(key)): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+        return plain(value.item())
+    return clean(str_of(value))
