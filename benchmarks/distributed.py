@@ -37,7 +37,7 @@ LAYERS = (2, 6)
 PIECES = 3
 STEPS = 4
 METHODS = {
-    **{method: {"method": method, "lora": False} for method in plan.METHODS},
+    **{method: {"method": method, "lora": False} for method in plan.METHODS if method != "FSDP2"},
     "ZeRO-2, LoRA": {"method": "ZeRO-2", "lora": True},
     "ZeRO-3, LoRA": {"method": "ZeRO-3", "lora": True},
 }

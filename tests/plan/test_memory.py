@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from grpo_trl.plan import METHODS, Job, Shape, activations, memory, traffic
+from grpo_trl.plan import Job, Shape, activations, memory, traffic
 
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "distributed.md"
 BILLION = 10**9
+METHODS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3")
 SEVEN = Job("ZeRO-3", ranks=8, trained=7 * BILLION)
 
 
@@ -24,14 +25,14 @@ def test_a_higher_stage_holds_less_and_no_stage_sends_less_than_the_one_below(tr
     jobs = [Job(method, 8, trained, frozen) for method in METHODS]
     held = [memory(job).held for job in jobs]
     assert held == sorted(held, reverse=True)
-    sent = [traffic(job, pieces=4).update for job in jobs[1:]]
+    sent = [traffic(job, micro_batches=4).update for job in jobs[1:]]
     assert sent == sorted(sent)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_rank_sends_nothing(method):
     alone = Job(method, 1, BILLION)
-    assert traffic(alone, pieces=3, passes=1).update == traffic(alone).sampling == 0
+    assert traffic(alone, micro_batches=3, passes=1).update == traffic(alone).sampling == 0
 
 
 def test_sharded_memory_goes_with_the_number_of_ranks():
@@ -88,12 +89,12 @@ def memory_rows():
 
 
 def traffic_rows():
-    """GB that a rank sends, on 64 ranks, with 8 pieces a step."""
+    """GB that a rank sends, on 64 ranks, with 8 micro-batches a step."""
     for name, billions in SIZES.items():
         size = int(billions * BILLION)
         jobs = [Job(method, 64, size) for method in METHODS]
-        sent = [traffic(job, pieces=8).update for job in jobs]
-        lora = traffic(Job("ZeRO-3", 64, size // 200, size), pieces=8)
+        sent = [traffic(job, micro_batches=8).update for job in jobs]
+        lora = traffic(Job("ZeRO-3", 64, size // 200, size), micro_batches=8)
         sent += [traffic(jobs[-1]).sampling, lora.update]
         yield row(name, *(rounded(value / 1e9) for value in sent))
 

@@ -9,21 +9,37 @@ from .activations import (
     largest_micro_batch,
     logits_bytes,
 )
+from .batch import BatchPlan
+from .cards import CARDS, Card, card_named
+from .estimate import Setup, largest_tokens, launches, peak, phases, step_seconds
 from .memory import METHODS, Job, Memory, Traffic, memory, traffic
+from .setup import RunPlan, setup_of
 
 
 __all__ = [
+    "CARDS",
     "METHODS",
+    "BatchPlan",
+    "Card",
     "Job",
     "Memory",
     "Precision",
+    "RunPlan",
+    "Setup",
     "Shape",
     "Traffic",
     "activation_bytes_per_token",
     "activations",
+    "card_named",
     "key_value_bytes_per_token",
     "largest_micro_batch",
+    "largest_tokens",
+    "launches",
     "logits_bytes",
     "memory",
+    "peak",
+    "phases",
+    "setup_of",
+    "step_seconds",
     "traffic",
 ]

@@ -1,0 +1,155 @@
+"""The plan of a configuration and a model, whose weights need not be loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .activations import Precision, Shape
+from .batch import BatchPlan
+from .cards import Card
+from .estimate import GIB, Setup, largest_tokens, launches, peak, phases, step_seconds
+from .memory import Job
+
+
+OPTIMIZER_STATES = {"sgd": 0.0, "adafactor": 0.1, "8bit": 0.5, "lion": 1.0, "adam": 2.0}
+"""Float32 numbers per trained parameter that an optimizer keeps, by a part of its name; the first that matches counts."""
+ROWS_IN_FLIGHT = 256
+"""Where `max_rows_in_flight` is not set; half of it on a CPU."""
+
+
+def setup_of(
+    args: Any,
+    model: Any,
+    *,
+    num_prompts: int,
+    prompt_tokens: int,
+    method: str = "DDP",
+    ranks: int = 1,
+    offload: Sequence[str] = (),
+    new_adapter: bool = False,
+) -> Setup:
+    """Read what a plan needs from a `GRPOConfig` and a model, which may be on the meta device.
+
+    Args:
+        args: The configuration.
+        model: With its adapter, if there is one.
+        num_prompts: Of the training set; 0 if it has no length.
+        prompt_tokens: Of a typical prompt.
+        method: One of `METHODS`.
+        ranks: How many there are.
+        offload: Of `"optimizer"` and `"param"`, what is on the host.
+        new_adapter: Whether the base weights are the reference.
+    """
+    trained = sum(_size(p) for p in model.parameters() if p.requires_grad)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    trained_bytes = max((p.element_size() for p in model.parameters() if p.requires_grad), default=4)
+    precision: Precision = "autocast" if args.half_precision and trained_bytes == 4 else "bf16"
+    if not args.half_precision and trained_bytes == 4:
+        precision = "float32"
+    job = Job(
+        method,
+        ranks,
+        trained,
+        sum(_size(p) for p in frozen),
+        frozen_bytes=sum(map(_bytes, frozen)) / max(1, sum(_size(p) for p in frozen)),
+        trained_bytes=trained_bytes,
+        optimizer_bytes=trained_bytes * _states(str(args.optim)),
+        offload_optimizer="optimizer" in offload,
+        offload_param="param" in offload,
+    )
+    rows = args.max_rows_in_flight or (ROWS_IN_FLIGHT // 2 if args.device.type == "cpu" else ROWS_IN_FLIGHT)
+    return Setup(
+        job=job,
+        shape=Shape.of(model.config),
+        precision="bf16" if job.stage else precision,
+        batch=BatchPlan(
+            num_prompts=num_prompts,
+            num_generations=args.num_generations,
+            batch_size=args.per_device_train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            steps_per_generation=args.steps_per_generation,
+            num_iterations=args.num_iterations,
+            ranks=ranks,
+        ),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=args.max_completion_length,
+        rows_in_flight=rows,
+        checkpointing=bool(args.gradient_checkpointing),
+        max_tokens=args.max_tokens_per_piece,
+        reference=args.beta > 0,
+        reference_copies=args.beta > 0 and not new_adapter,
+    )
+
+
+def _size(parameter: Any) -> int:
+    """Numbers of a parameter, also of one that is sharded or packed in 4 bits."""
+    sharded = getattr(parameter, "ds_numel", None)
+    packed = type(parameter).__name__ == "Params4bit" and parameter.element_size() == 1
+    return int(sharded or parameter.numel() * (2 if packed else 1))
+
+
+def _bytes(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", None) or parameter.numel()) * int(parameter.element_size())
+
+
+def _states(optimizer: str) -> float:
+    return next((count for name, count in OPTIMIZER_STATES.items() if name in optimizer.lower()), 2.0)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a configuration does and costs."""
+
+    setup: Setup
+    card: Card | None = None
+    """What the time of a step is estimated for."""
+    gpu_bytes: float | None = None
+    """What a rank's card holds."""
+
+    def lines(self) -> list[str]:
+        """Describe the run in about ten lines."""
+        lines = [
+            f"model: {self._parameters()}, {self.setup.job.method}, {self.setup.precision}",
+            *self.setup.batch.lines(),
+        ]
+        for phase, components in phases(self.setup).items():
+            parts = sorted(components.items(), key=lambda item: -item[1])
+            shown = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts if size / GIB >= 0.005)
+            lines.append(f"memory, {phase}: {sum(components.values()) / GIB:.2f} GiB a rank ({shown})")
+        if self.gpu_bytes is not None:
+            tokens = largest_tokens(self.setup, self.gpu_bytes)
+            verdict = "fits" if peak(self.setup) <= self.gpu_bytes else "does not fit"
+            lines.append(
+                f"{self.gpu_bytes / GIB:.0f} GiB: {verdict}; the largest micro-batch has {tokens:,} tokens "
+                f"(this configuration: {self.setup.micro_batch_tokens:,})"
+            )
+        if self.card is not None:
+            seconds = step_seconds(self.setup, self.card)
+            shown = ", ".join(f"{name} {value:.2g}" for name, value in seconds.items() if value)
+            lines.append(f"{self.card.name}, estimated: at least {sum(seconds.values()):.2g} s a step ({shown})")
+        return lines
+
+    def fitting(self) -> list[tuple[str, float, bool]]:
+        """List the ways to launch this run: the name, bytes of a rank at the peak, and whether they fit."""
+        assert self.gpu_bytes is not None
+        peaks = [(name, peak(setup)) for name, setup in launches(self.setup)]
+        return [(name, size, size <= self.gpu_bytes) for name, size in peaks]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan for plan.json: `summary` is what the report compares with what is measured."""
+        seconds = {} if self.card is None else step_seconds(self.setup, self.card)
+        summary: dict[str, Any] = {"peak memory (GiB)": peak(self.setup) / GIB}
+        if seconds:
+            summary["seconds per optimizer step"] = sum(seconds.values())
+        return {
+            "summary": summary,
+            "lines": self.lines(),
+            "memory_bytes": phases(self.setup),
+            "seconds": seconds,
+            "tokens_per_micro_batch": self.setup.micro_batch_tokens,
+        }
+
+    def _parameters(self) -> str:
+        job = self.setup.job
+        frozen = f" and {job.frozen / 1e6:,.1f} M frozen" if job.frozen else ""
+        return f"{job.trained / 1e6:,.1f} M trained{frozen} parameters"

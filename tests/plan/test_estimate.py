@@ -1,0 +1,158 @@
+"""Batches, phases and times of a plan, by properties."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from grpo_trl import GRPOConfig
+from grpo_trl.plan import (
+    CARDS,
+    BatchPlan,
+    Job,
+    RunPlan,
+    Setup,
+    Shape,
+    card_named,
+    largest_tokens,
+    launches,
+    memory,
+    peak,
+    phases,
+    setup_of,
+    step_seconds,
+)
+
+
+GIB = 2**30
+BATCH = BatchPlan(1000, 8, batch_size=16, accumulation=4, steps_per_generation=4, num_iterations=1, ranks=8)
+SHAPE = Shape(layers=28, hidden=3584, key_value=512, intermediate=18944, vocabulary=152_064)
+SETUP = Setup(Job("ZeRO-3", 8, 7_600_000_000), SHAPE, "bf16", BATCH, 200, 1000, rows_in_flight=256)
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 500)
+)
+def test_an_epoch_is_a_number_of_whole_generation_batches(groups, accumulation, multiple, iterations, ranks, prompts):
+    plan = BatchPlan(prompts, 2, 2 * groups, accumulation, accumulation * multiple, iterations, ranks)
+    seen = plan.generation_batches_per_epoch * plan.groups
+    assert seen + plan.unseen == prompts
+    assert plan.unseen < plan.groups
+    trained = plan.steps_per_epoch * plan.mini_batch
+    assert trained == seen * plan.num_generations * iterations
+    assert (plan.off_policy == 0) == (multiple == iterations == 1)
+
+
+def test_the_lines_say_what_is_left_out_and_what_is_off_policy():
+    text = "\n".join(replace(BATCH, num_iterations=2).lines())
+    assert "64 prompts x 8 = 512 completions, 64 on each of 8 ranks" in text
+    assert "off policy: 50% of the steps, up to 1 steps old" in text
+    assert "1000 prompts = 30 optimizer steps; 40 prompts of an epoch fill no generation batch" in text
+    assert "on policy" in "\n".join(BATCH.lines())
+
+
+@pytest.mark.parametrize("method", ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_components_of_a_phase_are_those_of_the_memory_plan(method, offload):
+    offload = offload and method.startswith("ZeRO")
+    job = Job(method, 8, 10**9, 10**9, offload_optimizer=offload, offload_param=offload and method == "ZeRO-3")
+    setup = replace(SETUP, job=job)
+    held = {name: size for name, size in phases(setup)["update"].items() if name in phases(setup)["logprobs"]}
+    for name in ("activations", "logits", "gathered weights"):
+        held.pop(name, None)
+    assert sum(held.values()) == pytest.approx(memory(job).held)
+
+
+def test_what_grows_with_an_option_grows():
+    more = {
+        "sampling": [replace(SETUP, completion_tokens=2000), replace(SETUP, prompt_tokens=2000)],
+        "update": [
+            replace(SETUP, checkpointing=False),
+            replace(SETUP, max_tokens=100_000),
+            replace(SETUP, precision="float32"),
+            replace(SETUP, reference_copies=True),
+        ],
+    }
+    for phase, setups in more.items():
+        before = sum(phases(SETUP)[phase].values())
+        assert all(sum(phases(setup)[phase].values()) > before for setup in setups), phase
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_largest_micro_batch_fills_the_card(checkpointing):
+    setup = replace(SETUP, checkpointing=checkpointing)
+    tokens = largest_tokens(setup, 80 * GIB)
+    fits, too_large = (sum(phases(replace(setup, max_tokens=n))["update"].values()) for n in (tokens, tokens + 1))
+    assert fits <= 80 * GIB < too_large
+    assert largest_tokens(replace(setup, sampler_share=0.5), 80 * GIB) < tokens
+    assert largest_tokens(setup, GIB) == 0
+
+
+def test_sharding_and_offload_need_less_in_their_order():
+    peaks = {name: peak(setup) for name, setup in launches(SETUP)}
+    assert peaks["ZeRO-3 with offload"] < peaks["ZeRO-3"] < peaks["ZeRO-1"] < peaks["DDP"]
+    assert peaks["ZeRO-2 with offload"] < peaks["ZeRO-2"]
+
+
+def test_a_better_card_takes_less_time_and_a_reference_more():
+    total = {name: sum(step_seconds(SETUP, card).values()) for name, card in CARDS.items()}
+    assert total["B200"] < total["H200"] < total["H100"] < total["A100-80GB"] < total["L4"]
+    assert step_seconds(replace(SETUP, reference=True), card_named("h100"))["logprobs"] > 0
+    assert step_seconds(SETUP, card_named("h100"))["logprobs"] == 0
+
+
+def test_an_unknown_card_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="--gpu H101 is unknown; did you mean H100"):
+        card_named("H101")
+
+
+def tiny(**sizes):
+    defaults = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.device("meta"):
+        return Qwen2ForCausalLM(Qwen2Config(**(defaults | heads | sizes)))
+
+
+def config(tmp_path, **options):
+    return GRPOConfig(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+
+
+def test_a_setup_is_read_from_a_model_without_weights(tmp_path):
+    model = tiny()
+    setup = setup_of(config(tmp_path, beta=0.1), model, num_prompts=100, prompt_tokens=10)
+    assert setup.job.trained == sum(p.numel() for p in model.parameters())
+    assert (setup.job.frozen, setup.precision, setup.reference_copies) == (0, "float32", True)
+    assert setup.batch.num_prompts == 100
+    assert setup.micro_batch_tokens == 8 * 512 + 10
+
+
+def test_an_adapter_leaves_the_base_frozen_and_needs_no_reference(tmp_path):
+    model = tiny(dtype="bfloat16").bfloat16()
+    size = sum(p.numel() for p in model.parameters())
+    with torch.device("meta"):
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    setup = setup_of(config(tmp_path, beta=0.1), model, num_prompts=1, prompt_tokens=1, new_adapter=True)
+    assert setup.job.frozen == size
+    assert setup.job.frozen_bytes == 2
+    assert 0 < setup.job.trained < size
+    assert (setup.reference, setup.reference_copies) == (True, False)
+
+
+@pytest.mark.parametrize("optim, states", [("adamw_torch", 2), ("sgd", 0), ("adamw_8bit", 0.5), ("adafactor", 0.1)])
+def test_the_optimizer_has_its_states(tmp_path, optim, states):
+    setup = setup_of(config(tmp_path, optim=optim), tiny(), num_prompts=1, prompt_tokens=1)
+    assert setup.job.optimizer_bytes == 4 * states
+
+
+def test_the_plan_fits_on_a_screen_and_into_a_file(tmp_path):
+    plan = RunPlan(SETUP, card_named("H100"), 80 * GIB)
+    assert len(plan.lines()) <= 12
+    assert all(len(line) < 200 for line in plan.lines())
+    written = plan.as_dict()
+    assert written["summary"]["peak memory (GiB)"] == peak(SETUP) / GIB
+    assert written["summary"]["seconds per optimizer step"] > 0
+    assert next(name for name, _, fits in plan.fitting() if fits).startswith("ZeRO")
