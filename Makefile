@@ -21,10 +21,10 @@ slow: $(VENV)/ready ## the tests that take minutes each: GSM8K with a real model
 
 engines: $(VENV)/ready ## DDP, FSDP2 and DeepSpeed on two CPU processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,qlora]"
-	$(BIN)/python -m pytest -m engines --durations=15 tests/test_engines.py tests/test_launches.py tests/plan/test_memory.py
+	$(BIN)/python -m pytest -m engines --durations=15 tests/distributed tests/plan/test_memory.py
 
 soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour
-	$(BIN)/python -m tests.soak --kills 200
+	$(BIN)/python -m tests.helpers.soak --kills 200
 
 quickstarts: $(VENV)/ready ## the quickstart for three seeds at both levels
 	$(BIN)/python -m pytest -m slow tests/test_quickstart.py -rP

@@ -2,9 +2,10 @@
 
     python benchmarks/distributed.py
 
-Each way of training runs with a model of two sizes, and a model with a piece of two sizes. What grows with parameters, or
-with tokens, is the difference between both, so that nothing else counts: bytes that are allocated (glibc's count of large
-blocks, every 0.3 ms), and bytes that collectives move (torch.profiler's record of them, each counted as a ring).
+Each way of training runs with a model of two sizes, and a model with a micro-batch of two sizes. What grows with
+parameters, or with tokens, is the difference between both, so that nothing else counts: bytes that are allocated
+(glibc's count of large blocks, every 0.3 ms), and bytes that collectives move (torch.profiler's record of them, each
+counted as a ring).
 """
 
 import argparse
@@ -198,7 +199,7 @@ def count_parameters(name, layers):
         per_device_train_batch_size=6,
         num_generations=6,
         max_completion_length=4,
-        max_tokens_per_piece=8,  # three pieces
+        max_tokens_per_micro_batch=8,  # three micro-batches
         gradient_checkpointing=False,
     )
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in trained.parameters()]
@@ -208,7 +209,7 @@ def count_parameters(name, layers):
 
 
 def count_tokens(checkpointing, precision, groups):
-    """In one process: the update of one piece with so many long prompts, each another."""
+    """In one process: the update of one micro-batch with so many long prompts, each another."""
     prompts = [
         "".join(LETTERS[i >> 3 * place & 7] for place in range(4)) + "a" * (PROMPT - 4) for i in range(4 * groups)
     ]
@@ -278,7 +279,7 @@ def main():
         if os.environ.get("RANK", "0") == "0":
             Path(file).write_text(json.dumps(counted))
         return
-    print(f"plan / counted, bytes per parameter, {RANKS} ranks, {PIECES} pieces a step")
+    print(f"plan / counted, bytes per parameter, {RANKS} ranks, {PIECES} micro-batches a step")
     print(f"{'':16}" + "".join(f"{quantity:>19}" for quantity in QUANTITIES))
     for name in args.methods:
         cells = [f"{planned:.2f} / {count:.2f}" for planned, count in compare_parameters(name)]

@@ -107,7 +107,8 @@ class Continuous:
 
 class Group:
     def __init__(self, model, rows_in_flight):
-        from grpo_trl.rollout import GroupEngine, SamplingOptions
+        from grpo_trl.rollout.base import SamplingOptions
+        from grpo_trl.rollout.group.engine import GroupEngine
 
         options = SamplingOptions(max_completion_length=300, pad_token_id=0, eos_token_ids=())
         self.engine = GroupEngine(model, options, max_rows_in_flight=rows_in_flight)
@@ -115,7 +116,7 @@ class Group:
     def __call__(self, prompts, group, lengths):
         from dataclasses import replace
 
-        from grpo_trl.rollout import RolloutRequest
+        from grpo_trl.rollout.base import RolloutRequest
 
         self.engine.options = replace(self.engine.options, max_completion_length=max(lengths))
         with ended_at(lengths):

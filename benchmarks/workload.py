@@ -103,7 +103,7 @@ def ended_at(lengths: list[int]) -> Any:
     """Inside, the completions of this package's engine end at these lengths, and nowhere else."""
     from unittest.mock import patch
 
-    from grpo_trl.rollout.decoding import Decoding
+    from grpo_trl.rollout.group.decoding import Decoding
 
     def is_done(self: Any, row: Any) -> bool:
         if not hasattr(self, "places"):

@@ -1,4 +1,4 @@
-"""Small models and tokenizers, made in code, and the shared files where they exist."""
+"""Fixtures: a small model, its tokenizer, prompts, and the shared files where they exist."""
 
 import os
 from pathlib import Path
@@ -9,81 +9,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import hypothesis
 import pytest
-import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.helpers.models import make_model, make_tokenizer
 
 
-VOCABULARY = [
-    "<pad>",
-    "<eos>",
-    "<unk>",
-    "<user>",
-    "<assistant>",
-    *"0123456789",
-    *"abcdefghijklmnopqrstuvwxyz",
-    " ",
-    "=",
-]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "initializer_range": 0.4,  # large, so that a step moves log-probabilities visibly
-}
-ARCHITECTURES = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {"head_dim": 8}),
-    "llama": (LlamaConfig, LlamaForCausalLM, {}),
-}
-torch.set_num_threads(1)  # tensors this small lose more to threads than they gain
 hypothesis.settings.register_profile("no deadline", deadline=None)  # of a machine that others use too
 hypothesis.settings.load_profile("no deadline")
 SHARED = Path(__file__).parents[2] / "shared"
-
-
-def make_model(architecture: str = "qwen2", seed: int = 0, **changes: object) -> PreTrainedModel:
-    """A random model of about 20,000 parameters, float32."""
-    config_class, model_class, extra = ARCHITECTURES[architecture]
-    torch.manual_seed(seed)
-    return model_class(config_class(**(SIZES | extra | changes)))
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character, with a chat template."""
-    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        additional_special_tokens=["<user>", "<assistant>"],
-    )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
 
 
 @pytest.fixture

@@ -3,13 +3,15 @@ import dataclasses
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
 
 from grpo_trl import GRPOConfig
-from grpo_trl.rollout import SamplingOptions
+from grpo_trl.rollout.base import SamplingOptions
+from grpo_trl.trainer.build import make_prompt_limit, make_sampling_options
 
 
 def make_config(**options) -> GRPOConfig:
@@ -28,7 +30,7 @@ def refusal(**options) -> str:
 OWN_OPTIONS = {
     "loss_level",
     "max_rows_in_flight",
-    "max_tokens_per_piece",
+    "max_tokens_per_micro_batch",
     "prompt_overflow",
     "shared_prefix",
     *("reward_workers", "reward_timeout", "reward_retries", "reward_memory_limit", "on_reward_error"),
@@ -102,8 +104,9 @@ def test_every_sampling_option_is_handed_on():
         "generation_kwargs": {"no_repeat_ngram_size": 3},
     }
     expected = SamplingOptions(pad_token_id=11, eos_token_ids=(12, 13), **options)
-    assert make_config(**options).sampling_options(11, (12, 13)) == expected
-    assert make_config().sampling_options(11, (12,)).generation_kwargs == {}
+    tokenizer = SimpleNamespace(pad_token_id=11)
+    assert make_sampling_options(make_config(**options), tokenizer, (12, 13)) == expected
+    assert make_sampling_options(make_config(), tokenizer, (12,)).generation_kwargs == {}
 
 
 # ---- Dict options ----
@@ -153,15 +156,15 @@ def test_a_prefix_is_shared_always_never_or_where_it_can_be(value, resolved):
 @pytest.mark.parametrize("value, resolved", [("auto", "auto"), ("true", True), ("false", False)])
 def test_how_a_step_is_cut_is_read_from_the_command_line_and_from_a_file(value, resolved, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    arguments = ["--output_dir", "unused", "--use_cpu", "true", "--max_tokens_per_piece", "4096"]
+    arguments = ["--output_dir", "unused", "--use_cpu", "true", "--max_tokens_per_micro_batch", "4096"]
     (config,) = trl.TrlParser(GRPOConfig).parse_args_and_config([*arguments, "--shared_prefix", value])
     assert (config.shared_prefix, type(config.shared_prefix)) == (resolved, type(resolved))
-    assert config.max_tokens_per_piece == 4096
+    assert config.max_tokens_per_micro_batch == 4096
     path = tmp_path / "config.yaml"
-    path.write_text(f"output_dir: unused\nuse_cpu: true\nshared_prefix: {value}\nmax_tokens_per_piece: 2048\n")
+    path.write_text(f"output_dir: unused\nuse_cpu: true\nshared_prefix: {value}\nmax_tokens_per_micro_batch: 2048\n")
     (config,) = trl.TrlParser(GRPOConfig).parse_args_and_config(["--config", str(path)])
     assert (config.shared_prefix, type(config.shared_prefix)) == (resolved, type(resolved))
-    assert config.max_tokens_per_piece == 2048
+    assert config.max_tokens_per_micro_batch == 2048
 
 
 @pytest.mark.parametrize("value", ["never", "", None, 2])
@@ -172,26 +175,30 @@ def test_an_unknown_way_to_share_a_prefix_is_refused_with_those_that_work(value)
 @pytest.mark.parametrize("length", [1, 7])
 def test_a_piece_that_no_completion_fits_in_is_refused_with_the_least_that_works(length):
     for value in (-1, 0, length):
-        message = refusal(max_tokens_per_piece=value, max_completion_length=length)
-        assert message.startswith(f"max_tokens_per_piece={value} cannot work; ")
+        message = refusal(max_tokens_per_micro_batch=value, max_completion_length=length)
+        assert message.startswith(f"max_tokens_per_micro_batch={value} cannot work; ")
         assert f"max_completion_length={length} " in message
         assert re.search(r"(\d+) or more", message)[1] == str(length + 1)
     for value in (None, length + 1, 10**6):
-        assert make_config(max_tokens_per_piece=value, max_completion_length=length).max_tokens_per_piece == value
+        assert (
+            make_config(max_tokens_per_micro_batch=value, max_completion_length=length).max_tokens_per_micro_batch
+            == value
+        )
 
 
 @pytest.mark.parametrize(
     "context, trained_on, expected",
     [
-        (100, True, (20, "max_tokens_per_piece")),
-        (None, True, (20, "max_tokens_per_piece")),
+        (100, True, (20, "max_tokens_per_micro_batch")),
+        (None, True, (20, "max_tokens_per_micro_batch")),
         (25, True, (15, "the model's context")),
         (100, False, (90, "the model's context")),
         (None, False, (None, "the model's context")),
     ],
 )
 def test_a_prompt_that_is_trained_on_leaves_room_for_its_completion_in_a_piece(context, trained_on, expected):
-    limit = make_config(max_completion_length=10, max_tokens_per_piece=30).prompt_limit(context, trained_on=trained_on)
+    args = make_config(max_completion_length=10, max_tokens_per_micro_batch=30)
+    limit = make_prompt_limit(args, context, trained_on=trained_on)
     assert (limit.max_length, limit.limited_by) == expected
 
 

@@ -6,9 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_trl.metrics import Max, Mean, Metric, MetricLog, Min, Std, loss_metrics
+from grpo_trl.logprobs.compute import TokenLogprobs
+from grpo_trl.logprobs.packing import Packer
+from grpo_trl.metrics import Max, Mean, Metric, MetricLog, Min, Std
 from grpo_trl.objective import grpo_loss, make_objective
-from grpo_trl.policy import Completion, Packer, Scores
+from grpo_trl.trainer.loss_metrics import loss_metrics
+from grpo_trl.types import Completion
 
 
 NAN = math.nan
@@ -184,18 +187,18 @@ def make_metrics(loss_level: str, old=True, ref=True, sampler=True, rows=(0, 1, 
         )
         for i in rows
     ]
-    piece = Packer(batch_size=3, max_tokens=None, pad_token_id=0).piece(completions, num_completions=3)
-    width = piece.mask_BT.shape[1]
-    scores = Scores(LOGPS[list(rows), :width], ENTROPY[list(rows), :width])
+    micro_batch = Packer(batch_size=3, max_tokens=None, pad_token_id=0).micro_batch(completions, num_completions=3)
+    width = micro_batch.mask_BT.shape[1]
+    scores = TokenLogprobs(LOGPS[list(rows), :width], ENTROPY[list(rows), :width])
     output = grpo_loss(
         scores.logps_BT,
-        scores.logps_BT if piece.old_logps_BT is None else piece.old_logps_BT,
-        piece.advantages_B,
-        piece.mask_BT,
+        scores.logps_BT if micro_batch.old_logps_BT is None else micro_batch.old_logps_BT,
+        micro_batch.advantages_B,
+        micro_batch.mask_BT,
         objective=make_objective(loss_level, epsilon=0.2, epsilon_high=0.3, beta=0.1 if ref else 0.0),
-        ref_logps_BT=piece.ref_logps_BT,
+        ref_logps_BT=micro_batch.ref_logps_BT,
     )
-    metrics = loss_metrics(output, scores, piece)
+    metrics = loss_metrics(output, scores, micro_batch)
     return {name: metric.value for name, metric in metrics.items()}
 
 

@@ -8,8 +8,7 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, Qwen2ForCausalLM
 
 from grpo_trl.models import Reference, add_adapter, context_length, eos_token_ids, load_policy, load_tokenizer
-
-from .conftest import SIZES, make_model, make_tokenizer
+from tests.helpers.models import SIZES, make_model, make_tokenizer
 
 
 INPUT = torch.tensor([[5, 6, 7, 8]])

@@ -16,9 +16,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .objective import LossOutput
-from .policy import Piece, Scores
-
 
 Number = float | Tensor
 
@@ -165,37 +162,6 @@ def _tensors(*numbers: Number) -> list[Tensor]:
     return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in numbers]
 
 
-def loss_metrics(output: LossOutput, scores: Scores, piece: Piece) -> dict[str, Metric]:
-    """What a piece's loss says of itself, under TRL's names where TRL has one.
-
-    `policy_signal` explains a loss that is near 0 on policy by construction: the mean over completions of
-    `LossOutput.signal_B`, 0 where nothing can be learned.
-    """
-    mask_BU = output.mask_BU
-    metrics: dict[str, Metric] = {
-        "policy_signal": Mean.of(output.signal_B),
-        "entropy": Mean.of(scores.entropy_BT, piece.mask_BT),
-        "clip_ratio/region_mean": Mean.of((output.clipped_low_BU | output.clipped_high_BU).float(), mask_BU),
-    }
-    units_B = mask_BU.sum(1)
-    for side, clipped_BU, extreme in (("low", output.clipped_low_BU, Min), ("high", output.clipped_high_BU, Max)):
-        share_B = clipped_BU.sum(1).float() / units_B.clamp(min=1)
-        metrics[f"clip_ratio/{side}_mean"] = Mean.of(clipped_BU.float(), mask_BU)
-        metrics[f"clip_ratio/{side}_{extreme.__name__.lower()}"] = extreme.of(share_B, units_B > 0)
-    tail = Mean.of(output.tail_BU.float(), mask_BU)
-    if output.kl is not None:
-        metrics["kl"] = Mean.of(output.kl.kl_BK, output.kl.mask_BK)
-        tail += Mean.of(output.kl.tail_BK.float(), output.kl.mask_BK)
-    metrics["log_ratio_tail"] = tail
-    if piece.sampler_logps_BT is not None:
-        old_BT = scores.logps_BT.detach() if piece.old_logps_BT is None else piece.old_logps_BT
-        difference_BT = (old_BT - piece.sampler_logps_BT).abs()
-        known_BT = piece.mask_BT & ~difference_BT.isnan()
-        metrics["sampling/sampling_logp_difference/mean"] = Mean.of(difference_BT, known_BT)
-        metrics["sampling/sampling_logp_difference/max"] = Max.of(difference_BT, known_BT)
-    return metrics
-
-
 def _wide(values: Tensor) -> Tensor:
     """float64, which Apple's GPUs lack."""
     return values.float() if values.device.type == "mps" else values.double()
@@ -222,18 +188,18 @@ class MetricLog:
         for name, metric in metrics.items():
             self.add(name, metric)
 
-    def take(self, other: MetricLog) -> None:
+    def drain(self, other: MetricLog) -> None:
         """Add all that `other` holds, which is then empty."""
         self.add_all(other._metrics)
         other._metrics = {}
 
-    def state(self) -> dict[str, list[Any]]:
-        """What `load_state` of another process goes on from: for each name the kind of metric and its numbers."""
+    def state_dict(self) -> dict[str, list[Any]]:
+        """What `load_state_dict` of another process goes on from: for each name the kind of metric and its numbers."""
         cpu = {name: metric.on_cpu() for name, metric in self._metrics.items()}
         return {name: [type(metric).__name__, *vars(metric).values()] for name, metric in cpu.items()}
 
-    def load_state(self, state: dict[str, list[Any]]) -> None:
-        """Add what a `state` holds."""
+    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
+        """Add what a `state_dict` holds."""
         kinds = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Std)}
         self.add_all({name: kinds[kind](*numbers) for name, (kind, *numbers) in state.items()})
 

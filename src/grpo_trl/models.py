@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import disable_dropout_in_model
 
-from .policy import enable_scoring
+from .logprobs.head import enable_logprobs
+from .model_utils import causal_lm
 
 
 REF_ADAPTER = "ref"
@@ -139,19 +140,29 @@ class Reference:
         policy: The policy before it is trained, with its adapter.
         new_adapter: Whether the adapter was made for this run.
         reload: Loads the policy as it was at first, for one that ZeRO-3 has sharded, which cannot be copied.
+        moves: Whether its weights will follow the policy (`sync_ref_model`), so that a checkpoint saves them.
 
     Raises:
-        ValueError: The adapter trains biases of the model under it, which the reference would share; or it is a prompt
-            that was trained before, which cannot be copied; or the policy is sharded, with nothing to reload it from.
+        ValueError: It moves, and the policy has an adapter; the adapter trains biases of the model under it, which the
+            reference would share; or it is a prompt that was trained before, which cannot be copied; or the policy is
+            sharded, with nothing to reload it from.
     """
 
-    def __init__(self, policy: Any, new_adapter: bool, reload: Callable[[], nn.Module] | None = None):
+    def __init__(
+        self, policy: Any, new_adapter: bool, reload: Callable[[], nn.Module] | None = None, moves: bool = False
+    ):
         self.model: nn.Module | None = None
+        self.moves = moves
         self._policy = policy
         self._adapter: str | None = None
         if not isinstance(policy, PeftModel):
             self.model = _copy(policy, reload).requires_grad_(False).eval()
             return
+        if moves:
+            raise ValueError(
+                "sync_ref_model=True needs a copy of all weights, which an adapter does not have; set "
+                "sync_ref_model=False, or train without LoRA."
+            )
         config = policy.peft_config[policy.active_adapter]
         if (bias := getattr(config, "bias", "none")) != "none":
             raise ValueError(
@@ -177,6 +188,14 @@ class Reference:
             with _adapter(self._policy, self._adapter):
                 yield wrapped_policy
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the weights of a reference that moves; others follow from the policy at the start of the run."""
+        return causal_lm(self.model).state_dict() if self.moves else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.moves:
+            causal_lm(self.model).load_state_dict(state)
+
     @contextmanager
     def left_out(self) -> Iterator[None]:
         """Inside, the policy has no second adapter that would be saved with it."""
@@ -197,7 +216,7 @@ def _copy(policy: nn.Module, reload: Callable[[], nn.Module] | None) -> nn.Modul
             "of the model, so that it can be loaded twice."
         )
     model = reload()
-    enable_scoring(model)
+    enable_logprobs(model)
     return model
 
 

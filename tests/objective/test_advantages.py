@@ -6,9 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_trl.objective import group_advantages
-
-from .. import oracle
+from grpo_trl.objective.advantages import group_advantages
+from tests.helpers import oracle
 
 
 REWARD = st.one_of(st.none(), st.floats(-1e3, 1e3, width=32), st.sampled_from([0.0, 1.0, 0.7]))

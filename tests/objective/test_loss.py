@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from grpo_trl.objective import Counts, grpo_loss, make_objective
 from grpo_trl.objective.ratios import exp_tangent
-
-from .. import oracle
+from tests.helpers import oracle
 
 
 LEVELS = ["token", "sequence"]

@@ -109,7 +109,7 @@ SHAPES = {
 
 
 def activation_rows():
-    """GiB of a piece in bfloat16, and KiB of keys and values of a token."""
+    """GiB of a micro-batch in bfloat16, and KiB of keys and values of a token."""
     for name, shape in SHAPES.items():
         cells = [
             activations(shape, tokens, checkpointing=c) / 2**30 for c in (True, False) for tokens in (4096, 16_384)

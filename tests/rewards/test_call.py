@@ -17,8 +17,7 @@ from transformers import Qwen2Config, Qwen2ForSequenceClassification
 from grpo_trl.rewards import RewardBatch, RewardLogs
 from grpo_trl.rewards.call import EventLoop, FunctionReward
 from grpo_trl.rewards.models import ModelReward
-
-from ..conftest import SIZES, make_tokenizer
+from tests.helpers.models import SIZES, make_tokenizer
 
 
 STATE = SimpleNamespace(global_step=3, log_history=[{"loss": 0.5}])

@@ -10,9 +10,8 @@ from datasets import Dataset
 
 from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.errors import RunStopped
-
-from ..conftest import make_model, make_tokenizer
-from ..training import weights
+from tests.helpers.models import make_model, make_tokenizer
+from tests.helpers.training import weights
 
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{i}="}], "meta": {"answer": i, "tests": ["a"]}} for i in range(4)]
@@ -139,4 +138,4 @@ def test_the_largest_rewards_still_teach(tmp_path, scale_rewards):
     trainer.train()
     assert all(math.isfinite(h["loss"]) for h in trainer.state.log_history if "loss" in h)
     assert not same(before, weights(trainer.model))
-    assert set(map(round, trainer._window.table["advantage"])) == {-1, 1}
+    assert set(map(round, trainer._generation_batch.table["advantage"])) == {-1, 1}

@@ -15,9 +15,8 @@ from transformers import Qwen2ForSequenceClassification
 import grpo_trl.rewards
 from grpo_trl.rewards import RewardBatch, RewardError, Rewards
 from grpo_trl.rewards.models import ModelReward
-
-from ..conftest import make_model, make_tokenizer
-from .test_call import by_hand, make_reward_model
+from tests.helpers.models import make_model, make_tokenizer
+from tests.rewards.test_call import by_hand, make_reward_model
 
 
 def make_batch(count: int = 4) -> RewardBatch:

@@ -5,10 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
-from grpo_trl.rollout import GenerateEngine, Rollout, RolloutRequest, SamplingOptions
-from grpo_trl.rollout.generate import _Ends
-
-from ..conftest import make_model
+from grpo_trl.rollout.base import Rollout, RolloutRequest, SamplingOptions
+from grpo_trl.rollout.generate import GenerateEngine, _Ends
+from tests.helpers.models import make_model
 
 
 PAD, EOS = 0, 1
@@ -158,9 +157,9 @@ def test_completions_have_at_most_max_completion_length_tokens(model, length):
 
 
 def test_ragged_prompts_give_what_each_prompt_gives_alone(model):
-    together = ids(sample(model, num_generations=1, top_k=1, max_completion_length=10))
+    run_on_all_ranks = ids(sample(model, num_generations=1, top_k=1, max_completion_length=10))
     alone = [ids(sample(model, prompts=[p], num_generations=1, top_k=1, max_completion_length=10))[0] for p in PROMPTS]
-    assert together == alone
+    assert run_on_all_ranks == alone
     assert len({tuple(row) for row in alone}) == len(PROMPTS)
 
 

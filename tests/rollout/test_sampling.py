@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_trl.rollout import SamplingOptions, sampling
+from grpo_trl.rollout import sampling
+from grpo_trl.rollout.base import SamplingOptions
 from grpo_trl.rollout.sampling import Sampler, generation_config, stop_strings
-
-from ..conftest import make_model, make_tokenizer
+from tests.helpers.models import make_model, make_tokenizer
 
 
 VOCABULARY = 48

@@ -75,7 +75,7 @@ def setup_of(
         completion_tokens=args.max_completion_length,
         rows_in_flight=rows,
         checkpointing=bool(args.gradient_checkpointing),
-        max_tokens=args.max_tokens_per_piece,
+        max_tokens=args.max_tokens_per_micro_batch,
         reference=args.beta > 0,
         reference_copies=args.beta > 0 and not new_adapter,
     )

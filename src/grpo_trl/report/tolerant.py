@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..notices import get_logger
+from ..logging import get_logger
 
 
 logger = get_logger(__name__)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from multiprocessing.connection import wait
 from typing import Any
 
-from ..notices import EVERY_RANK, get_logger
+from ..logging import EVERY_RANK, get_logger
 from .call import FunctionReward, RewardResult
 from .failures import RewardCall, RewardCallTracker
 from .worker import PENDING, POLL_SECONDS, CallNotLoaded, Worker, WorkerError, packed_call, packed_function

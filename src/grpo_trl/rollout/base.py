@@ -6,7 +6,7 @@ Rows come group after group: with G completions per prompt, rows 0..G-1 belong t
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from ..policy import Completion
+from ..types import Completion
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ class Rollout:
 
 
 class RolloutEngine(Protocol):
-    """Anything that writes completions. It leaves the model, its mode and the global random state as they were."""
+    """Anything that samples completions. It leaves the model, its mode and the global random state as they were."""
+
+    in_process: bool
+    """Whether it samples with the trainer's own model and bounds its own memory, however many prompts it is given."""
 
     def rollout(self, request: RolloutRequest) -> Rollout: ...

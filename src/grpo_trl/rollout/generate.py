@@ -21,7 +21,8 @@ from transformers import (
     StopStringCriteria,
 )
 
-from ..policy import Completion, evaluation_mode
+from ..model_utils import evaluation_mode
+from ..types import Completion
 from .base import Rollout, RolloutRequest, SamplingOptions
 from .sampling import generation_config, stop_strings
 
@@ -38,6 +39,8 @@ class GenerateEngine:
         check: Called at each decoding step, unless ranks wait for each other there; may raise.
         in_step: Whether ranks wait for each other in every forward, so that they must make equally many.
     """
+
+    in_process = True
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCriteria
 from transformers.generation import logits_process
 
-from ..policy import causal_lm
+from ..model_utils import causal_lm
 from .base import SamplingOptions
 
 

@@ -1,0 +1,1 @@
+"""Attention over groups that share their prompt, in training and in sampling."""

@@ -1,0 +1,135 @@
+"""Checks of options that need no model and no data."""
+
+import math
+from dataclasses import fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..distributed.launch import fsdp_was_asked_for
+
+
+OWN_SAMPLING_OPTIONS = (
+    "max_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "num_return_sequences",
+    "pad_token_id",
+    "eos_token_id",
+    "return_dict_in_generate",
+)
+
+
+def check_options(args: Any) -> None:
+    """Check every option and every pair of options.
+
+    Raises:
+        ValueError: One cannot work.
+    """
+    _check_choices(args)
+    _check_ranges(args)
+    _check_combinations(args)
+
+
+def _check_choices(args: Any) -> None:
+    """Check the options whose type is a Literal."""
+    hints = get_type_hints(type(args))
+    choices = {f.name: get_args(hints[f.name]) for f in fields(args) if get_origin(hints[f.name]) is Literal}
+    choices["shared_prefix"] = ("auto", True, False)
+    for name, allowed in choices.items():
+        if getattr(args, name) not in allowed:
+            raise ValueError(f"{name}={getattr(args, name)!r} is unknown; use one of {', '.join(map(repr, allowed))}.")
+
+
+def _check_combinations(args: Any) -> None:
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True would split groups when it shrinks the batch; set it to False and lower "
+            "per_device_train_batch_size."
+        )
+    if args.save_on_each_node and args.world_size > 1:
+        raise ValueError(
+            "save_on_each_node=True would split a checkpoint over machines, since each rank writes a part of it; set "
+            "it to False, and put output_dir on a file system that all machines share."
+        )
+    if args.reward_timeout is not None and not args.reward_workers:
+        raise ValueError(
+            f"reward_timeout={args.reward_timeout} needs reward_workers=1 or more: a call in the training process "
+            "cannot be stopped."
+        )
+    _check_moving_reference(args)
+    clash = sorted(set(args.generation_kwargs or {}) & set(OWN_SAMPLING_OPTIONS))
+    if clash:
+        raise ValueError(
+            f"generation_kwargs={args.generation_kwargs} sets {', '.join(clash)}, which the trainer sets itself; use "
+            "the options max_completion_length, temperature, top_p, top_k, min_p, repetition_penalty and "
+            "num_generations; further end tokens go to model.generation_config.eos_token_id."
+        )
+
+
+def _check_moving_reference(args: Any) -> None:
+    if not args.sync_ref_model:
+        return
+    if not args.beta:
+        raise ValueError("sync_ref_model=True needs a reference, and beta=0.0 keeps none; set beta, e.g. to 0.04.")
+    if is_deepspeed_zero3_enabled() or fsdp_was_asked_for(args.fsdp):
+        raise ValueError(
+            "sync_ref_model=True needs unsharded weights on each rank, and ZeRO-3 and FSDP shard them; use ZeRO-2, or "
+            "set sync_ref_model=False."
+        )
+
+
+def _check_ranges(args: Any) -> None:
+    def check(name: str, ok: bool, remedy: str) -> None:
+        if not ok:
+            raise ValueError(f"{name}={getattr(args, name)} cannot work; {remedy}.")
+
+    check("learning_rate", math.isfinite(args.learning_rate), "it must be a finite number such as 1e-6")
+    check("num_generations", args.num_generations >= 2, "a group needs at least 2 completions to compare, e.g. 8")
+    check("num_iterations", args.num_iterations >= 1, "use at least 1")
+    check("per_device_train_batch_size", args.per_device_train_batch_size >= 1, "use at least 1, e.g. 8")
+    check("gradient_accumulation_steps", args.gradient_accumulation_steps >= 1, "use at least 1")
+    check(
+        "steps_per_generation",
+        args.steps_per_generation is None or args.steps_per_generation >= 1,
+        "use at least 1",
+    )
+    check("max_completion_length", (args.max_completion_length or 0) >= 1, "use at least 1, e.g. 512")
+    room = (args.max_completion_length or 0) + 1
+    check(
+        "max_tokens_per_micro_batch",
+        args.max_tokens_per_micro_batch is None or args.max_tokens_per_micro_batch >= room,
+        f"with max_completion_length={args.max_completion_length} it must be {room} or more, and the prompt's length",
+    )
+    check("temperature", 0 < args.temperature < math.inf, "it must be above 0, e.g. 1.0")
+    check("top_p", 0 < args.top_p <= 1, "it must be above 0 and at most 1")
+    check("top_k", args.top_k >= 0, "use 0 (all tokens) or more")
+    check("min_p", args.min_p is None or 0 <= args.min_p <= 1, "it must be between 0 and 1")
+    check("max_rows_in_flight", args.max_rows_in_flight is None or args.max_rows_in_flight >= 1, "use at least 1")
+    check("repetition_penalty", args.repetition_penalty > 0, "it must be above 0; 1.0 changes nothing")
+    check("beta", 0 <= args.beta < math.inf, "it must be 0 or more, e.g. 0.04")
+    check("epsilon", 0 < args.epsilon < 1, "it must be between 0 and 1, e.g. 0.2")
+    check("epsilon_high", args.epsilon_high is None or args.epsilon_high > 0, "it must be above 0, e.g. 0.28")
+    check("num_generations_eval", args.eval_generations >= 1, "use at least 1")
+    check("ref_model_sync_steps", args.ref_model_sync_steps >= 1, "use at least 1")
+    check("ref_model_mixup_alpha", 0 <= args.ref_model_mixup_alpha <= 1, "it must be between 0 and 1")
+    check("reward_workers", args.reward_workers >= 0, "use 0 (none) or more")
+    check("reward_weights", _are_weights(args.reward_weights), "it must be a list of finite numbers, e.g. [1.0, 0.5]")
+    check("reward_retries", args.reward_retries >= 0, "use 0 or more")
+    check("reward_memory_limit", args.reward_memory_limit > 0, "it must be above 0, e.g. 4.0")
+    check("max_reward_failure_rate", 0 <= args.max_reward_failure_rate <= 1, "it must be between 0 and 1")
+    check("max_nonfinite_steps", args.max_nonfinite_steps >= 1, "use at least 1")
+    for name in ("reward_timeout", "dead_run_patience", "phase_warning_seconds"):
+        check(name, getattr(args, name) is None or getattr(args, name) > 0, "it must be above 0, or None")
+    for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+        check(name, isinstance(getattr(args, name), (dict, NoneType)), "it must be a dict, as JSON '{\"key\": 1}'")
+
+
+def _are_weights(weights: Any) -> bool:
+    is_list = isinstance(weights, (list, tuple))
+    return weights is None or (is_list and all(isinstance(w, (int, float)) and math.isfinite(w) for w in weights))

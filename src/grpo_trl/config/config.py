@@ -1,0 +1,133 @@
+"""`GRPOConfig`: the options of `transformers.TrainingArguments` and those of this folder.
+
+Options keep the names, meanings and defaults of TRL 1.16's `GRPOConfig`; `docs/options.md` lists the differences.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from transformers import TrainingArguments
+
+from ..data.geometry import Geometry
+from ..distributed.launch import check_bf16, check_launcher, gpu_has_bf16
+from ..distributed.sharding import check_backend_config, start_backend
+from .batches import BatchOptions
+from .checks import check_options
+from .evaluation import EvaluationOptions
+from .model import ModelOptions
+from .objective import ObjectiveOptions
+from .reliability import ReliabilityOptions
+from .rewards import RewardOptions
+from .rollout import RolloutOptions
+
+
+@dataclass
+class GRPOConfig(
+    EvaluationOptions,
+    ReliabilityOptions,
+    RewardOptions,
+    ModelOptions,
+    RolloutOptions,
+    BatchOptions,
+    ObjectiveOptions,
+    TrainingArguments,
+):
+    r"""All options of `GRPOTrainer`: those of `transformers.TrainingArguments` and those of the classes above.
+
+    `per_device_train_batch_size` counts completions. `per_device_train_batch_size * steps_per_generation` must be a
+    multiple of `num_generations`, so that a rank owns whole groups; the batch size alone need not be.
+
+    Raises:
+        ValueError: An option has a value that cannot work; the message names the option, its value and one that would.
+    """
+
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - transformers reads it from the class
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "generation_kwargs",
+        "chat_template_kwargs",
+    ]
+
+    learning_rate: float = field(default=1e-6, metadata={"help": "The initial learning rate of the optimizer."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "Recompute activations in the backward pass: less memory, slower training. Default: True."},
+    )
+    bf16: bool | None = field(  # type: ignore[assignment]  # None until the hardware is known
+        default=None,
+        metadata={"help": "Train in bfloat16 mixed precision. Default: where the GPU supports it, unless fp16 is set."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Show reward functions the column 'prompt' alone."}
+    )
+
+    ddp_broadcast_buffers: bool | None = field(
+        default=False,
+        metadata={"help": "Send the first rank's buffers to all in each step; language models need it not."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Replace a loss that is not finite by the mean of those before it in the log."}
+    )
+
+    def __post_init__(self) -> None:
+        check_launcher(self.deepspeed, os.environ)
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and gpu_has_bf16()
+        if self.bf16:
+            check_bf16(self.use_cpu)
+        self._resolve_checkpointing()
+        if self.metric_for_best_model is None and self.load_best_model_at_end:
+            self.metric_for_best_model = "eval_reward"
+        super().__post_init__()
+        if self.deepspeed_plugin is not None:
+            check_backend_config(self.deepspeed_plugin.hf_ds_config)
+            start_backend(self.device.type)
+        self.shared_prefix = {"true": True, "1": True, "false": False, "0": False}.get(
+            str(self.shared_prefix).lower(), self.shared_prefix
+        )  # type: ignore[assignment]
+        check_options(self)
+        self._resolve_generation_batch()
+
+    @property
+    def eval_generations(self) -> int:
+        """Completions per prompt in evaluation."""
+        return self.num_generations if self.num_generations_eval is None else self.num_generations_eval
+
+    @property
+    def init_kwargs(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` for models given as paths."""
+        return {"trust_remote_code": self.trust_remote_code} | cast("dict[str, Any]", self.model_init_kwargs or {})
+
+    @property
+    def template_kwargs(self) -> dict[str, Any]:
+        """Further arguments of `apply_chat_template`."""
+        return cast("dict[str, Any]", self.chat_template_kwargs or {})
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether the policy computes in half precision, whatever its weights are."""
+        return bool(self.bf16 or self.fp16)
+
+    def _resolve_checkpointing(self) -> None:
+        """On by default, under either of its names: transformers renames gradient to activation checkpointing."""
+        renamed = hasattr(self, "activation_checkpointing")
+        if self.gradient_checkpointing is None:
+            self.gradient_checkpointing = True
+        if renamed and self.activation_checkpointing is None:  # else transformers warns of the old names
+            self.activation_checkpointing = self.gradient_checkpointing
+        if renamed and self.activation_checkpointing_kwargs is None:
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+
+    def _resolve_generation_batch(self) -> None:
+        """Set both of `steps_per_generation` and `generation_batch_size`."""
+        geometry = Geometry(
+            self.per_device_train_batch_size,
+            self.num_generations,
+            self.gradient_accumulation_steps,
+            self.num_iterations,
+            self.world_size,
+        )
+        self.steps_per_generation = geometry.micro_steps(self.steps_per_generation, self.generation_batch_size)
+        self.generation_batch_size = geometry.completions_per_micro_step * self.steps_per_generation

@@ -1,0 +1,1 @@
+"""Prompts, and which of them each generation batch has."""

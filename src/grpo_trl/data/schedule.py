@@ -1,0 +1,120 @@
+"""Which prompts each generation batch has, and which mini-batch each optimizer step trains on."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from ..logging import get_logger
+from ..seeds import derive_seed
+
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class MiniBatchRef:
+    """One of the mini-batches of a generation batch."""
+
+    generation: int
+    mini_batch: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which prompts each generation batch has, and which micro-steps each optimizer step.
+
+    All of it follows from these numbers and the count of optimizer steps so far; nothing is carried.
+
+    >>> s = Schedule(num_prompts=10, num_generations=2, batch_size=4, accumulation=2, steps_per_generation=2,
+    ...              num_iterations=1, world_size=1, seed=0, shuffle=False)
+    >>> s.generation_batches_per_epoch, s.items_per_epoch, s.rows(1, rank=0)
+    (2, 4, [4, 5, 6, 7])
+    """
+
+    num_prompts: int
+    num_generations: int
+    batch_size: int
+    """Completions per rank and micro-step."""
+    accumulation: int
+    """Micro-steps per optimizer step."""
+    steps_per_generation: int
+    num_iterations: int
+    world_size: int
+    seed: int
+    shuffle: bool
+
+    @property
+    def prompts_per_generation_batch(self) -> int:
+        return self.batch_size * self.steps_per_generation * self.world_size // self.num_generations
+
+    @property
+    def generation_batches_per_epoch(self) -> int:
+        """The last, incomplete generation batch of an epoch is dropped."""
+        return self.num_prompts // self.prompts_per_generation_batch
+
+    @property
+    def items_per_epoch(self) -> int:
+        return self.generation_batches_per_epoch * self.steps_per_generation * self.num_iterations
+
+    @property
+    def micro_steps_per_mini_batch(self) -> int:
+        """A generation batch is cut into the optimizer steps it lasts; into one where a step takes several of them."""
+        return min(self.accumulation, self.steps_per_generation)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether every use of a generation batch lies in the one optimizer step that follows its sampling."""
+        return self.num_iterations == 1 and self.steps_per_generation <= self.accumulation
+
+    def check(self) -> None:
+        """Refuse a dataset that does not fill a generation batch, and say what is left out of each epoch.
+
+        Raises:
+            ValueError: The dataset has fewer prompts than a generation batch.
+        """
+        need = self.prompts_per_generation_batch
+        if not self.generation_batches_per_epoch:
+            raise ValueError(
+                f"train_dataset has {self.num_prompts} prompts and a generation batch needs {need} (generation_batch_size="
+                f"{need * self.num_generations} completions / num_generations={self.num_generations}); use at least {need} "
+                f"prompts, or lower per_device_train_batch_size={self.batch_size} or steps_per_generation="
+                f"{self.steps_per_generation}."
+            )
+        if left := self.num_prompts % need:
+            logger.warning(
+                "%d of %d prompts do not fill a generation batch of %d and are left out of each epoch.",
+                left,
+                self.num_prompts,
+                need,
+            )
+
+    def mini_batches(self, optimizer_step: int, micro_steps: int) -> list[MiniBatchRef]:
+        """Return what optimizer step `optimizer_step` (from 0, over the run), of so many `micro_steps`, trains on."""
+        epoch, step = divmod(optimizer_step, math.ceil(self.items_per_epoch / self.accumulation))
+        start = step * self.accumulation
+        refs = []
+        for item in range(start, start + micro_steps, self.micro_steps_per_mini_batch):
+            generation, use = divmod(item, self.steps_per_generation * self.num_iterations)
+            mini_batch = use % self.steps_per_generation // self.micro_steps_per_mini_batch
+            refs.append(MiniBatchRef(epoch * self.generation_batches_per_epoch + generation, mini_batch))
+        return refs
+
+    def rows(self, generation: int, rank: int) -> list[int]:
+        """Return the prompts of generation batch `generation` that `rank` samples, in the order of its micro-steps.
+
+        They are assigned to the ranks optimizer step by optimizer step, so that a step has the same prompts for any number
+        of ranks wherever it holds whole groups.
+        """
+        epoch, number = divmod(generation, self.generation_batches_per_epoch)
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "prompts", epoch))
+            order = torch.randperm(self.num_prompts, generator=generator).tolist()
+        else:
+            order = list(range(self.num_prompts))
+        size = self.prompts_per_generation_batch
+        rows = order[number * size : (number + 1) * size]
+        step = self.batch_size * self.micro_steps_per_mini_batch
+        per_turn = math.lcm(step, self.num_generations) // self.num_generations
+        starts = range(rank * per_turn, len(rows), per_turn * self.world_size)
+        return [row for start in starts for row in rows[start : start + per_turn]]

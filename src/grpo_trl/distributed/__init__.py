@@ -1,0 +1,1 @@
+"""Launches, sharded weights, and work shared between ranks."""

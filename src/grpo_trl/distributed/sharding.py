@@ -1,0 +1,194 @@
+"""What an engine does to models: where their weights lie, in which precision, and when ranks have them whole."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.integrations import deepspeed as deepspeed_integration
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..logging import get_logger
+
+
+logger = get_logger(__name__)
+
+BACKEND_MARK = "_grpo_trl_has_engine"
+"""An attribute of models that DeepSpeed has wrapped, and changed for good."""
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""By accelerate's names."""
+GATHERED_AT_ONCE = 2**28
+"""Bytes of weights that one collective gathers, unless a single weight has more."""
+
+
+def check_backend_config(config: Any) -> None:
+    """Say where a DeepSpeed configuration overrules the options.
+
+    Args:
+        config: `transformers.integrations.HfDeepSpeedConfig`.
+
+    Raises:
+        ValueError: It says otherwise than an option of the same meaning.
+    """
+    if mismatches := getattr(config, "mismatches", None):
+        found = "; ".join(mismatch.removeprefix("- ") for mismatch in mismatches)
+        raise ValueError(f'The DeepSpeed configuration contradicts GRPOConfig ({found}). Write "auto" there.')
+    for block, option in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
+        if block in config.config:
+            logger.warning("The DeepSpeed configuration has %r, so that %s has no effect.", block, option)
+
+
+def start_backend(device_type: str) -> None:
+    """Have DeepSpeed know the ranks before a model is loaded, which ZeRO-3 shards while it is loaded."""
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        if not deepspeed.comm.is_initialized():
+            deepspeed.init_distributed(dist_backend="gloo" if device_type == "cpu" else None)
+
+
+@contextlib.contextmanager
+def loading_whole() -> Iterator[None]:
+    """Inside, `from_pretrained` loads whole models, also where ZeRO-3 is configured, which shards them otherwise."""
+    configured = deepspeed_integration._hf_deepspeed_config_weak_ref  # there is no other way to ask for it
+    deepspeed_integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed_integration._hf_deepspeed_config_weak_ref = configured
+
+
+def check_sharding(model: nn.Module, world_size: int) -> None:
+    """Say what it costs that a model was loaded before ZeRO-3 could shard it.
+
+    Raises:
+        ValueError: It was sharded while it was loaded, and the run has no ZeRO-3; or it is that of another engine.
+    """
+    if hasattr(model, BACKEND_MARK):
+        raise ValueError(
+            "The model belongs to the DeepSpeed engine of an earlier trainer. Save it with trainer.save_model(path), and "
+            "pass the path."
+        )
+    parameters = list(model.parameters())
+    sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
+    if sharded and not is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "The model was loaded while ZeRO-3 was configured, so that its weights lie in shards, and this run has no "
+            "ZeRO-3. Pass deepspeed=... with stage 3 to GRPOConfig, or load the model before ZeRO-3 is configured."
+        )
+    quantized = getattr(model, "is_quantized", False)  # which from_pretrained never shards
+    if is_deepspeed_zero3_enabled() and not sharded and not quantized:
+        size = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        logger.warning(
+            "The model was loaded before ZeRO-3 was configured, so that each of the %d ranks holds all %.2f GiB of it "
+            "until training starts. Pass its path as model, or load it after GRPOConfig(deepspeed=...) is made.",
+            world_size,
+            size / 2**30,
+        )
+
+
+def check_whole(model: nn.Module, name: str) -> None:
+    """Refuse a model that each rank calls by itself, and whose forward would wait for other ranks.
+
+    Raises:
+        ValueError: It was sharded while it was loaded; `name` says what it is.
+    """
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            f"{name} was loaded while ZeRO-3 was configured, so that its weights lie in shards; each rank needs it whole. "
+            "Pass its path, or load it before GRPOConfig(deepspeed=...) is made."
+        )
+
+
+def backend_of(accelerator: Any) -> str:
+    """What shards a run, and what its checkpoints look like: "ZeRO-3", "FSDP", or "none"."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "none"
+
+
+def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
+    """A model that is only evaluated, as the engine has the policy; but sharded under ZeRO-3 alone, and whole elsewhere."""
+    if not is_deepspeed_zero3_enabled():
+        half = HALF.get(accelerator.mixed_precision)
+        if half and accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+            for parameter in model.parameters():  # as they cast the policy, whose buffers they leave
+                if parameter.is_floating_point():
+                    parameter.data = parameter.data.to(half)
+        return accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
+    from trl.models.utils import prepare_deepspeed
+
+    return prepare_deepspeed(model, accelerator)
+
+
+def move_to_device(model: nn.Module, device: torch.device, gathers: bool) -> None:
+    """Make a model ready to write completions that no engine has placed yet, because training has not begun.
+
+    Args:
+        model: Not wrapped.
+        device: Of this rank.
+        gathers: Whether sampling gathers weights that lie in shards.
+
+    Raises:
+        ValueError: Weights are in shards, and nothing gathers them.
+    """
+    if not gathers and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise ValueError(
+            "evaluate() before train() cannot work with ds3_gather_for_generation=False: layers are gathered by an engine, "
+            "which training starts. Set it to True, or set eval_on_start=True instead of calling evaluate()."
+        )
+    parameter = next(model.parameters())
+    if not isinstance(parameter, DTensor) and parameter.device != device:
+        model.to(device)
+
+
+class GatheredWeights:
+    """Weights that ZeRO-3 shards, whole on every rank for a while. Inside, forwards are no collectives.
+
+    They are gathered a few at a time, so that the peak is all weights and what the collective of one group needs besides.
+    """
+
+    def __init__(self) -> None:
+        self._inside = False
+
+    @contextlib.contextmanager
+    def of(self, model: nn.Module) -> Iterator[None]:
+        """Enter it on all ranks. Inside another one, and with a model that is not sharded, nothing happens.
+
+        Args:
+            model: The wrapped model.
+        """
+        sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+        if self._inside or not sharded:
+            yield
+            return
+        import deepspeed
+        from trl.models.utils import add_hooks, remove_hooks
+
+        with contextlib.ExitStack() as stack:
+            for group in groups_of_bytes(sharded, GATHERED_AT_ONCE):
+                stack.enter_context(deepspeed.zero.GatheredParameters(group))
+            remove_hooks(model)
+            stack.callback(add_hooks, model)
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
+
+
+def groups_of_bytes(parameters: list[Any], most: int) -> list[list[Any]]:
+    """Neighbours together, up to `most` bytes, or a single larger one; sizes are those of the whole parameters."""
+    groups: list[list[Any]] = []
+    size = 0
+    for parameter in parameters:
+        own = parameter.ds_numel * parameter.element_size()
+        if not groups or size + own > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(parameter)
+        size += own
+    return groups

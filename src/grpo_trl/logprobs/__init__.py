@@ -1,0 +1,1 @@
+"""Logprobs of completions: what one forward sees, and what it computes."""

@@ -1,0 +1,193 @@
+"""How a run scores its completions: which of them, packed or padded, in which micro-batches."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from ..attention.compatibility import incompatibility
+from ..logging import EVERY_RANK, get_logger
+from ..types import Completion, MicroBatch, Ranks
+from .compute import compute_completion_logprobs
+from .packing import Packer
+from .verify import packed_mismatch
+
+
+logger = get_logger(__name__)
+
+Result = TypeVar("Result")
+
+
+class DoesNotFit(torch.OutOfMemoryError):
+    """A micro-batch that cannot be made smaller does not fit into memory; the message says what would help."""
+
+
+class LogprobEvaluator:
+    """Cuts optimizer steps into micro-batches, and evaluates the old and the reference policy.
+
+    Completions are packed where the model can be served: its configuration decides at first, and once there are
+    completions a comparison of both ways. Ranks decide together.
+
+    Args:
+        model: The policy, not wrapped yet.
+        packer: How micro-batches are made where nothing speaks against it.
+        shared_prefix: The option: `"auto"`, True or False.
+        temperature: The sampling temperature.
+        mixed_precision: Whether the policy computes in half precision, whatever its weights are.
+        needs_all: Whether completions without an advantage have a gradient too, as the KL term gives them.
+        ranks: Decide together.
+        recovers: Whether this rank may make other micro-batches than it began with when memory runs out. It may not
+            where other ranks wait for it in a forward.
+
+    Raises:
+        ValueError: `shared_prefix=True`, and the model cannot be served.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        packer: Packer,
+        *,
+        shared_prefix: str | bool,
+        temperature: float,
+        mixed_precision: bool,
+        needs_all: bool,
+        ranks: Ranks,
+        recovers: bool = True,
+    ):
+        self.packer = replace(packer, shared_prefix=shared_prefix is not False)
+        self.temperature = temperature
+        self._mixed_precision = mixed_precision
+        self._required = shared_prefix is True
+        self._needs_all = needs_all
+        self._ranks = ranks
+        self._recovers = recovers
+        self._compared = False
+        if self.packer.shared_prefix:
+            self._pad_if(incompatibility(model))
+
+    def compare(self, model: nn.Module, completions: Sequence[Completion]) -> None:
+        """At the first call, pad from now on if packed log-probabilities of some `completions` are not the padded ones.
+
+        Raises:
+            ValueError: They are not, and `shared_prefix=True`.
+            DoesNotFit: Memory runs out.
+        """
+        if self.packer.shared_prefix and not self._compared:
+            try:
+                reason = packed_mismatch(model, completions, self.packer, self.temperature, self._mixed_precision)
+            except torch.OutOfMemoryError as error:
+                raise DoesNotFit(
+                    f"Memory ran out in a forward of two completions ({str(error).splitlines()[0]}). Lower "
+                    "max_completion_length or the length of prompts, or use ZeRO-3 or LoRA."
+                ) from error
+            self._pad_if(reason)
+        self._compared = True
+
+    def with_gradient(self, completions: Sequence[Completion]) -> list[Completion]:
+        """Those that have a gradient."""
+        return [c for c in completions if self.has_gradient(c)]
+
+    def with_logps(self, model: nn.Module, completions: Sequence[Completion], name: str) -> list[Completion]:
+        """`completions`, the ones with a gradient with their log-probabilities under `model` in the field `name`."""
+        trained = self.with_gradient(completions)
+        logps = iter(
+            self._in_memory(trained, lambda: compute_completion_logprobs(model, trained, self.packer, self.temperature))
+        )
+        return [
+            replace(c, **cast("dict[str, Any]", {name: next(logps)})) if self.has_gradient(c) else c
+            for c in completions
+        ]
+
+    def in_micro_batches(
+        self,
+        completions: Sequence[Completion],
+        num_completions: int,
+        work: Callable[[list[MicroBatch]], Result],
+        undo: Callable[[], None],
+    ) -> Result:
+        """`work` on the ones with a gradient of this rank's `completions` of an optimizer step.
+
+        `num_completions` are those of the whole step on all ranks, which its loss is divided by. Where memory runs out,
+        `undo` is called, and `work` anew on smaller micro-batches.
+
+        Raises:
+            DoesNotFit: Memory runs out, and micro-batches cannot be smaller.
+        """
+        trained = self.with_gradient(completions)
+        return self._in_memory(trained, lambda: work(self.packer.micro_batches(trained, num_completions)), undo)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must know to make the same micro-batches."""
+        return {
+            "compared": self._compared,
+            "shared_prefix": self.packer.shared_prefix,
+            "max_tokens": self.packer.max_tokens,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._compared = state["compared"]
+        shared_prefix = self.packer.shared_prefix and state["shared_prefix"]
+        limits = [limit for limit in (self.packer.max_tokens, state["max_tokens"]) if limit is not None]
+        self.packer = replace(self.packer, shared_prefix=shared_prefix, max_tokens=min(limits, default=None))
+
+    def _in_memory(
+        self, completions: Sequence[Completion], work: Callable[[], Result], undo: Callable[[], None] = lambda: None
+    ) -> Result:
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError as error:
+                message = str(error).splitlines()[0]
+            # out of the handler, whose traceback holds what the micro-batches have allocated
+            undo()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self._shrink(completions, message)
+
+    def _shrink(self, completions: Sequence[Completion], message: str) -> None:
+        """Cut into micro-batches of half the tokens from now on.
+
+        Raises:
+            DoesNotFit: That is not possible.
+        """
+        size = self.packer.largest(completions)
+        smaller = replace(self.packer, max_tokens=size // 2)
+        if not self._recovers:
+            raise DoesNotFit(
+                f"Memory ran out in a micro-batch of {size} tokens ({message}), while other ranks wait for this "
+                "one. Resume with "
+                f"max_tokens_per_micro_batch={size // 2}: it changes nothing in the gradient."
+            )
+        if smaller.largest(completions) == size:
+            raise DoesNotFit(
+                f"Memory ran out in a micro-batch of {size} tokens, a single completion ({message}). Lower "
+                "max_completion_length or the length of prompts, set gradient_checkpointing=True, or use ZeRO or LoRA."
+            )
+        logger.warning(
+            "Memory ran out in a micro-batch of %d tokens; the optimizer step, and all further ones, are made in "
+            "micro-batches of %d "
+            "tokens at most, with the same gradient. max_tokens_per_micro_batch=%d says so in advance. (%s)",
+            size,
+            size // 2,
+            size // 2,
+            message,
+            extra=EVERY_RANK,
+        )
+        self.packer = smaller
+
+    def has_gradient(self, completion: Completion) -> bool:
+        """Whether it has a gradient."""
+        return any(completion.mask) and bool(completion.advantage or self._needs_all)
+
+    def _pad_if(self, reason: str | None) -> None:
+        """Pad from now on if some rank has a reason to."""
+        reason = next(filter(None, self._ranks.gather([reason])), None)
+        if reason is None:
+            return
+        if self._required:
+            raise ValueError(f"shared_prefix=True cannot work: {reason}; 'auto' and False pad instead.")
+        logger.warning("Prompts are not shared between the completions of a group: %s.", reason)
+        self.packer = replace(self.packer, shared_prefix=False)

@@ -1,0 +1,156 @@
+"""Log-probabilities and entropy from inside a model's forward, by slices of tokens.
+
+A language model's forward is a backbone and what follows it: the head, and in some models a scale or a soft cap on the
+logits. `enable_logprobs` adds a keyword to it, `logprob_request`: with it, forward returns log-probabilities and
+entropy of the positions asked for, and what follows the backbone is the model's own forward, run over a slice of the
+backbone's output at a time. So the logits of one slice are all that is ever held, forward or backward, and the work
+lies inside forward, where ZeRO gathers weights and DDP and autocast wrap.
+
+Axes: R rows, S tokens of a row, D hidden size, M positions asked for, K positions of a slice, V vocabulary.
+"""
+
+import contextlib
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import nll_loss
+from torch.utils.checkpoint import checkpoint
+from transformers.utils import ModelOutput
+
+from ..model_utils import causal_lm
+
+
+SLICE = 256
+"""Positions whose logits are held at a time: enough to keep the matrix products as fast as large ones."""
+
+
+@dataclass(frozen=True)
+class LogprobRequest:
+    """What forward is asked for: the probability that each position gives to a token.
+
+    Positions count the tokens of all rows, row after row; virtual tokens that an adapter puts before them do not count.
+    """
+
+    positions_M: Tensor
+    targets_M: Tensor
+    temperature: float
+    row_length: int
+
+
+def enable_logprobs(model: Any) -> None:
+    """Let the forward of the language model in `model` take the keyword `logprob_request`; all else stays as it is.
+
+    With it forward returns (log-probabilities (nats) with gradient, detached entropy (nats)), each of shape (M,). Called
+    before the model is wrapped. A model that has it already is left alone.
+
+    Raises:
+        TypeError: The model is no transformers.PreTrainedModel, or has no backbone or head of its own.
+    """
+    lm = causal_lm(model)
+    if hasattr(lm, "_plain_forward"):
+        return
+    if lm.base_model is lm or _name_of(lm, lm.get_output_embeddings()) is None:
+        raise TypeError(
+            f"{type(lm).__name__} is not a backbone (its base_model_prefix, {lm.base_model_prefix!r}) and a head (its "
+            "get_output_embeddings()); the logprobs of such a model cannot be computed."
+        )
+
+    def forward(self: Any, *args: Any, logprob_request: LogprobRequest | None = None, **kwargs: Any) -> Any:
+        if logprob_request is None:
+            return self._plain_forward(*args, **kwargs)
+        return _compute(self, logprob_request, *args, **kwargs)
+
+    signature = inspect.signature(lm.forward)  # generate() reads there what the model takes
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    forward.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])  # type: ignore[attr-defined]
+    lm._plain_forward = lm.forward  # type: ignore[assignment]
+    lm.forward = types.MethodType(forward, lm)
+
+
+def _compute(lm: Any, request: LogprobRequest, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    output = lm.base_model(*args, **kwargs)
+    hidden_MD = output.last_hidden_state[:, -request.row_length :].flatten(0, 1)[request.positions_M]
+    head = lm.get_output_embeddings()
+    head_forward = head.forward
+
+    def slice_logprobs(hidden_KD: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
+        return _token_logprobs(_logits(lm, head_forward, output, hidden_KD), targets_K, request.temperature)
+
+    def logprobs_by_slice(hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
+        size = max(1, len(hidden_MD)) if _gathers_inside(head) else SLICE
+        slices = list(zip(hidden_MD.split(size), request.targets_M.split(size), strict=True))
+        run = functools.partial(checkpoint, slice_logprobs, use_reentrant=False) if len(slices) > 1 else slice_logprobs
+        logps, entropies = zip(*(run(*one) for one in slices), strict=True)
+        return torch.cat(logps), torch.cat(entropies)
+
+    # One call of the head for all slices: ZeRO-3 gathers its weights once, and as often on every rank
+    with _replaced(head.__dict__, "forward", logprobs_by_slice):
+        return head(hidden_MD)
+
+
+def _gathers_inside(head: nn.Module) -> bool:
+    """Whether ZeRO-3 gathers weights at each call of a module inside the head, such as an adapter."""
+    return any(True for _ in head.children()) and any(hasattr(parameter, "ds_id") for parameter in head.parameters())
+
+
+def _token_logprobs(logits_KV: Tensor, targets_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    log_probs_KV = (logits_KV if temperature == 1 else logits_KV / temperature).log_softmax(-1)
+    logps_K = -nll_loss(log_probs_KV, targets_K, reduction="none")
+    with torch.no_grad():  # last, where a recomputation in the backward pass stops short of it
+        bounded_KV = log_probs_KV.clamp(min=torch.finfo(log_probs_KV.dtype).min)  # 0 * -inf would be NaN
+        entropy_K = -torch.linalg.vecdot(log_probs_KV.exp(), bounded_KV)
+    return logps_K, entropy_K
+
+
+def _logits(lm: Any, head_forward: Callable[[Tensor], Tensor], output: ModelOutput, hidden_KD: Tensor) -> Tensor:
+    """What the model's own forward makes of `hidden_KD` in its backbone's `output`, at least in float32."""
+    given = type(output)(**{**output, "last_hidden_state": hidden_KD.unsqueeze(0)})
+    unread_1K = torch.zeros(1, len(hidden_KD), dtype=torch.long, device=hidden_KD.device)  # some ask for its shape
+    backbone, head = lm.base_model, lm.get_output_embeddings()
+    with (
+        _replaced(lm._modules, lm.base_model_prefix, _StandIn(backbone, lambda *args, **kwargs: given)),
+        _replaced(lm._modules, _name_of(lm, head), _StandIn(head, head_forward)),
+    ):
+        logits_KV = lm._plain_forward(input_ids=unread_1K, return_dict=True).logits.squeeze(0)
+    return logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+
+
+class _StandIn(nn.Module):
+    """A function in place of a module: without its hooks, with its attributes."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]):
+        super().__init__()
+        self.__dict__["stood_in_for"] = module
+        self.function = function
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["stood_in_for"], name)
+        return _StandIn(value, self.function) if isinstance(value, nn.Module) else value  # OPT calls its model.decoder
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def _name_of(lm: nn.Module, module: nn.Module | None) -> str | None:
+    return next((name for name, child in lm.named_children() if child is module), None)
+
+
+@contextlib.contextmanager
+def _replaced(entries: Any, name: str | None, value: Any) -> Iterator[None]:
+    """Another entry inside, what was there after."""
+    missing = object()
+    before = entries.get(name, missing)
+    try:
+        entries[name] = value
+        yield
+    finally:
+        if before is missing:
+            del entries[name]
+        else:
+            entries[name] = before

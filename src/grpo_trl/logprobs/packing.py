@@ -1,0 +1,246 @@
+"""What one forward and backward sees, and how an optimizer step is cut into such micro-batches.
+
+Axes: B completions of the micro-batch, T completion tokens, M trained tokens, R rows of S tokens.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..attention.layout import Layout
+from ..types import Completion, MicroBatch
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """Tokens that a group costs the rank that trains on it."""
+
+    prompt: int
+    """Counted once, however many of its completions are there."""
+    completions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Packer:
+    """Cuts completions into micro-batches that are balanced by tokens.
+
+    There are as many micro-batches as `max_tokens` needs; without it, as many as hold `batch_size` completions each, on
+    average over the ranks that cut together. A group larger than a micro-batch is split, and its prompt repeated. These
+    ranks make the same number of micro-batches: one that has too few completions adds empty ones, whose gradient is 0.
+    """
+
+    batch_size: int
+    max_tokens: int | None
+    pad_token_id: int
+    device: torch.device | str = "cpu"
+    shared_prefix: bool = True
+    """Pack; pad otherwise."""
+    gather: Callable[[int], list[int]] = lambda number: [number]
+    """From this rank's number to those of all ranks that cut together. Called once per cut."""
+
+    def micro_batches(self, completions: Sequence[Completion], num_completions: int) -> list[MicroBatch]:
+        """At least one micro-batch; `num_completions` are those of the whole optimizer step on all ranks."""
+        return [
+            self.micro_batch([completions[i] for i in indices], num_completions) for indices in self.cut(completions)
+        ]
+
+    def cut(self, completions: Sequence[Completion]) -> list[list[int]]:
+        """Indices of the completions of each micro-batch; the same number of micro-batches on every rank, at least one."""
+        if self.max_tokens is None:
+            counts = self.gather(len(completions))
+            number = math.ceil(sum(counts) / (len(counts) * self.batch_size))
+            micro_batches = self._cut(completions, number)
+        else:
+            micro_batches = self._cut(completions)
+            number = max(self.gather(len(micro_batches)))
+        return micro_batches + [[] for _ in range(max(1, number) - len(micro_batches))]
+
+    def largest(self, completions: Sequence[Completion]) -> int:
+        """Tokens of the largest micro-batch of `completions` on this rank by itself, padding included."""
+        cut = replace(self, gather=lambda number: [number]).cut(completions)
+        micro_batches = [[completions[i] for i in indices] for indices in cut if indices]
+        if self.shared_prefix:
+            return max(map(_tokens, micro_batches), default=0)
+        return max((len(p) * max(len(c.prompt_ids) + len(c.inputs) for c in p) for p in micro_batches), default=0)
+
+    def group_size(self, group: Sequence[Completion]) -> GroupSize:
+        """What completions of one prompt cost."""
+        lengths = [len(c.inputs) for c in group]
+        prompt = len(group[0].prompt_ids)
+        if self.shared_prefix:
+            return GroupSize(prompt, tuple(lengths))
+        return GroupSize(0, tuple(prompt + length for length in lengths))
+
+    def _cut(self, completions: Sequence[Completion], number: int = 1) -> list[list[int]]:
+        """As many micro-batches as `max_tokens` needs; without it `number`, or fewer if there are fewer completions."""
+        cut = _cut_packed if self.shared_prefix else _cut_padded
+        return cut(completions, min(number, len(completions)), self.max_tokens) if completions else []
+
+    def micro_batch(self, completions: Sequence[Completion], num_completions: int) -> MicroBatch:
+        """One micro-batch of `completions`, which may be none."""
+        present = completions or [Completion([self.pad_token_id], [], [])]
+        rows = _packed_rows(present) if self.shared_prefix else _padded_rows(present, self.pad_token_id)
+        places = rows.places[: len(completions)]
+        masks = [torch.tensor(c.mask, dtype=torch.bool) for c in completions]
+        positions = [place.predictors()[mask] for place, mask in zip(places, masks, strict=True)]
+        targets = [torch.tensor(c.ids, dtype=torch.long)[mask] for c, mask in zip(completions, masks, strict=True)]
+        width = max([1, *(len(c.ids) for c in completions)])
+
+        def optional(name: str) -> Tensor | None:
+            values = [getattr(c, name) for c in completions]
+            if any(v is None for v in values):
+                return None
+            return _right_pad(values, width, torch.float32).to(self.device)
+
+        return MicroBatch(
+            input_ids_RS=rows.input_ids_RS.to(self.device),
+            position_ids_RS=None if rows.position_ids_RS is None else rows.position_ids_RS.to(self.device),
+            layout=rows.layout,
+            positions_M=_joined(positions).to(self.device),
+            targets_M=_joined(targets).to(self.device),
+            mask_BT=_right_pad(masks, width, torch.bool).to(self.device),
+            advantages_B=torch.tensor([c.advantage for c in completions], dtype=torch.float32, device=self.device),
+            old_logps_BT=optional("old_logps"),
+            ref_logps_BT=optional("ref_logps"),
+            sampler_logps_BT=optional("sampler_logps"),
+            num_completions=num_completions,
+        )
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where, counted over all rows, a completion's prompt ends and its own tokens start."""
+
+    prompt_end: int
+    start: int
+    length: int
+
+    def predictors(self) -> Tensor:
+        """For each token the place that predicts it: the token before, or the end of the prompt."""
+        places = [self.prompt_end, *range(self.start, self.start + self.length - 1)]
+        return torch.tensor(places[: self.length], dtype=torch.long)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The tokens of a micro-batch, and where each completion stands in them."""
+
+    input_ids_RS: Tensor
+    position_ids_RS: Tensor | None
+    layout: Layout | None
+    places: list[_Place]
+    """In the order of the completions, wherever they stand."""
+
+
+def _packed_rows(completions: Sequence[Completion]) -> _Rows:
+    groups = group_by_prompt(completions)
+    prompts = [completions[group[0]].prompt_ids for group in groups]
+    branches = [[completions[i].inputs for i in group] for group in groups]
+    layout = Layout.of([(len(p), [len(b) for b in bs]) for p, bs in zip(prompts, branches, strict=True)])
+    tokens = [token for p, bs in zip(prompts, branches, strict=True) for ids in (p, *bs) for token in ids]
+    places = {
+        i: _Place(packed.prompt.stop - 1, branch.start, len(completions[i].ids))
+        for packed, group in zip(layout.groups, groups, strict=True)
+        for branch, i in zip(packed.branches, group, strict=True)
+    }
+    in_order = [places[i] for i in range(len(completions))]
+    return _Rows(torch.tensor([tokens]), torch.tensor([layout.positions]), layout, in_order)
+
+
+def _padded_rows(completions: Sequence[Completion], pad_token_id: int) -> _Rows:
+    rows = [torch.tensor(c.prompt_ids + c.inputs) for c in completions]
+    width = max(map(len, rows))
+    starts = [r * width + len(c.prompt_ids) for r, c in enumerate(completions)]
+    places = [_Place(start - 1, start, len(c.ids)) for start, c in zip(starts, completions, strict=True)]
+    return _Rows(_right_pad(rows, width, torch.long, pad_token_id), None, None, places)
+
+
+def group_by_prompt(completions: Sequence[Completion]) -> list[list[int]]:
+    """Indices of completions that have the same prompt, in the order in which prompts come first."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, completion in enumerate(completions):
+        groups.setdefault(tuple(completion.prompt_ids), []).append(i)
+    return list(groups.values())
+
+
+def _tokens(completions: Sequence[Completion]) -> int:
+    """Tokens that the model computes for `completions`, packed into one micro-batch."""
+    groups = group_by_prompt(completions)
+    return sum(len(completions[g[0]].prompt_ids) for g in groups) + sum(len(c.inputs) for c in completions)
+
+
+def _cut_packed(completions: Sequence[Completion], count: int, max_tokens: int | None) -> list[list[int]]:
+    """Whole groups in `count` micro-batches, or in as many as `max_tokens` needs; split where they must be."""
+
+    def size(indices: Sequence[int]) -> int:
+        return _tokens([completions[i] for i in indices])
+
+    def split(chunk: list[int], parts: int) -> list[list[int]]:
+        return _balanced([[i] for i in chunk], parts, lambda indices: sum(len(completions[i].inputs) for i in indices))
+
+    groups = group_by_prompt(completions)
+    if max_tokens is None:
+        parts = [1] * len(groups)
+        while sum(parts) < count:
+            splittable = [g for g, group in enumerate(groups) if parts[g] < len(group)]
+            parts[max(splittable, key=lambda g: size(groups[g]) / parts[g])] += 1
+        return _balanced(
+            [chunk for group, n in zip(groups, parts, strict=True) for chunk in split(group, n)], count, size
+        )
+    chunks = []
+    for group in groups:
+        cuts = (split(group, parts) for parts in range(1, len(group) + 1))
+        chunks += next((cut for cut in cuts if max(map(size, cut)) <= max_tokens), [[i] for i in group])
+    limit = max(max_tokens, *map(size, chunks))  # one completion may be too large by itself
+    fewest = math.ceil(sum(map(size, chunks)) / limit)
+    cuts = (_balanced(chunks, parts, size) for parts in range(fewest, len(chunks) + 1))
+    return next(cut for cut in cuts if max(map(size, cut)) <= limit)
+
+
+def _cut_padded(completions: Sequence[Completion], count: int, max_tokens: int | None) -> list[list[int]]:
+    """Completions of like length together, so that little is padding."""
+
+    def size(i: int) -> int:
+        return len(completions[i].prompt_ids) + len(completions[i].inputs)
+
+    order = sorted(range(len(completions)), key=size, reverse=True)
+    micro_batches: list[list[int]] = []
+    rows = math.ceil(len(order) / count)
+    for i in order:
+        if micro_batches and max_tokens is not None:
+            rows = max_tokens // size(micro_batches[-1][0])  # 0 where one completion is too large by itself
+        if not micro_batches or len(micro_batches[-1]) >= rows:
+            micro_batches.append([])
+        micro_batches[-1].append(i)
+    return micro_batches
+
+
+def _balanced(chunks: Sequence[list[int]], count: int, size: Callable[[list[int]], int]) -> list[list[int]]:
+    """At most `count` unions of chunks of like size: the largest chunk first, each into the smallest union so far.
+
+    >>> _balanced([[0, 1], [2], [3, 4, 5], [6, 7]], 2, len)
+    [[2, 3, 4, 5], [0, 1, 6, 7]]
+    """
+    unions: list[list[int]] = [[] for _ in range(count)]
+    heap = [(0, 0, place) for place in range(count)]
+    for chunk in sorted(chunks, key=size, reverse=True):
+        total, members, place = heapq.heappop(heap)
+        unions[place] += chunk
+        heapq.heappush(heap, (total + size(chunk), members + len(chunk), place))  # chunks may have no tokens
+    return [sorted(union) for union in unions if union]
+
+
+def _joined(values: list[Tensor]) -> Tensor:
+    return torch.cat([torch.zeros(0, dtype=torch.long), *values])
+
+
+def _right_pad(rows: Sequence[Any], width: int, dtype: torch.dtype, value: float = 0) -> Tensor:
+    padded = torch.full((len(rows), width), value, dtype=dtype)
+    for row, values in enumerate(rows):
+        padded[row, : len(values)] = torch.as_tensor(values, dtype=dtype)
+    return padded

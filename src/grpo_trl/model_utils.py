@@ -1,0 +1,48 @@
+"""What every room asks of a model: the language model under its wrappers, its mode, its attention function."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+def causal_lm(model: Any) -> PreTrainedModel:
+    """The language model under wrappers (DDP, DeepSpeed) and adapters.
+
+    Raises:
+        TypeError: There is none.
+    """
+    while not isinstance(model, PreTrainedModel):
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise TypeError(f"{type(model).__name__} holds no transformers.PreTrainedModel.")
+        model = inner
+    return model
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout inside; each module in the mode that it was in after."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def attending_by(model: nn.Module, name: str) -> Iterator[None]:
+    """Inside, the layers of `model` use the attention function that AttentionInterface has under `name`."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
+    try:
+        for config, _ in before:
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation = implementation

@@ -1,0 +1,87 @@
+"""A user's `rollout_func` as an engine."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from ..types import Completion
+from .base import Rollout, RolloutRequest
+
+
+REQUIRED = ("prompt_ids", "completion_ids", "logprobs")
+MASK = "env_mask"
+
+
+class RolloutFuncEngine:
+    """Calls `rollout_func(prompts, trainer)`, with TRL's meaning, and checks what it returns.
+
+    The function gets every prompt `num_generations` times in a row and returns a dict with one entry per row in
+    `"prompt_ids"`, `"completion_ids"` (lists of token ids) and `"logprobs"` (the sampler's, one per completion token, or
+    None). `"env_mask"`, if there, has a 1 for each completion token that the model wrote and a 0 for each that something
+    else inserted. A completion has ended if its last token is one of `eos_token_ids`. All further keys are columns for
+    the reward functions; a value that is no list stands in each row. It is called inside `interruptible()`: a signal may
+    end it at any point.
+    """
+
+    in_process = False
+
+    def __init__(
+        self,
+        rollout_func: Callable[[list[Any], Any], dict[str, Any]],
+        trainer: Any,
+        eos_token_ids: tuple[int, ...],
+        interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ):
+        self.rollout_func = rollout_func
+        self.trainer = trainer
+        self.eos_token_ids = eos_token_ids
+        self.interruptible = interruptible
+
+    def rollout(self, request: RolloutRequest) -> Rollout:
+        group = request.num_generations
+        prompts = [prompt for prompt in request.prompts for _ in range(group)]
+        with self.interruptible():
+            output = self.rollout_func(prompts, self.trainer)
+        missing = [key for key in REQUIRED if key not in output]
+        if missing:
+            raise ValueError(f"rollout_func returned no {', '.join(missing)}; it must return {', '.join(REQUIRED)}.")
+        columns = {key: value for key, value in output.items() if key not in (*REQUIRED, MASK)}
+        for key, value in output.items():
+            scalar = isinstance(value, str) or not hasattr(value, "__len__")
+            if scalar and key in columns:
+                columns[key] = [value] * len(prompts)
+            elif value is not None and (scalar or len(value) != len(prompts)):
+                got = type(value).__name__ if scalar else f"{len(value)} entries"
+                raise ValueError(
+                    f"rollout_func returned {key!r} with {got} for {len(prompts)} prompts; it gets every prompt "
+                    f"num_generations={group} times in a row and must return one entry for each."
+                )
+        completions = [self._completion(output, row) for row in range(len(prompts))]
+        for row in range(0, len(prompts), group):
+            if any(c.prompt_ids != completions[row].prompt_ids for c in completions[row : row + group]):
+                raise ValueError(
+                    f"rollout_func returned different prompt_ids for the {group} completions of one prompt (rows {row} "
+                    f"to {row + group - 1}); a group shares its prompt. Put what differs into completion_ids and mark it "
+                    f"in {MASK!r}."
+                )
+        return Rollout(completions, columns)
+
+    def _completion(self, output: dict[str, Any], row: int) -> Completion:
+        prompt_ids, ids = list(output["prompt_ids"][row]), list(output["completion_ids"][row])
+        if not prompt_ids:
+            raise ValueError(f"rollout_func returned empty prompt_ids in row {row}; a prompt needs at least one token.")
+        logps = None if output["logprobs"] is None else output["logprobs"][row]
+        mask = [True] * len(ids) if output.get(MASK) is None else [bool(m) for m in output[MASK][row]]
+        for key, values in (("logprobs", logps), (MASK, mask)):
+            if values is not None and len(values) != len(ids):
+                raise ValueError(
+                    f"rollout_func returned {len(values)} {key} for the {len(ids)} tokens of completion_ids in row {row}; "
+                    "it must return one for each."
+                )
+        return Completion(
+            prompt_ids,
+            ids,
+            mask,
+            ended=bool(ids) and ids[-1] in self.eos_token_ids,
+            sampler_logps=None if logps is None else [float(x) for x in logps],
+        )

@@ -1,0 +1,209 @@
+"""Builds the parts of a run from its configuration."""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, cast
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..config import GRPOConfig
+from ..data.prompts import CONTEXT, PromptLimit, PromptSet
+from ..data.schedule import Schedule
+from ..distributed.sharding import check_sharding, check_whole, loading_whole, prepare_frozen
+from ..logprobs.evaluator import LogprobEvaluator
+from ..logprobs.head import enable_logprobs
+from ..logprobs.packing import Packer
+from ..models import Reference, add_adapter, load_policy, load_tokenizer
+from ..rewards import Rewards
+from ..rollout.base import SamplingOptions
+from ..rollout.group.engine import GroupEngine
+from ..types import Ranks
+
+
+def make_ranks(args: GRPOConfig) -> Ranks:
+    """Return this process among those of the run."""
+    return Ranks(args.process_index, args.world_size, gather_object)
+
+
+def make_policy(
+    model: Any, processing_class: Any, peft_config: PeftConfig | None, args: GRPOConfig
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load the policy and its tokenizer, add the adapter, and let its forward compute logprobs."""
+    policy = load_policy(model, args.init_kwargs if isinstance(model, str) or args.model_init_kwargs else {})
+    tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+    check_sharding(policy, args.world_size)
+    policy = add_adapter(policy, peft_config)
+    enable_logprobs(policy)
+    if isinstance(policy, PeftModel) and args.gradient_checkpointing:
+        policy.enable_input_require_grads()
+    return policy, tokenizer
+
+
+def make_reference(
+    policy: Any, model: Any, new_adapter: bool, args: GRPOConfig, accelerator: Accelerator
+) -> Reference | None:
+    """Freeze the policy as it is before training; None without a KL term. `model` is the trainer's argument."""
+    if not args.beta:
+        return None
+    reload = partial(load_policy, model, args.init_kwargs) if isinstance(model, str) else None
+    reference = Reference(policy, new_adapter, reload, moves=args.sync_ref_model)
+    if reference.model is not None:
+        reference.model = prepare_frozen(reference.model, accelerator)
+    return reference
+
+
+def make_rewards(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -> Rewards:
+    """Build all reward functions, and the workers they run in.
+
+    A reward model is unsharded on each rank, which rewards its own completions: sharded, it would wait for other ranks.
+    """
+    for func in reward_funcs if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]:
+        if isinstance(func, nn.Module):
+            check_whole(func, f"The reward model {type(func).__name__}")
+    with loading_whole():
+        return Rewards(
+            reward_funcs,
+            args.reward_weights,
+            processing_classes,
+            model_init_kwargs=args.init_kwargs,
+            chat_template_kwargs=args.template_kwargs,
+            batch_size=args.per_device_train_batch_size,
+            workers=args.reward_workers,
+            timeout=args.reward_timeout,
+            retries=args.reward_retries,
+            memory_limit=int(args.reward_memory_limit * 2**30),
+            on_error=args.on_reward_error,
+        )
+
+
+def make_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: GRPOConfig, limit: PromptLimit, name: str
+) -> PromptSet:
+    """Build the prompts of the dataset that was passed as the argument `name`."""
+    return PromptSet(
+        dataset,
+        tokenizer,
+        limit,
+        chat_template_kwargs=args.template_kwargs,
+        prompt_only=args.remove_unused_columns,
+        name=name,
+    )
+
+
+def make_prompt_limit(args: GRPOConfig, context: int | None, trained_on: bool = False) -> PromptLimit:
+    """Return how long a prompt may be in a model of `context` positions (None: unknown, no limit).
+
+    Prompts that are `trained_on` must fit into `max_tokens_per_micro_batch` too.
+
+    Raises:
+        ValueError: `max_completion_length` fills the context.
+    """
+    length = args.max_completion_length
+    if context is not None and length >= context:
+        raise ValueError(
+            f"max_completion_length={length} leaves no room for a prompt in the model's context of {context} tokens; "
+            f"use at most {context - 1}, less the length of the prompts."
+        )
+    limits = {
+        CONTEXT: context,
+        "max_tokens_per_micro_batch": args.max_tokens_per_micro_batch if trained_on else None,
+    }
+    name, limit = min(limits.items(), key=lambda item: math.inf if item[1] is None else item[1])
+    return PromptLimit(None if limit is None else limit - length, length, args.prompt_overflow, name)
+
+
+def make_schedule(args: GRPOConfig, num_prompts: int) -> Schedule:
+    """Build the schedule of a run over `num_prompts` prompts.
+
+    Raises:
+        ValueError: They do not fill a generation batch.
+    """
+    assert args.steps_per_generation is not None
+    schedule = Schedule(
+        num_prompts=num_prompts,
+        num_generations=args.num_generations,
+        batch_size=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        steps_per_generation=args.steps_per_generation,
+        num_iterations=args.num_iterations,
+        world_size=args.world_size,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        shuffle=args.shuffle_dataset,
+    )
+    schedule.check()
+    return schedule
+
+
+def make_evaluator(
+    model: Any, tokenizer: PreTrainedTokenizerBase, args: GRPOConfig, waits_in_forward: bool
+) -> LogprobEvaluator:
+    """Build what computes logprobs of `model`, not wrapped yet; ranks may wait for each other in every forward of it."""
+    assert tokenizer.pad_token_id is not None
+    packer = Packer(
+        batch_size=args.per_device_train_batch_size,
+        max_tokens=args.max_tokens_per_micro_batch,
+        pad_token_id=tokenizer.pad_token_id,
+        device=args.device,
+        gather=(lambda number: gather_object([number])) if waits_in_forward else (lambda number: [number]),
+    )
+    return LogprobEvaluator(
+        model,
+        packer,
+        shared_prefix=args.shared_prefix,
+        temperature=args.temperature,
+        mixed_precision=args.half_precision,
+        needs_all=args.beta > 0,
+        ranks=make_ranks(args),
+        recovers=not waits_in_forward,
+    )
+
+
+def make_sampling_options(
+    args: GRPOConfig, tokenizer: PreTrainedTokenizerBase, eos_token_ids: tuple[int, ...]
+) -> SamplingOptions:
+    """Collect the options of sampling."""
+    assert tokenizer.pad_token_id is not None
+    return SamplingOptions(
+        max_completion_length=args.max_completion_length,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_ids=eos_token_ids,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        generation_kwargs=cast("dict[str, Any]", args.generation_kwargs or {}),
+    )
+
+
+def make_engine(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: GRPOConfig,
+    eos_token_ids: tuple[int, ...],
+    *,
+    context: Callable[[], AbstractContextManager[None]],
+    check: Callable[[], None],
+    in_step: bool,
+    show_progress: bool,
+) -> GroupEngine:
+    """Build the rollout engine; see `GroupEngine`."""
+    return GroupEngine(
+        model,
+        make_sampling_options(args, tokenizer, eos_token_ids),
+        max_rows_in_flight=args.max_rows_in_flight,
+        tokenizer=tokenizer,
+        context=context,
+        mixed_precision=args.half_precision,
+        gather=gather_object,
+        show_progress=show_progress,
+        check=check,
+        in_step=in_step,
+    )

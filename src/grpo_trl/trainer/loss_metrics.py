@@ -1,0 +1,44 @@
+"""Metrics of a micro-batch's loss."""
+
+from ..logprobs.compute import TokenLogprobs
+from ..metrics import Max, Mean, Metric, Min
+from ..objective import LossOutput
+from ..types import MicroBatch
+
+
+def loss_metrics(output: LossOutput, logprobs: TokenLogprobs, micro_batch: MicroBatch) -> dict[str, Metric]:
+    """Describe a micro-batch's loss, under TRL's names where TRL has one.
+
+    `policy_signal` explains a loss near 0, which on policy it is by construction: the mean over completions of
+    `LossOutput.signal_B`, 0 where nothing can be learned.
+    """
+    mask_BU = output.mask_BU
+    metrics: dict[str, Metric] = {
+        "policy_signal": Mean.of(output.signal_B),
+        "entropy": Mean.of(logprobs.entropy_BT, micro_batch.mask_BT),
+        "clip_ratio/region_mean": Mean.of((output.clipped_low_BU | output.clipped_high_BU).float(), mask_BU),
+    }
+    units_B = mask_BU.sum(1)
+    for side, clipped_BU, extreme in (("low", output.clipped_low_BU, Min), ("high", output.clipped_high_BU, Max)):
+        share_B = clipped_BU.sum(1).float() / units_B.clamp(min=1)
+        metrics[f"clip_ratio/{side}_mean"] = Mean.of(clipped_BU.float(), mask_BU)
+        metrics[f"clip_ratio/{side}_{extreme.__name__.lower()}"] = extreme.of(share_B, units_B > 0)
+    tail = Mean.of(output.tail_BU.float(), mask_BU)
+    if output.kl is not None:
+        metrics["kl"] = Mean.of(output.kl.kl_BK, output.kl.mask_BK)
+        tail += Mean.of(output.kl.tail_BK.float(), output.kl.mask_BK)
+    metrics["log_ratio_tail"] = tail
+    return metrics | _sampler_metrics(logprobs, micro_batch)
+
+
+def _sampler_metrics(logprobs: TokenLogprobs, micro_batch: MicroBatch) -> dict[str, Metric]:
+    """Compare the logprobs of the sampler with the trainer's."""
+    if micro_batch.sampler_logps_BT is None:
+        return {}
+    old_BT = logprobs.logps_BT.detach() if micro_batch.old_logps_BT is None else micro_batch.old_logps_BT
+    difference_BT = (old_BT - micro_batch.sampler_logps_BT).abs()
+    known_BT = micro_batch.mask_BT & ~difference_BT.isnan()
+    return {
+        "sampling/sampling_logp_difference/mean": Mean.of(difference_BT, known_BT),
+        "sampling/sampling_logp_difference/max": Max.of(difference_BT, known_BT),
+    }

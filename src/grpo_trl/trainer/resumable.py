@@ -1,0 +1,197 @@
+"""A Trainer that a signal can stop and that goes on where it stopped: which checkpoint, when, and whole."""
+
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import SaveStrategy, TrainOutput
+
+from ..config import GRPOConfig
+from ..distributed.collectives import run_on_all_ranks
+from ..distributed.launch import check_shared
+from ..distributed.sharding import BACKEND_MARK
+from ..errors import RunStopped, StopRequested
+from ..logging import get_logger
+from ..logprobs.evaluator import DoesNotFit
+from ..reliability.checkpoints import UNFINISHED, finish_checkpoint, last_checkpoint, rotate_checkpoints
+from ..reliability.run_state import RunState, Stateful, resumed_state
+from ..reliability.signals import EXIT_CODE, StopSignals
+from ..reliability.watchdog import Watchdog
+from ..types import GenerationBatch
+from .build import make_ranks
+
+
+logger = get_logger(__name__)
+
+
+class ResumableTrainer(Trainer):
+    """`transformers.Trainer` with checkpoints that are whole or absent and hold what a subclass is in the middle of.
+
+    A subclass names the parts of the run that have state (`_parts`), what must be unchanged to resume (`_fingerprint`), and
+    the generation batch in use. It calls `_between_steps` between two optimizer steps, which is where a run can stop.
+    """
+
+    args: GRPOConfig
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._ranks = make_ranks(self.args)
+        self._signals = StopSignals()
+        self._watchdog = Watchdog(self.args.phase_warning_seconds, self.args.process_index)
+        self._resumed: RunState | None = None
+        self._unfinished: Path | None = None
+        """Where a checkpoint is being written."""
+        self._saved: Path | None = None
+        """The last checkpoint that was written or resumed from."""
+
+    def _parts(self) -> dict[str, Stateful]:
+        """Return the parts of the run whose state a checkpoint saves, by name."""
+        raise NotImplementedError
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Return what must be unchanged for a run to resume."""
+        raise NotImplementedError
+
+    def _generation_batch_in_use(self) -> GenerationBatch | None:
+        """Return the generation batch that the next optimizer step trains on, if it is sampled already."""
+        raise NotImplementedError
+
+    def _load_run_state(self, state: RunState) -> None:
+        """Load the state of each part; called before the first step of a resumed run."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state.parts[name])
+
+    def _check_boundary(self) -> None:
+        """Called between two optimizer steps and after the last one, on all ranks.
+
+        Raises:
+            RunStopped: The run must not go on.
+        """
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train, as `transformers.Trainer.train`; resumed, a run goes on bit for bit as if it had not been interrupted.
+
+        SIGTERM and SIGUSR1 end it between two optimizer steps, with a checkpoint.
+
+        Args:
+            resume_from_checkpoint: The path of a checkpoint, or True: the last one in `output_dir`; where there is none,
+                the run starts at its beginning.
+            args: As in `transformers.Trainer.train`.
+            kwargs: As in `transformers.Trainer.train`.
+
+        Raises:
+            SystemExit: A signal has stopped the run; the code is `signals.EXIT_CODE`.
+            RunStopped: A guard has stopped the run, which is saved.
+            ValueError: The checkpoint holds another run, or some rank cannot reach `output_dir`.
+            RuntimeError: It is the second call, under DeepSpeed.
+        """
+        if hasattr(self.model, BACKEND_MARK):
+            raise RuntimeError(
+                "train() was called before, and DeepSpeed starts once for a model. Save it with save_model(path), and make "
+                "a new trainer with the path; to go on with this run, use resume_from_checkpoint there."
+            )
+        if self.args.world_size > 1 and self.args.save_strategy != SaveStrategy.NO:
+            check_shared(Path(str(self.args.output_dir)), self._ranks)
+        folder = self._folder_to_resume(resume_from_checkpoint)
+        self._resumed = None if folder is None else resumed_state(folder, self._ranks, self._fingerprint())
+        self._saved = folder
+        if self.is_deepspeed_enabled:
+            setattr(self.model, BACKEND_MARK, True)
+        with self._signals.listening():
+            try:
+                output = super().train(None if folder is None else str(folder), *args, **kwargs)
+                self._check_boundary()
+                return output
+            except StopRequested as stop:
+                logger.warning("%s: the run stops. %s", stop, self._save_boundary())
+                raise SystemExit(EXIT_CODE) from None
+            except DoesNotFit as error:
+                if self.args.world_size > 1:  # other ranks are in the middle of the step
+                    raise
+                raise RunStopped(f"{error} {self._save_boundary()}") from error
+            except RunStopped as stop:
+                raise RunStopped(f"{stop} {self._save_boundary()}") from stop
+
+    def _between_steps(self) -> None:
+        """Raises, on all ranks:
+        StopRequested: A signal has come, to some rank.
+        RunStopped: The run must not go on.
+        """
+        run_on_all_ranks(self._signals.check, self._ranks)
+        self._check_boundary()
+
+    def _folder_to_resume(self, given: str | bool | None) -> Path | None:
+        if given is True:
+            folder = last_checkpoint(Path(str(self.args.output_dir)))
+            if folder is None:
+                logger.warning("%s holds no checkpoint to resume from; the run starts anew.", self.args.output_dir)
+            return folder
+        return Path(given) if given else None
+
+    def _save_boundary(self) -> str:
+        """Save what the last optimizer step left, all that a resumed run needs, unless that has been done; a word on it."""
+        if not self.state.global_step:
+            return "(No step is made yet, so nothing is saved.)"
+        if self._saved != self._checkpoint():
+            only_model, self.args.save_only_model = self.args.save_only_model, False
+            try:
+                self._save_checkpoint(cast(nn.Module, self.model), trial=None)
+            finally:
+                self.args.save_only_model = only_model
+        return f"(Saved in {self._saved}.)"
+
+    def _checkpoint(self, trial: Any = None) -> Path:
+        """That of the last optimizer step."""
+        return Path(super()._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `transformers.Trainer.save_model`.
+
+        Where weights are in shards, all ranks call it, and none returns before the model is written: a launcher ends the
+        rank that writes if another one fails meanwhile.
+        """
+        super().save_model(output_dir, _internal_call)
+        if is_deepspeed_zero3_enabled() or self.is_fsdp_enabled:
+            self.accelerator.wait_for_everyone()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save into a folder aside, which gets its name when it is complete on all ranks."""
+        final = self._checkpoint(trial)
+        self._unfinished = final.parent / UNFINISHED
+        if self.args.should_save:
+            shutil.rmtree(self._unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        unfinished = self._unfinished / final.name
+        with self._watchdog.phase("saving"):
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._unfinished = None
+            if self.state.best_model_checkpoint == str(unfinished):
+                self.state.best_model_checkpoint = str(final)
+                if self.args.should_save:
+                    self.state.save_to_json(str(unfinished / "trainer_state.json"))
+            if not self.args.save_only_model:
+                parts = {name: part.state_dict() for name, part in self._parts().items()}
+                batch = self._generation_batch_in_use()
+                state = RunState(self._fingerprint(), self.args.world_size, batch, parts)
+                state.save(unfinished, self._ranks.rank)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                finish_checkpoint(unfinished, final)
+                rotate_checkpoints(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+                shutil.rmtree(unfinished.parent, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+        if not self.args.save_only_model:
+            self._saved = final
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._unfinished or super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """A checkpoint is sent when it has its name."""

@@ -1,0 +1,490 @@
+"""The training loop: which micro-batch Trainer gets when, and its loss.
+
+The route of a completion, from a row of the dataset to the gradient:
+
+    dataset row -> Prompt                      data/prompts.py; which rows, data/schedule.py
+    Prompt -> Completion, G of each            rollout/group/engine.py
+    Completion -> reward -> advantage          rewards/rewards.py, objective/advantages.py, called by generation.py
+    -> GenerationBatch, one MiniBatch a step   generation.py; which rank, distributed/load_balance.py
+    MiniBatch -> MicroBatch                    logprobs/packing.py
+    MicroBatch -> logprobs                     logprobs/compute.py, through the wrapped model
+    logprobs -> loss -> gradient               objective/loss.py, called by compute_loss below
+"""
+
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import speed_metrics
+from trl.trainer.callbacks import SyncRefModelCallback
+
+from ..attention.shared_prefix import serve_shared_prefix
+from ..config import GRPOConfig
+from ..data.prompts import PromptLimit, PromptSet
+from ..data.schedule import Schedule
+from ..distributed.collectives import exchange
+from ..distributed.launch import check_devices, check_one_backend, check_ranks, delay_exit, fsdp_was_asked_for
+from ..distributed.load_balance import Balancer
+from ..distributed.sharding import GatheredWeights, backend_of, move_to_device
+from ..logprobs.compute import compute_logprobs
+from ..metrics import Mean, MetricLog, Sum
+from ..model_utils import evaluation_mode
+from ..models import context_length, disable_dropout, eos_token_ids
+from ..objective import Counts, grpo_loss, make_objective
+from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures
+from ..reliability.run_state import Stateful, fingerprint
+from ..report import append_objective, merge_tables, print_completions, write_completions
+from ..rollout.base import RolloutEngine
+from ..rollout.rollout_func import RolloutFuncEngine
+from ..types import Completion, GenerationBatch, MicroBatch, MiniBatch
+from .build import (
+    make_engine,
+    make_evaluator,
+    make_policy,
+    make_prompt_limit,
+    make_prompts,
+    make_reference,
+    make_rewards,
+    make_schedule,
+)
+from .evaluation import evaluate_prompts
+from .generation import GenerationBatchBuilder, RolloutRunner, reward_columns
+from .loss_metrics import loss_metrics
+from .resumable import ResumableTrainer
+from .timing import StepTimer
+
+
+class GRPOTrainer(ResumableTrainer):
+    """Trains a language model with Group Relative Policy Optimization.
+
+    For each prompt it samples a group of completions, rewards them, and moves the model towards those that were better
+    than their group. `args.loss_level` names the published objective; see `grpo_trl.objective.grpo_loss`.
+
+    Args:
+        model: The policy: a path or hub name, a `PreTrainedModel`, or a `PeftModel` whose adapter is trained on.
+        reward_funcs: One or several reward functions. Each is a callable (sync or async) that takes what it names of
+            `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`, `log_metric` and the dataset's
+            columns (all of it with `**kwargs`), and returns one number per completion, or None where it does not apply;
+            or a sequence-classification model, or the path of one.
+        args: The options; those of `GRPOConfig` by default.
+        train_dataset: Has a column `"prompt"` of strings, or of lists of messages.
+        eval_dataset: The same for `evaluate()`; or several by name.
+        processing_class: The tokenizer, with a pad and an eos token; the one beside the model by default.
+        reward_processing_classes: The tokenizers of reward models, in the order of `reward_funcs`.
+        callbacks: As in `transformers.Trainer`.
+        optimizers: As in `transformers.Trainer`.
+        peft_config: Train a new adapter instead of the weights.
+        rollout_func: Writes the completions instead of the trainer: `rollout_func(prompts, trainer)` gets every prompt
+            `num_generations` times in a row and returns a dict of `"prompt_ids"`, `"completion_ids"`, `"logprobs"` and
+            further columns for the rewards, with one entry per row.
+
+    Raises:
+        ValueError: An option, a dataset, a model or the launch cannot work; the message names what would.
+        TypeError: An argument has the wrong type.
+    """
+
+    args: GRPOConfig
+    model: Any
+    processing_class: PreTrainedTokenizerBase
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        reward_funcs: Any,
+        args: GRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+        rollout_func: Callable[[list[Any], Any], dict[str, Any]] | None = None,
+    ):
+        args = GRPOConfig() if args is None else args
+        check_ranks(args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
+        delay_exit(args.world_size, args.device.type)
+        set_seed(args.seed)  # a new adapter starts from random weights
+        policy, tokenizer = make_policy(model, processing_class, peft_config, args)
+        rewards = make_rewards(reward_funcs, reward_processing_classes, args)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=_only,
+            compute_loss_func=grpo_loss,  # not called; Trainer then leaves the division of the loss to us
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        check_one_backend(self.is_deepspeed_enabled, args.deepspeed, os.environ)
+        check_devices(args.n_gpu)  # a model that lies on several devices has set it to 1 by now
+        if args.disable_dropout:
+            disable_dropout(self.model)
+        self.model.add_model_tags(["grpo_trl", "grpo"])
+
+        self._objective = make_objective(
+            args.loss_level, epsilon=args.epsilon, epsilon_high=args.epsilon_high, beta=args.beta
+        )
+        self._metrics, self._step_metrics, self._step_flos = MetricLog(), MetricLog(), 0.0
+        self._step_loss = torch.zeros((), device=args.device)
+        self._generation_batch: GenerationBatch | None = None
+        self._gathered = GatheredWeights()
+        self._timer = StepTimer(self._metrics)
+        self.add_callback(self._timer)
+        self._dead_run = DeadRun(args.dead_run_patience, args.on_dead_run, args.max_completion_length)
+        self._nonfinite = NonFinite(args.max_nonfinite_steps)
+        self._evaluator = make_evaluator(self.model, tokenizer, args, self._waits_in_forward)
+        self._reference = make_reference(self.model, model, peft_config is not None, args, self.accelerator)
+        if args.sync_ref_model and self._reference is not None:
+            copy = cast(nn.Module, self._reference.model)
+            self.add_callback(SyncRefModelCallback(ref_model=copy, accelerator=self.accelerator))
+        rewards.prepare_models(lambda m: self.accelerator.prepare_model(m, device_placement=True, evaluation_mode=True))
+        self._runner = RolloutRunner(
+            self._make_engine(rollout_func),
+            rewards,
+            tokenizer,
+            phase=self._watchdog.phase,
+            interruptible=self._signals.interruptible,
+        )
+        self._prepare_prompts(own_prompts=rollout_func is None)
+        set_seed(args.seed, device_specific=True)  # dropout differs between ranks
+
+    # ---- Construction ----
+    @property
+    def _waits_in_forward(self) -> bool:
+        """Whether ranks wait for each other in every forward and backward, so that they must make equally many."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _prepare_prompts(self, own_prompts: bool) -> None:
+        """Render and check all prompts. With a rollout_func, which may change them, the model's context is no limit."""
+        context = context_length(self.model) if own_prompts else None
+        self._eval_limit = make_prompt_limit(self.args, context)
+        self._eval_prompts = self._prompt_sets(self.eval_dataset)
+        self._schedule: Schedule | None = None
+        if self.train_dataset is None:
+            return
+        limit = make_prompt_limit(self.args, context, trained_on=own_prompts)
+        prompts = self._make_prompts(self.train_dataset, limit, "train_dataset")
+        self._schedule = make_schedule(self.args, len(prompts))
+        self._builder = GenerationBatchBuilder(
+            prompts=prompts,
+            schedule=self._schedule,
+            runner=self._runner,
+            evaluator=self._evaluator,
+            balancer=Balancer(self._ranks, partial(exchange, device=self.args.device)),
+            reference=self._reference,
+            scale_rewards=self.args.scale_rewards,
+            seed=self.args.seed,
+            ranks=self._ranks,
+            check=self._check_generation_batch,
+            phase=self._watchdog.phase,
+        )
+
+    def _prompt_sets(self, dataset: Dataset | dict[str, Dataset] | None) -> dict[str, PromptSet]:
+        """Build what is evaluated on, by name; a single dataset has the name ""."""
+        named = {} if dataset is None else dataset if isinstance(dataset, dict) else {"": dataset}
+        titles = {name: f"eval_dataset[{name!r}]" if name else "eval_dataset" for name in named}
+        return {name: self._make_prompts(one, self._eval_limit, titles[name]) for name, one in named.items()}
+
+    def _make_prompts(self, dataset: Dataset, limit: PromptLimit, name: str) -> PromptSet:
+        prompts = make_prompts(dataset, self.processing_class, self.args, limit, name)
+        if not isinstance(self._runner.engine, RolloutFuncEngine):  # whose columns are known when it has been called
+            self._runner.rewards.check_columns(reward_columns(prompts.dataset.column_names), name)
+        return prompts
+
+    def _make_engine(self, rollout_func: Callable[..., dict[str, Any]] | None) -> RolloutEngine:
+        ends = eos_token_ids(self.model, self.processing_class)
+        if rollout_func is not None:
+            return RolloutFuncEngine(rollout_func, self, ends, self._signals.interruptible)
+        return make_engine(
+            self.model,
+            self.processing_class,
+            self.args,
+            ends,
+            context=self._sampling_context,
+            check=self._signals.check,
+            in_step=self.is_fsdp_enabled or (is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation),
+            show_progress=self._shows_progress,
+        )
+
+    @contextmanager
+    def _sampling_context(self) -> Iterator[None]:
+        """Gather the policy's weights, and compute in the precision of training."""
+        with self._gathered_policy(), self.accelerator.autocast():
+            yield
+
+    def _gathered_policy(self) -> AbstractContextManager[None]:
+        return self._gathered.of(self.model_wrapped) if self.args.ds3_gather_for_generation else nullcontext()
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self.args.disable_tqdm and self.is_world_process_zero()
+
+    # ---- What Trainer iterates over ----
+    def get_train_dataloader(self) -> DataLoader:
+        """Return one item per micro-step: its number within the epoch, the same on every rank."""
+        if self._schedule is None:
+            raise ValueError("train_dataset=None; pass a dataset with a column 'prompt' to train.")
+        self._generation_batch = None
+        self._metrics.reduce(list)  # what an earlier train() did not log
+        self._nonfinite.count = 0
+        if self._resumed is not None:
+            self._load_run_state(self._resumed)
+            self._generation_batch = self._resumed.generation_batch
+        items = cast("torch.utils.data.Dataset[int]", range(self._schedule.items_per_epoch))
+        return DataLoader(items, batch_size=1, collate_fn=_only)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Return the prompts of an epoch."""
+        assert self._schedule is not None
+        return self._schedule.generation_batches_per_epoch * self._schedule.prompts_per_generation_batch
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
+    ) -> tuple[list[MiniBatch | None], None]:
+        """Return the next optimizer step, all of it in its last micro-step; samples the generation batches it needs.
+
+        Called once per optimizer step. A step that a signal interrupts leaves no trace.
+        """
+        self._timer.start_step()
+        if self.state.global_step >= self.state.max_steps:  # a run that was resumed after its last step
+            self.control.should_training_stop = True
+            return [], None
+        self._between_steps()
+        count = len(list(itertools.islice(epoch_iterator, num_batches)))
+        mini_batch = self._next_mini_batch(count)
+        self._timer.start_update()
+        return [*[None] * (count - 1), mini_batch], None
+
+    def _next_mini_batch(self, micro_steps: int) -> MiniBatch:
+        assert self._schedule is not None
+        completions: list[Completion] = []
+        batch, log, tokens, dead_run = self._generation_batch, MetricLog(), 0, self._dead_run.state_dict()
+        for ref in self._schedule.mini_batches(self.state.global_step, micro_steps):
+            if batch is None or batch.index != ref.generation:
+                try:
+                    batch = self._builder.build(ref.generation, self.model_wrapped, self.state, log)
+                except BaseException:
+                    self._dead_run.load_state_dict(dead_run)
+                    raise
+                tokens += batch.tokens
+            completions += batch.mini_batches[ref.mini_batch]
+        self._generation_batch = batch
+        self._metrics.drain(log)
+        self.state.num_input_tokens_seen += tokens
+        return MiniBatch(completions, micro_steps * self.args.per_device_train_batch_size * self.args.world_size)
+
+    def _check_generation_batch(self, summaries: Sequence[RankSummary]) -> None:
+        check_failures(summaries, self.args.max_reward_failure_rate)
+        self._dead_run.update(summaries)
+
+    # ---- The loss ----
+    def training_step(  # type: ignore[override]  # Trainer passes on a mini-batch, or None for the micro-steps before it
+        self, model: nn.Module, inputs: MiniBatch | None, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Run forward and backward of a mini-batch, micro-batch by micro-batch; return the sum of the losses."""
+        if inputs is None:
+            return torch.zeros((), device=self.args.device)
+        with self._watchdog.phase("the update"):
+            loss = self._evaluator.in_micro_batches(
+                inputs.completions,
+                inputs.num_completions,
+                partial(self._forward_backward, model),
+                undo=model.zero_grad,
+            )
+        self._metrics.drain(self._step_metrics)
+        self._metrics.add("loss", Mean.of(loss))
+        set_aside = len(inputs.completions) - len(self._evaluator.with_gradient(inputs.completions))
+        self._metrics.add("policy_signal", Mean(0.0, set_aside))
+        self._step_loss = loss
+        return loss
+
+    def _forward_backward(self, model: nn.Module, micro_batches: list[MicroBatch]) -> Tensor:
+        """Under DDP only the last micro-batch synchronizes gradients. It is empty, so until then no rank waits for another.
+
+        Backends that shard weights or gradients synchronize in each micro-batch, and never hold whole gradients longer.
+        """
+        self._step_metrics, self._step_flos = MetricLog(), 0.0
+        loss = torch.zeros((), device=self.args.device)
+        if self.args.world_size > 1 and not self._waits_in_forward:
+            micro_batches = [*micro_batches, self._evaluator.packer.micro_batch([], micro_batches[0].num_completions)]
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            with (
+                nullcontext() if last or self._waits_in_forward else self.accelerator.no_sync(model),
+                # for what the backward pass recomputes
+                serve_shared_prefix(model) if micro_batch.layout else nullcontext(),
+            ):
+                loss = loss + super().training_step(model, micro_batch)  # type: ignore[arg-type]
+            self._step_flos += super().floating_point_ops({"input_ids": micro_batch.input_ids_RS})
+        return loss
+
+    def compute_loss(  # type: ignore[override]  # Trainer passes on a micro-batch
+        self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Return the micro-batch's share of the loss; its gradient averages over ranks, as DDP and ZeRO do."""
+        logprobs = compute_logprobs(model, inputs, self.args.temperature)
+        output = grpo_loss(
+            logprobs.logps_BT,
+            logprobs.logps_BT.detach() if inputs.old_logps_BT is None else inputs.old_logps_BT,
+            inputs.advantages_B,
+            inputs.mask_BT,
+            objective=self._objective,
+            ref_logps_BT=inputs.ref_logps_BT,
+        )
+        self._step_metrics.add_all(loss_metrics(output, logprobs, inputs))
+        divisor = self._objective.aggregation.divisor(Counts(inputs.num_completions))
+        return output.loss * self.args.world_size / divisor
+
+    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:  # type: ignore[override]
+        return inputs  # on the device already, in the precision that it needs
+
+    def _track_num_input_tokens(self, inputs: MiniBatch | None) -> None:
+        """Tokens are counted when a generation batch is sampled."""
+
+    def floating_point_ops(self, inputs: MiniBatch | None) -> float:  # type: ignore[override]
+        return self._step_flos if inputs else 0.0
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Called between clipping and the update, which is skipped here if it is not finite."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if isinstance(grad_norm, DTensor):  # under FSDP2
+            grad_norm = grad_norm.full_tensor()
+        if self.args.fp16:
+            known_norm = None  # overflows at times; the loss scale is lowered then, and the step skipped
+        elif self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
+            known_norm = math.inf  # by now DeepSpeed has stepped, or has found out and not stepped
+        else:
+            known_norm = grad_norm
+        if self._nonfinite.should_skip(self._step_loss, known_norm, self.accelerator.reduce):
+            self._metrics.add("nonfinite_steps", Sum(float(self.is_world_process_zero())))
+            model.zero_grad()
+        return grad_norm
+
+    # ---- What survives ----
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `ResumableTrainer.save_model`; of a continued adapter, without the copy that is its reference."""
+        with nullcontext() if self._reference is None else self._reference.left_out():
+            super().save_model(output_dir, _internal_call)
+
+    def _parts(self) -> dict[str, Stateful]:
+        parts: dict[str, Stateful | None] = {
+            "metrics": self._metrics,
+            "logprobs": self._evaluator,
+            "dead_run": self._dead_run,
+            "nonfinite": self._nonfinite,
+            "reference": self._reference,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _fingerprint(self) -> dict[str, Any]:
+        assert self._schedule is not None
+        return fingerprint(self._schedule, self._builder.prompts.digest, self.args.seed, backend_of(self.accelerator))
+
+    def _generation_batch_in_use(self) -> GenerationBatch | None:
+        assert self._schedule is not None
+        batch, next_step = self._generation_batch, self._schedule.mini_batches(self.state.global_step, 1)
+        return batch if batch is not None and batch.index == next_step[0].generation else None
+
+    def _check_boundary(self) -> None:
+        self._nonfinite.check()
+
+    # ---- What one sees ----
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log `logs`; to those of training, add the metrics since the last time, over all ranks."""
+        training = "loss" in logs
+        if training:
+            logs = logs | self._metrics.reduce(self._ranks.gather) | {"num_tokens": self.state.num_input_tokens_seen}
+        super().log(logs, start_time)
+        if training and self.args.log_completions and self._generation_batch is not None:
+            self._log_completions(self._generation_batch)
+
+    def _log_completions(self, generation_batch: GenerationBatch) -> None:
+        table = merge_tables(self._ranks.gather([generation_batch.table]), unique_prompts=self.args.log_unique_prompts)
+        if not self.is_world_process_zero():
+            return
+        print_completions(table, self.state.global_step, self.args.num_completions_to_print)
+        path = Path(str(self.args.output_dir)) / "completions" / f"completions_{self.state.global_step:05d}.parquet"
+        write_completions({"step": [self.state.global_step] * len(table["prompt"])} | table, path)
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Sample `num_generations_eval` completions of each prompt once and reward them; training is left as it is.
+
+        Args:
+            eval_dataset: Has a column `"prompt"`; or several by name, each of which gets a prefix of its own; or the name
+                of one of the constructor's. The constructor's by default.
+            ignore_keys: Not used.
+            metric_key_prefix: Stands before each metric's name.
+
+        Returns:
+            The metrics, `eval_reward` among them.
+        """
+        if isinstance(eval_dataset, str):
+            prompt_sets = {"": self._eval_prompts[eval_dataset]}
+        else:
+            prompt_sets = self._eval_prompts if eval_dataset is None else self._prompt_sets(eval_dataset)
+        if not prompt_sets:
+            raise ValueError("eval_dataset=None; pass a dataset with a column 'prompt' to evaluate.")
+        metrics: dict[str, float] = {}
+        for name, prompts in prompt_sets.items():
+            metrics |= self._evaluate_prompts(prompts, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
+        return metrics
+
+    def _evaluate_prompts(self, prompts: PromptSet, prefix: str) -> dict[str, float]:
+        self._memory_tracker.start()
+        start_time = time.time()
+        in_process = self._runner.engine.in_process
+        if in_process and self._waits_in_forward and self.model_wrapped is self.model:
+            move_to_device(self.model, self.args.device, self.args.ds3_gather_for_generation)
+        with evaluation_mode(self.model), self._gathered_policy() if in_process else nullcontext():
+            metrics = evaluate_prompts(
+                self._runner,
+                prompts,
+                num_generations=self.args.eval_generations,
+                batch_size=None if in_process else self.args.per_device_eval_batch_size,
+                seed=self.args.seed,
+                ranks=self._ranks,
+                trainer_state=self.state,
+                show_progress=self._shows_progress,
+            )
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        metrics |= speed_metrics(prefix, start_time, num_samples=len(prompts))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        return metrics
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Trainer's model card, with the objective and its papers."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            append_objective(Path(str(self.args.output_dir)) / "README.md", self.args.loss_level)
+
+
+def _only(batch: list[Any]) -> Any:
+    """The one item of a batch of one."""
+    (item,) = batch
+    return item

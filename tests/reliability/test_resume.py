@@ -1,0 +1,431 @@
+"""A run that was interrupted ends as the run that was not: weights, optimizer, completions and metrics, bit for bit."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl.reliability.checkpoints import last_checkpoint
+from grpo_trl.reliability.run_state import RunState
+from grpo_trl.reliability.signals import EXIT_CODE
+from tests.helpers.models import make_model, make_tokenizer
+from tests.helpers.training import completions_of, weights
+
+
+PROMPTS = ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]
+TIMED = re.compile("time|per_second|train_")
+STEPS = 8
+"""Of four epochs of two steps, where a step is a generation batch."""
+CASES = {
+    "a generation batch a step": {},
+    "sequence level, with a reference": {"loss_level": "sequence", "beta": 0.1},
+    "three iterations": {"num_iterations": 3, "beta": 0.1},
+    "generation batches of two steps": {"steps_per_generation": 2, "per_device_train_batch_size": 8},
+    "generation batches of two steps, of two micro-steps": {
+        "steps_per_generation": 4,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 4,
+        "num_iterations": 2,
+    },
+    "generation batches shorter than a step": {"steps_per_generation": 1, "gradient_accumulation_steps": 2},
+    "logged every third step": {"logging_steps": 3, "num_iterations": 2},
+    "the reference moves": {
+        "beta": 0.5,
+        "sync_ref_model": True,
+        "ref_model_sync_steps": 3,
+        "ref_model_mixup_alpha": 0.7,
+    },
+    "dropout": {"attention_dropout": 0.3, "num_iterations": 2},
+    "checkpointing": {"gradient_checkpointing": True},
+    "LoRA with dropout": {"lora_dropout": 0.3, "beta": 0.1, "num_iterations": 2},
+    "rewards by chance": {"reward": "chance", "num_iterations": 2},
+    "batch scale, small micro-batches": {
+        "scale_rewards": "batch",
+        "max_tokens_per_micro_batch": 40,
+        "num_iterations": 2,
+    },
+}
+
+
+def letters(completions):
+    return [sum(letter < "n" for letter in text) / max(len(text), 1) for text in completions]
+
+
+def chance(completions):
+    return [random.random() + torch.rand(1).item() for _ in completions]
+
+
+def make_trainer(
+    folder, reward="letters", attention_dropout=0.0, lora_dropout=None, callbacks=None, eval_prompts=None, **options
+):
+    defaults = {
+        "learning_rate": 0.01,
+        "num_generations": 4,
+        "per_device_train_batch_size": 16,
+        "max_steps": STEPS,
+        "max_completion_length": 6,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    adapter = LoraConfig(r=4, lora_dropout=lora_dropout, target_modules=["q_proj"], init_lora_weights=False)
+    return GRPOTrainer(
+        make_model(attention_dropout=attention_dropout),
+        {"letters": letters, "chance": chance}.get(reward, reward),
+        GRPOConfig(output_dir=str(folder), **(defaults | options)),
+        Dataset.from_dict({"prompt": PROMPTS}),
+        eval_dataset=eval_prompts and Dataset.from_dict({"prompt": eval_prompts}),
+        processing_class=make_tokenizer(),
+        peft_config=None if lora_dropout is None else adapter,
+        callbacks=callbacks,
+    )
+
+
+def run(folder, resume=None, **options):
+    trainer = make_trainer(folder, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def end_of(trainer):
+    """All that must not depend on an interruption."""
+    moments = trainer.optimizer.state_dict()["state"]
+    log = [{k: v for k, v in entry.items() if not TIMED.search(k)} for entry in trainer.state.log_history]
+    return {
+        "weights": weights(trainer.model),
+        "moments": {i: {k: torch.as_tensor(v) for k, v in state.items()} for i, state in moments.items()},
+        "completions": [(c.prompt_ids, c.ids, c.sampler_logps, c.advantage) for c in completions_of(trainer)],
+        "log": [entry for entry in log if "loss" in entry],
+        "tokens": trainer.state.num_input_tokens_seen,
+    }
+
+
+def assert_same(actual, expected):
+    for name, value in expected["weights"].items():
+        assert torch.equal(actual["weights"][name], value), name
+    for i, state in expected["moments"].items():
+        assert all(torch.equal(actual["moments"][i][k], v) for k, v in state.items())
+    for name in ("completions", "log", "tokens"):
+        assert actual[name] == expected[name]
+
+
+@pytest.mark.parametrize("steps", [(3, 6), pytest.param((1, 2, 4, 5, 7), marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_resumed_after_any_step_a_run_ends_as_if_it_had_not_been_interrupted(case, steps, tmp_path):
+    uninterrupted = end_of(run(tmp_path / "no saves", **CASES[case] | {"save_strategy": "no"}))
+    saved = run(tmp_path / "saves", **CASES[case])
+    assert_same(end_of(saved), uninterrupted)
+    assert len({str(state) for state in uninterrupted["log"]}) == len(uninterrupted["log"]) > 1
+    for step in steps:
+        resumed = run(tmp_path / "resumed", str(tmp_path / "saves" / f"checkpoint-{step}"), **CASES[case])
+        assert_same(end_of(resumed), uninterrupted)
+
+
+# ---- Signals ----
+
+
+class SendAt(TrainerCallback):
+    """Sends this process a signal at the end of a step."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self.step, self.number = step, number
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+def stopped(folder, **options):
+    """A run that a signal stops."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+    trainer = make_trainer(folder, **options)
+    with pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == EXIT_CODE
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)] == before
+    return trainer
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("options", [{}, {"num_iterations": 3}, {"logging_steps": 5}])
+def test_a_signal_in_a_step_lets_it_end_saves_and_exits(number, options, tmp_path):
+    uninterrupted = end_of(run(tmp_path / "whole", save_strategy="no", **options))
+    callbacks = [SendAt(4, number)]
+    trainer = stopped(tmp_path / "stopped", save_strategy="no", callbacks=callbacks, **options)
+    assert trainer.state.global_step == 4
+    assert os.listdir(tmp_path / "stopped") == ["checkpoint-4"]
+    assert_same(end_of(run(tmp_path / "stopped", True, save_strategy="no", **options)), uninterrupted)
+
+
+def test_a_signal_in_a_reward_function_ends_it_and_drops_the_window(tmp_path):
+    calls = []
+
+    def slow(completions):
+        calls.append(0)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(100)
+        return letters(completions)
+
+    uninterrupted = end_of(run(tmp_path / "whole", save_strategy="no", reward=slow_is_letters(slow)))
+    calls.clear()
+    stopped(tmp_path / "stopped", save_strategy="no", reward=slow)
+    assert os.listdir(tmp_path / "stopped") == ["checkpoint-2"]
+    assert_same(end_of(run(tmp_path / "stopped", True, save_strategy="no", reward=slow)), uninterrupted)
+
+
+def slow_is_letters(slow):
+    """Under the name of `slow`, which the log has."""
+
+    def same_name(completions):
+        return letters(completions)
+
+    same_name.__name__ = slow.__name__
+    return same_name
+
+
+@pytest.mark.parametrize("kwargs, engine", [({}, "group"), ({"guidance_scale": 1.5}, "generate")])
+def test_a_signal_in_sampling_drops_the_window(kwargs, engine, tmp_path, monkeypatch):
+    options = {"save_strategy": "no", "generation_kwargs": kwargs}
+    uninterrupted = end_of(run(tmp_path / "whole", **options))
+    trainer = make_trainer(tmp_path / "stopped", **options)
+    steps = []
+
+    def check(check=trainer._signals.check):
+        steps.append(0)
+        if len(steps) == 20:  # six a generation batch
+            os.kill(os.getpid(), signal.SIGTERM)
+        check()
+
+    engines = {"group": trainer._runner.engine, "generate": trainer._runner.engine._generate}
+    monkeypatch.setattr(engines[engine], "check", check)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert os.listdir(tmp_path / "stopped") == ["checkpoint-3"]
+    assert len(steps) == 20
+    assert_same(end_of(run(tmp_path / "stopped", True, **options)), uninterrupted)
+
+
+def test_a_signal_in_an_evaluation_ends_it(tmp_path):
+    class StopEvaluation(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    options = {"save_strategy": "no", "eval_strategy": "steps", "eval_steps": 3}
+    trainer = make_trainer(tmp_path, callbacks=[StopEvaluation()], eval_prompts=PROMPTS, **options)
+    with pytest.raises(SystemExit):
+        trainer.train()
+    assert os.listdir(tmp_path) == ["checkpoint-3"]
+    assert not any("eval_reward" in entry for entry in trainer.state.log_history)
+
+
+def test_a_signal_before_the_first_step_saves_nothing(tmp_path):
+    class AtOnce(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped(tmp_path, callbacks=[AtOnce()])
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_a_signal_right_after_a_save_does_not_save_again(tmp_path):
+    trainer = stopped(tmp_path, callbacks=[SendAt(3)])
+    written = (tmp_path / "checkpoint-3" / "grpo_state_0.pt").stat().st_mtime_ns
+    assert trainer.state.global_step == 3
+    assert written == max(path.stat().st_mtime_ns for path in tmp_path.glob("*/grpo_state_0.pt"))
+
+
+# ---- Folders ----
+
+
+def test_true_takes_the_last_checkpoint_and_starts_anew_where_there_is_none(tmp_path, caplog):
+    fresh = run(tmp_path, True)
+    assert "starts anew" in caplog.text
+    steps = []
+
+    class Count(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    (tmp_path / "unfinished" / "checkpoint-9").mkdir(parents=True)
+    resumed = run(tmp_path, True, max_steps=STEPS + 2, callbacks=[Count()])
+    assert steps == [STEPS + 1, STEPS + 2]
+    assert fresh.state.global_step == STEPS
+    assert resumed.state.global_step == STEPS + 2
+
+
+def test_a_checkpoint_that_could_not_be_written_is_not_there(tmp_path, monkeypatch):
+    save = RunState.save
+
+    def full(self, folder, rank):
+        save(self, folder, rank)
+        if "checkpoint-3" in str(folder):
+            raise OSError(28, "No space left on device")
+
+    uninterrupted = end_of(run(tmp_path / "whole"))
+    monkeypatch.setattr(RunState, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(tmp_path / "full")
+    monkeypatch.undo()
+    names = {name for name in os.listdir(tmp_path / "full") if name.startswith("checkpoint")}
+    assert names == {"checkpoint-1", "checkpoint-2"}
+    assert_same(end_of(run(tmp_path / "full", True)), uninterrupted)
+
+
+def test_old_checkpoints_go_and_the_best_stays(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        eval_prompts=PROMPTS,
+        save_total_limit=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="eval_loss_of_mine",
+        load_best_model_at_end=True,
+        greater_is_better=False,
+    )
+    trainer.evaluate = lambda *args, **kwargs: {"eval_loss_of_mine": abs(trainer.state.global_step - 3)}
+    trainer.train()
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", f"checkpoint-{STEPS}"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
+    saved = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(tmp_path / "checkpoint-3")
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+    assert all(torch.equal(value, weights(trainer.model)[name]) for name, value in weights(best).items())
+
+
+def test_the_best_checkpoint_knows_its_own_name(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        eval_prompts=PROMPTS,
+        eval_strategy="steps",
+        eval_steps=1,
+        metric_for_best_model="eval_x",
+        save_strategy="best",
+    )
+    trainer.evaluate = lambda *args, **kwargs: {"eval_x": -abs(trainer.state.global_step - 3)}
+    trainer.train()
+    saved = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == str(tmp_path / "checkpoint-3")
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    run(tmp_path, num_iterations=2, max_steps=3)
+    checkpoint = str(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="num_iterations: 2 then, 3 now"):
+        run(tmp_path, checkpoint, num_iterations=3)
+    with pytest.raises(ValueError, match="completions of a micro-step: 16 then, 8 now"):
+        run(tmp_path, checkpoint, num_iterations=2, per_device_train_batch_size=8)
+    (tmp_path / "checkpoint-3" / "grpo_state_0.pt").unlink()
+    with pytest.raises(ValueError, match=r"has no grpo_state_0.pt"):
+        run(tmp_path, checkpoint, num_iterations=2)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_another_number_of_ranks_may_go_on_between_windows_alone(step, tmp_path):
+    """Two ranks' shares, as one process reads them."""
+    trainer = run(tmp_path, num_iterations=2, max_steps=step, logging_steps=100)
+    folder = tmp_path / f"checkpoint-{step}"
+    state = RunState.load(folder, 0)
+    state.world_size = 2
+    for rank in range(2):
+        state.save(folder, rank)
+    read = make_trainer(tmp_path, num_iterations=2)
+    if step == 3:
+        with pytest.raises(ValueError, match=r"inside generation batch 1.*2 ranks; there are 1 now"):
+            read.train(resume_from_checkpoint=str(folder))
+    else:
+        read.train(resume_from_checkpoint=str(folder))
+        assert read.state.global_step == STEPS
+        assert trainer.state.global_step == 2
+
+
+def test_what_reward_functions_note_survives(tmp_path):
+    def noting(completions, log_extra, log_metric):
+        log_extra("thing", [Path("x")] * len(completions))
+        log_metric("mine", 3.0)
+        return letters(completions)
+
+    run(tmp_path, reward=noting, num_iterations=2, max_steps=1, logging_steps=2)
+    state = RunState.load(tmp_path / "checkpoint-1", 0)
+    assert set(state.generation_batch.table["thing"]) == {"x"}
+    resumed = run(tmp_path, True, reward=noting, num_iterations=2, max_steps=2, logging_steps=2)
+    assert [entry["mine"] for entry in resumed.state.log_history if "mine" in entry] == [3.0]
+
+
+def test_a_step_of_several_windows_that_a_signal_ends_leaves_no_trace(tmp_path):
+    """Three generation batches a step, one in the second; the signal comes in the third one of the third step."""
+    options = {"steps_per_generation": 1, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 8}
+    options |= {"save_strategy": "no", "max_steps": 4, "logging_steps": 4}
+    calls = []
+
+    def signalled(completions):
+        calls.append(0)
+        if len(calls) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(100)
+        return letters(completions)
+
+    uninterrupted = end_of(run(tmp_path / "whole", reward=slow_is_letters(signalled), **options))
+    stopped(tmp_path / "stopped", reward=signalled, **options)
+    assert os.listdir(tmp_path / "stopped") == ["checkpoint-2"]
+    assert_same(end_of(run(tmp_path / "stopped", True, reward=signalled, **options)), uninterrupted)
+
+
+def test_a_finished_run_that_is_resumed_makes_no_further_step(tmp_path):
+    """Its last step lies inside an epoch."""
+    whole = run(tmp_path, max_steps=3)
+    again = run(tmp_path, True, max_steps=3)
+    assert again.state.global_step == 3
+    assert all(torch.equal(value, weights(again.model)[name]) for name, value in weights(whole.model).items())
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
+def test_what_a_signal_saves_can_be_resumed_even_where_checkpoints_hold_the_model_alone(tmp_path):
+    uninterrupted = end_of(run(tmp_path / "whole", save_strategy="no"))
+    stopped(tmp_path / "stopped", save_only_model=True, save_steps=3, callbacks=[SendAt(3)])
+    assert_same(end_of(run(tmp_path / "stopped", True, save_strategy="no")), uninterrupted)
+
+
+def test_other_prompts_or_another_seed_are_another_run(tmp_path, monkeypatch):
+    run(tmp_path, max_steps=1)
+    checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=r"seed of sampling: 42 then, 7 now"):
+        run(tmp_path, checkpoint, seed=7, data_seed=42)
+    monkeypatch.setattr("tests.test_resume.PROMPTS", [*PROMPTS[:-1], "other"])
+    with pytest.raises(ValueError, match=r"\(prompts: "):
+        run(tmp_path, checkpoint)
+
+
+def test_a_signal_that_comes_too_late_is_forgotten(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=2, callbacks=[SendAt(2)])
+    trainer.train()
+    assert "eval_reward" in trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS}))
+
+
+def test_a_step_of_several_windows_that_is_dropped_is_not_counted_as_dead(tmp_path):
+    calls = []
+
+    def flat(completions):
+        calls.append(0)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(100)
+        return [0.5] * len(completions)
+
+    options = {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}
+    trainer = stopped(tmp_path, reward=flat, **options)
+    assert trainer._dead_run.counts == {"no signal": 0, "cut off": 0}
