@@ -76,9 +76,9 @@ def test_a_function_that_changes_everything_changes_nothing_of_the_run(tmp_path)
     assert [h["reward"] for h in plain.state.log_history if "reward" in h] == [
         h["reward"] for h in changed.state.log_history if "reward" in h
     ]
-    for table in (plain._window.table, changed._window.table):
+    for table in (plain._generation_batch.table, changed._generation_batch.table):
         assert all(len(prompt) == 1 for prompt in table["prompt"])
-    assert plain._window.table["completion"] == changed._window.table["completion"]
+    assert plain._generation_batch.table["completion"] == changed._generation_batch.table["completion"]
 
 
 def test_columns_are_checked_for_training_and_for_every_evaluation_set(tmp_path):
