@@ -20,7 +20,7 @@ def logged_run(folder, steps=4, groups=2, size=4, text="it is", keeps_all=False)
     """A run whose rewards are 0 in the first half of a group, and 1 in the second."""
     log = RunLog(folder, keeps_all)
     config = {"learning_rate": 1e-6 if folder.name == "one" else 2e-6, "num_generations": size}
-    log.start(0, steps, {"config.json": config, "plan.json": {"summary": {"optimizer steps": steps}}})
+    log.start(0, steps, {"run_config.json": config, "plan.json": {"summary": {"optimizer steps": steps}}})
     for step in range(1, steps + 1):
         log.entry(
             step, {"reward": step / steps, "rewards/right/mean": 0.5, "kl": 0.1, "time/sampling": 1.0, HOSTILE: 1.0}

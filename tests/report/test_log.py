@@ -22,7 +22,7 @@ def table(groups, size=4):
 
 def test_metrics_come_back_as_they_were(tmp_path):
     log = RunLog(tmp_path / "run")
-    log.start(0, 9, {"config.json": {"a": 1}, "environment.json": {}, "plan.json": {}})
+    log.start(0, 9, {"run_config.json": {"a": 1}, "environment.json": {}, "plan.json": {}})
     log.entry(1, {"reward": 0.5, "loss": math.inf, "count": 3})
     log.entry(2, {"reward": 0.75, "loss": math.nan})
     log.end(2)

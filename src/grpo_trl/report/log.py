@@ -1,7 +1,7 @@
 """What every run leaves in its output directory, whatever `report_to` says.
 
     log.jsonl           a line per log, and one where the run starts or resumes
-    config.json         the options
+    run_config.json     the options
     environment.json    versions and hardware
     plan.json           what the run was planned to do and to cost
     completions/        parquet files, one per log: a sample of groups, or all completions with `log_completions`
@@ -20,7 +20,13 @@ from .completions import write_completions
 from .tolerant import clean, str_of, tolerated
 
 
-LOG, CONFIG, ENVIRONMENT, PLAN, COMPLETIONS = "log.jsonl", "config.json", "environment.json", "plan.json", "completions"
+LOG, CONFIG, ENVIRONMENT, PLAN, COMPLETIONS = (
+    "log.jsonl",
+    "run_config.json",
+    "environment.json",
+    "plan.json",
+    "completions",
+)
 SAMPLED_GROUPS = 8
 """Groups of a generation batch that are kept at a log."""
 SAMPLED_FILES = 128
@@ -46,7 +52,7 @@ class RunLog:
         Args:
             step: Lines of later steps in the log are superseded.
             max_steps: Optimizer steps of the whole run.
-            facts: Contents of further files by name, e.g. `{"config.json": {...}}`.
+            facts: Contents of further files by name, e.g. `{"run_config.json": {...}}`.
         """
         for name, content in facts.items():
             with tolerated(f"Writing {self.folder / name}"):

@@ -1,0 +1,217 @@
+"""A YAML file, and options on the command line, become a trainer. The format is that of `trl grpo`."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from datasets import Dataset, load_dataset
+from trl import DatasetMixtureConfig, ModelConfig, TrlParser, get_dataset, get_peft_config, get_quantization_config
+from trl.scripts.grpo import GRPOScriptArguments
+
+from .. import rewards
+from ..config import GRPOConfig
+
+
+REWARDS: dict[str, Callable[[int], Any]] = {
+    "gsm8k_answer": lambda length: rewards.gsm8k_answer,
+    "math_answer": lambda length: rewards.math_answer,
+    "format_tags": lambda length: rewards.format_tags(),
+    "python_tests": lambda length: rewards.python_tests(),
+    "repetition_penalty": lambda length: rewards.repetition_penalty(),
+    "length_penalty": lambda length: rewards.length_penalty(max_completion_length=length, buffer=max(1, length // 5)),
+    "accuracy_reward": lambda length: _of_trl("accuracy_reward"),
+    "reasoning_accuracy_reward": lambda length: _of_trl("reasoning_accuracy_reward"),
+    "think_format_reward": lambda length: _of_trl("think_format_reward"),
+    "get_soft_overlong_punishment": lambda length: _of_trl("get_soft_overlong_punishment")(1280, 256),
+}
+"""Ready-made reward functions, made for completions of at most so many tokens; the last four are those of `trl grpo`."""
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class ScriptArguments(GRPOScriptArguments):
+    """Data and rewards: the options of `trl grpo`, and how a prompt is made of other columns."""
+
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "The prompt, from columns of the dataset: '{question}'. Default: the column 'prompt'."},
+    )
+    prompt_style: str = field(
+        default="chat",
+        metadata={
+            "help": "What prompt_template yields: messages for the chat template ('chat'), or plain text ('plain').",
+            "choices": ["chat", "plain"],
+        },
+    )
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "A system message before the prompt of prompt_template."}
+    )
+
+
+@dataclass
+class Configuration:
+    """All options of a run, parsed and checked."""
+
+    script: ScriptArguments
+    training: GRPOConfig
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+
+    @classmethod
+    def parse(
+        cls, file: Path, overrides: Sequence[str] = (), config_class: type[GRPOConfig] = GRPOConfig
+    ) -> "Configuration":
+        """Read a YAML file; options on the command line win.
+
+        Raises:
+            ValueError: The file is no mapping of options, or an option is unknown or cannot work.
+        """
+        parts: Any = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
+        parser = TrlParser(parts)
+        known = {action.dest for action in parser._actions} | {"env"}
+        for name in [*options_of(file), *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]:
+            _check_known(name.replace("-", "_"), known, file)
+        parsed = parser.parse_args_and_config(["--config", str(file), *overrides])
+        configuration = cls(*parsed)
+        if configuration.model.model_name_or_path is None:
+            raise ValueError(f"{file} names no model; set model_name_or_path, e.g. to Qwen/Qwen2.5-0.5B-Instruct.")
+        return configuration
+
+    def model_init_kwargs(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`, from the options of the model."""
+        model = self.model
+        given = {
+            "revision": model.model_revision,
+            "attn_implementation": model.attn_implementation,
+            "dtype": model.dtype,
+            "quantization_config": get_quantization_config(model),
+        }
+        found = {name: value for name, value in given.items() if value is not None}
+        return found | cast("dict[str, Any]", self.training.model_init_kwargs or {})
+
+    def reward_funcs(self) -> list[Any]:
+        """The reward functions, and the reward model, that the options name.
+
+        Raises:
+            ValueError: A name is unknown, or there is none.
+        """
+        found: list[Any] = [
+            _reward(name, self.training.max_completion_length) for name in self.script.reward_funcs or []
+        ]
+        if self.script.reward_model_name_or_path:
+            found.insert(0, self.script.reward_model_name_or_path)
+        if not found:
+            raise ValueError("reward_funcs is empty; name a reward function, e.g. reward_funcs: [math_answer].")
+        return found
+
+    def datasets(self) -> tuple[Dataset, Dataset | None]:
+        """The datasets for training and, where `eval_strategy` asks for it, evaluation.
+
+        Raises:
+            ValueError: The options name no dataset, or a split or column that it lacks.
+        """
+        splits = self._splits()
+        train = self._prompts(_split(splits, self.script.dataset_train_split, "dataset_train_split"))
+        if self.training.eval_strategy == "no":
+            return train, None
+        return train, self._prompts(_split(splits, self.script.dataset_test_split, "dataset_test_split"))
+
+    def _splits(self) -> Any:
+        name = self.script.dataset_name
+        if self.mixture.datasets:
+            return get_dataset(self.mixture)
+        if name is None:
+            raise ValueError("dataset_name is missing; name a dataset of the hub, a folder, or a file.")
+        streaming = self.script.dataset_streaming
+        if Path(name).is_file() and Path(name).suffix in FORMATS:
+            return load_dataset(FORMATS[Path(name).suffix], data_files={"train": name}, streaming=streaming)
+        return load_dataset(name, name=self.script.dataset_config, streaming=streaming)
+
+    def _prompts(self, dataset: Dataset) -> Dataset:
+        template = self.script.prompt_template
+        if template is None:
+            return dataset
+        system = [{"role": "system", "content": self.script.system_prompt}] if self.script.system_prompt else []
+
+        def add_prompt(row: dict[str, Any]) -> dict[str, Any]:
+            try:
+                text = template.format_map(row)
+            except KeyError as error:
+                raise ValueError(
+                    f"prompt_template={template!r} names the column {error}; the dataset has {', '.join(row)}."
+                ) from error
+            return {
+                "prompt": text if self.script.prompt_style == "plain" else [*system, {"role": "user", "content": text}]
+            }
+
+        return dataset.map(add_prompt)
+
+    def trainer(self) -> Any:
+        """Make the trainer."""
+        from ..trainer import GRPOTrainer
+
+        self.training.model_init_kwargs = self.model_init_kwargs()
+        train, evaluation = self.datasets()
+        return GRPOTrainer(
+            model=str(self.model.model_name_or_path),
+            reward_funcs=self.reward_funcs(),
+            args=self.training,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            peft_config=get_peft_config(self.model),
+        )
+
+
+def options_of(file: Path) -> dict[str, Any]:
+    """Read the options that a YAML file sets.
+
+    Raises:
+        ValueError: It is no mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds no options; a line such as 'model_name_or_path: Qwen/Qwen2.5-0.5B' sets one.")
+    return {str(name): value for name, value in content.items()}
+
+
+def _check_known(name: str, known: set[str], file: Path) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{name} is no option (in {file.name} or on the command line).{hint}")
+
+
+def _of_trl(name: str) -> Any:
+    return getattr(importlib.import_module("trl.rewards"), name)
+
+
+def _reward(name: str, length: int) -> Any:
+    """The reward function of a name: a ready-made one, or a dotted path to one's own."""
+    if name in REWARDS:
+        return REWARDS[name](length)
+    module, _, function = name.rpartition(".")
+    if not module:
+        raise ValueError(
+            f"reward_funcs: {name} is unknown; use a dotted path (module.function), or one of {', '.join(REWARDS)}."
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"reward_funcs: {name} cannot be imported ({error}).") from error
+
+
+def _split(splits: Any, name: str, option: str) -> Dataset:
+    if name not in splits:
+        raise ValueError(f"{option}={name!r} is not in the dataset; it has {', '.join(map(repr, splits))}.")
+    return splits[name]

@@ -1,0 +1,216 @@
+"""The command `grpo-trl`, as a user types it."""
+
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from grpo_trl.cli import app
+from grpo_trl.cli.configuration import REWARDS, Configuration
+from grpo_trl.plan import card_named
+from grpo_trl.report import Run, RunLog
+from tests.conftest import make_model, make_tokenizer
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with a tiny model and a dataset, which is the working directory."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"question": f"{i}=", "answer": f"#### {i}"} for i in range(10)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "own_rewards.py").write_text(
+        "def long(completions):\n    return [float(len(str(c))) for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+OPTIONS = {
+    "model_name_or_path": "model",
+    "dataset_name": "data.jsonl",
+    "prompt_template": "{question}",
+    "prompt_style": "plain",
+    "reward_funcs": ["own_rewards.long"],
+    "num_generations": 4,
+    "per_device_train_batch_size": 4,
+    "max_completion_length": 4,
+    "max_steps": 2,
+    "learning_rate": "1e-3",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "output_dir": "out",
+}
+
+
+def written(folder, **changes):
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump({name: value for name, value in (OPTIONS | changes).items() if value is not None}))
+    return file
+
+
+def test_a_configuration_trains_and_saves_the_model(folder):
+    done = run("train", written(folder), "--max_steps", 3)
+    assert done.exit_code == 0, done.output
+    assert (folder / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"learnin_rate": 1},
+            "learnin_rate is no option (in run.yaml or on the command line). Did you mean",
+        ),
+        ({"model_name_or_path": None}, "names no model; set model_name_or_path"),
+        ({"dataset_name": None}, "dataset_name is missing"),
+        ({"dataset_train_split": "tain"}, "dataset_train_split='tain' is not in the dataset; it has 'train'"),
+        (
+            {"reward_funcs": ["mth_answer"]},
+            "mth_answer is unknown; use a dotted path (module.function), or one of gsm8k",
+        ),
+        ({"reward_funcs": ["own_rewards.short"]}, "own_rewards.short cannot be imported"),
+        ({"reward_funcs": None}, "reward_funcs is empty"),
+        ({"prompt_template": "{quest}"}, "names the column 'quest'; the dataset has question, answer"),
+        ({"num_generations": 3}, "num_generations=2 or 4"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(folder, changes, message):
+    done = run("train", written(folder, **changes))
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.split())
+    assert "Traceback" not in done.output
+
+
+def test_a_mistake_on_the_command_line_is_one_too(folder):
+    done = run("plan", written(folder), "--lerning_rate", 1)
+    assert done.exit_code == 2
+    assert "Did you mean learning_rate?" in done.output
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "a: [", "only words"])
+def test_a_file_that_holds_no_options_is_refused(folder, content):
+    (folder / "empty.yaml").write_text(content)
+    assert run("train", folder / "empty.yaml").exit_code == 2
+
+
+def test_a_template_makes_messages_with_a_system_prompt(folder):
+    file = written(
+        folder, prompt_style="chat", system_prompt="be brief", eval_strategy="epoch", dataset_test_split="train"
+    )
+    train, evaluation = Configuration.parse(file).datasets()
+    assert train[3]["prompt"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "3="}]
+    assert evaluation[3] == train[3]
+
+
+def test_a_configuration_of_trl_is_taken_as_it_is(folder):
+    """The options that documentation of `trl grpo` shows, environment variables included."""
+    (folder / "prompts.jsonl").write_text('{"prompt": "1="}\n')
+    file = folder / "trl.yaml"
+    file.write_text(
+        "env:\n  GRPO_TRL_TEST: 7\nmodel_name_or_path: model\ndtype: bfloat16\nuse_peft: true\nlora_r: 4\n"
+        "lora_target_modules: [q_proj]\ndataset_name: prompts.jsonl\nreward_funcs:\n  - think_format_reward\n"
+        "output_dir: out\nlearning_rate: 1.0e-5\nnum_generations: 8\nuse_cpu: true\nreport_to: none\n"
+    )
+    configuration = Configuration.parse(file)
+    assert (configuration.training.learning_rate, configuration.training.num_generations) == (1e-5, 8)
+    assert configuration.model_init_kwargs()["dtype"] == "bfloat16"
+    assert [func.__name__ for func in configuration.reward_funcs()] == ["think_format_reward"]
+    assert configuration.datasets()[0][0]["prompt"] == "1="
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_ready_made_reward_is_callable(name):
+    if name == "accuracy_reward":
+        pytest.importorskip("math_verify")
+    assert callable(REWARDS[name](100))
+
+
+def test_what_init_writes_can_be_planned(folder):
+    done = run("init", "new.yaml", "--model", "model", "--dataset", "data.jsonl", "--output", "here")
+    assert done.exit_code == 0, done.output
+    assert run("init", "new.yaml").exit_code == 2  # nothing is overwritten
+    done = run("plan", "new.yaml", "--ranks", 2, "--gpu", "h100")
+    assert done.exit_code == 0, done.output
+    assert "16 prompts x 8 = 128 completions, 64 on each of 2 ranks" in done.output
+    assert "H100, estimated: at least" in done.output
+    assert "ZeRO-3 with offload" in done.output
+
+
+def test_the_plan_needs_no_gpu_no_engine_and_no_weights(folder):
+    (folder / "model" / "model.safetensors").unlink()
+    zero = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    file = written(folder, bf16=True, use_cpu=False, deepspeed=zero, report_to="wandb")
+    done = run("plan", file, "--ranks", 4, "--gpu-memory", 1)
+    assert done.exit_code == 0, done.output
+    assert "ZeRO-3, bf16" in done.output
+    assert "1 GiB: fits" in done.output
+
+
+def test_quantized_weights_take_half_a_byte_or_a_little_more(folder):
+    from grpo_trl.cli.planned import planned_run
+
+    file = written(folder, load_in_4bit=True, use_peft=True, lora_target_modules="all-linear", tie_word_embeddings=None)
+    job = planned_run(file, [], 1, card_named("L4"), None).setup.job
+    assert 0.56 < job.frozen_bytes < 2
+
+
+def logged(folder):
+    log = RunLog(folder / "out")
+    log.start(0, 4, {})
+    for step in (1, 2):
+        log.entry(step, {"reward": step / 2, "step_time": 30.0, "time/sampling": 1.0, "time/update": 3.0})
+        columns = {"prompt": ["p", "p"], "completion": ["right \x1b[2J[bold]", "wrong"], "advantage": [0.7, -0.7]}
+        log.completions(step, columns, 2)
+    return log
+
+
+def test_a_run_is_watched_until_it_ends(folder):
+    log = logged(folder)
+    done = run("watch", "out", "--once")
+    assert done.exit_code == 0, done.output
+    for part in (
+        "step 2 of 4",
+        "0:01:00 left",
+        "▁█",
+        "sampling 25%",
+        "best completion",
+        "right \\x1b[2J[bold]",
+        "wrong",
+    ):
+        assert part in done.output
+    log.end(2)
+    assert "ended" in run("watch", "out").output
+    assert run("watch", "model").exit_code == 2
+
+
+def test_a_report_is_written_beside_the_run(folder):
+    pytest.importorskip("plotly")
+    logged(folder)
+    done = run("report", "out", "--png", "curves.png")
+    assert done.exit_code == 0, done.output
+    assert (folder / "out" / "report.html").exists()
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert Run.read("out").step == 2
+    assert run("report", "model").exit_code == 2
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "init", "watch", "report"])
+def test_help_fits_on_a_screen(command):
+    lines = run(command, "--help").output.splitlines()
+    assert len(lines) < 30
+    assert max(map(len, lines)) <= 80
+
+
+def test_the_help_names_the_exit_codes():
+    output = " ".join(run("--help").output.split())
+    assert all(part in output for part in ("0 done", "1 stopped by a guard", "2 a mistake", "75 stopped by a signal"))
