@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint slow engines soak quickstarts
+.PHONY: quickstart test lint slow sandbox engines soak quickstarts
 
 quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
@@ -18,6 +18,9 @@ lint: $(VENV)/ready ## style and types
 
 slow: $(VENV)/ready ## the tests that take minutes each: GSM8K with a real model
 	$(BIN)/python -m pytest -m slow --ignore tests/test_quickstart.py --durations=0 -rP
+
+sandbox: $(VENV)/ready ## hostile programs and answers against the ready rewards
+	$(BIN)/python -m pytest -m sandbox tests/rewards
 
 engines: $(VENV)/ready ## DDP, FSDP2 and DeepSpeed on two CPU processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,qlora]"

@@ -48,6 +48,10 @@ def devour(text):
         hoard.append(bytearray(16 * 1024**2))
 
 
+def allocated(size):
+    return len(bytearray(size))
+
+
 def fork_and_vanish(text):
     """A child holds the connection open while the worker is gone."""
     if os.fork() == 0:
@@ -101,12 +105,6 @@ def wrong_count(completions, change):
 
 def wrong_type(completions):
     return 1.0 if any("x" in text for text in completions) else lengths(completions)
-
-
-def tensors(completions):
-    import torch
-
-    return torch.tensor(lengths(completions))
 
 
 def list_of_tensors(completions):

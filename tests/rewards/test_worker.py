@@ -113,7 +113,7 @@ def test_memory_without_end_is_refused_and_the_process_replaced(worker):
 
 def test_without_a_limit_memory_is_there():
     worker = Worker()
-    assert worker.call(packed_call(len, bytearray(MEMORY)), 60) == MEMORY
+    assert worker.call(packed_call(faults.allocated, MEMORY), 60) == MEMORY
     worker.kill()
 
 
@@ -291,7 +291,15 @@ print(rewards(batch).values_BF.tolist(), rewards._pool._kept_out)
 """
 
 
-@pytest.mark.parametrize("runner", [[], ["-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone"]])
+@pytest.mark.parametrize(
+    "runner",
+    [
+        pytest.param([], id="python"),
+        pytest.param(
+            ["-m", "torch.distributed.run", "--nproc-per-node=1", "--standalone"], id="torchrun", marks=pytest.mark.slow
+        ),
+    ],
+)
 def test_functions_of_the_running_script_are_sent_whole(tmp_path, runner):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -47,11 +47,15 @@ def is_ours(process: psutil.Process) -> bool:
 
 
 def reward(program: str, *tests: str, **options) -> float:
-    """What one program earns, and that it took no longer than it may."""
-    start = time.monotonic()
+    """What one program earns."""
     [value] = python_tests(**({"timeout": TIMEOUT} | options))(completions=[program], tests=[list(tests)])
-    assert time.monotonic() - start < 2 * options.get("timeout", TIMEOUT) + 4
     return value
+
+
+def cases(programs: dict[str, str], always: tuple[str, ...]) -> list:
+    """Parameters: those in `always` run with the other tests, all of them where the sandbox is tested."""
+    marks = {name: [] if name in always else [pytest.mark.sandbox] for name in programs}
+    return [pytest.param(program, id=name, marks=marks[name]) for name, program in programs.items()]
 
 
 # ---- What is rewarded ----
@@ -120,13 +124,9 @@ def test_a_test_that_hangs_takes_only_its_share():
     assert reward(program, "assert f(1) == 1", "assert f(0) == 0", "assert f(0) == 0", "assert f(0) == 0") == 0.75
 
 
-def test_programs_run_at_the_same_time_and_keep_their_order():
-    sleeping = "import time\ntime.sleep(0.7)\n"
-    start = time.monotonic()
-    function = python_tests(timeout=10, num_workers=4)
-    rewards = function(completions=[f"{sleeping}x = {n}" for n in range(4)], tests=[["assert x % 2"]] * 4)
-    assert rewards == [0.0, 1.0, 0.0, 1.0]
-    assert time.monotonic() - start < 4 * 0.7 + 0.7  # 6 runs of 0.7 seconds: the two right ones run a second time
+def test_rewards_keep_the_order_of_the_programs():
+    sleeping = [f"import time\ntime.sleep({0.3 if n == 0 else 0})\nx = {n}" for n in range(4)]
+    assert python_tests()(completions=sleeping, tests=[["assert x % 2"]] * 4) == [0.0, 1.0, 0.0, 1.0]
 
 
 def test_it_works_in_a_thread_and_after_pickling():
@@ -252,7 +252,7 @@ time.sleep(.2)
 }
 
 
-@pytest.mark.parametrize("program", PRETENDERS.values(), ids=PRETENDERS)
+@pytest.mark.parametrize("program", cases(PRETENDERS, ("sys.exit", "prints success", "answers the protocol")))
 def test_a_pretender_passes_nothing(program):
     tests = ["x = 1\nassert x == 2\nx = 3", "assert abs(-2) == 1 or sum([1, 2]) == 1", "assert f() == 1"]
     assert reward(program, *tests) == 0.0
@@ -303,7 +303,7 @@ time.sleep(1000)
 }
 
 
-@pytest.mark.parametrize("program", GREEDY.values(), ids=GREEDY)
+@pytest.mark.parametrize("program", cases(GREEDY, ("infinite loop", "memory")))
 def test_a_greedy_program_is_ended(program, isolated):
     if not isolated and "os.kill(-1" in program:
         pytest.skip("without namespaces, this reaches other processes")
@@ -445,6 +445,7 @@ one = size('one')
         see(program, "assert one + sum(size(str(n)) for n in range(10)) <= 64 * 2**20")
 
 
+@pytest.mark.sandbox
 def test_processes_of_programs_that_run_at_the_same_time_are_counted_apart():
     program = """
 import os, time
@@ -476,7 +477,7 @@ if os.fork() == 0:
 }
 
 
-@pytest.mark.parametrize("mess", MESSES.values(), ids=MESSES)
+@pytest.mark.parametrize("mess", cases(MESSES, ("links",)))
 def test_what_a_right_program_leaves_behind_is_removed(mess):
     """`leaves_nothing` looks for it. The program itself is right."""
     assert reward(f"{ADD}\nimport os\n{mess}", *RIGHT_TESTS[:2]) == 1.0

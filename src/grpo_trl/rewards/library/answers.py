@@ -129,13 +129,17 @@ class _Checker:
 
     def reward(self, gold: str, text: str, timeout: float) -> float | None:
         with self.lock:
-            if self.worker.connection is None:
-                self.worker.call(packed_call(_is_equal, "1", "1"), _STARTING)
-            try:
-                equal = self.worker.call(packed_call(_is_equal, gold, text), timeout)
-            except (CallRaised, CallTimedOut, WorkerDied):
-                return 0.0
-        return None if equal is None else float(equal)
+            for _ in range(2):
+                if self.worker.connection is None:
+                    self.worker.call(packed_call(_is_equal, "1", "1"), _STARTING)
+                try:
+                    equal = self.worker.call(packed_call(_is_equal, gold, text), timeout)
+                    return None if equal is None else float(equal)
+                except WorkerDied:  # perhaps not of this text: it ends with the thread that started it
+                    continue
+                except (CallRaised, CallTimedOut):
+                    return 0.0
+        return 0.0
 
 
 _CHECKERS: dict[int, _Checker] = {}
