@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2ForSequenceClassification
@@ -147,6 +147,7 @@ def test_a_function_without_weight_does_not_stop_at_its_failures(broken):
 FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
+@example([(sys.float_info.max, 1.0)] * 2)
 @given(st.lists(st.tuples(FINITE, FINITE), min_size=1, max_size=4))
 def test_finite_values_and_weights_never_add_up_to_infinity(functions):
     def constant(value):
