@@ -121,17 +121,13 @@ def ignore_signal(number):
     signal.signal(number, signal.SIG_IGN)
 
 
-def other(value):
-    """A value of the same setting that differs from the one in use."""
-    return {torch.float32: torch.float64, torch.float64: torch.float32}.get(value, not value)
-
-
 CHANGES = {
     "grad mode": lambda folder: torch.set_grad_enabled(not torch.is_grad_enabled()),
-    "default dtype": lambda folder: torch.set_default_dtype(other(torch.get_default_dtype())),
+    "default dtype": lambda folder: torch.set_default_dtype(torch.float64),
     "default device": lambda folder: torch.set_default_device("meta"),
     "threads": lambda folder: torch.set_num_threads(torch.get_num_threads() + 1),
     "deterministic": lambda folder: torch.use_deterministic_algorithms(True, warn_only=True),
+    "attention": lambda folder: torch.backends.cuda.enable_flash_sdp(not torch.backends.cuda.flash_sdp_enabled()),
     "cudnn": lambda folder: setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark),
     "precision": lambda folder: torch.set_float32_matmul_precision("medium"),
     "anomaly": lambda folder: torch.autograd.set_detect_anomaly(True),
@@ -156,6 +152,7 @@ def process_state():
         "default device": torch.get_default_device(),
         "threads": torch.get_num_threads(),
         "deterministic": torch.get_deterministic_debug_mode(),
+        "attention": torch.backends.cuda.flash_sdp_enabled(),
         "cudnn": torch.backends.cudnn.benchmark,
         "precision": (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32),
         "anomaly": torch.is_anomaly_enabled(),

@@ -396,6 +396,13 @@ def test_a_tokenizer_without_padding_gets_its_end_token_and_the_model_knows():
     assert table.total_B.tolist() == pytest.approx(expected_rewards(make_tokenizer()), abs=1e-5)
 
 
+def test_a_tokenizer_that_cannot_pad_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has neither a pad_token nor an eos_token"):
+        Rewards(make_reward_model(), processing_classes=tokenizer)
+
+
 def test_prepare_models_replaces_models_and_nothing_else(tokenizer):
     rewards = Rewards([lengths, make_reward_model()], processing_classes=[None, tokenizer])
     seen = []

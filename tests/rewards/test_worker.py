@@ -84,8 +84,8 @@ def test_an_exception_leaves_the_process_running(worker):
 @pytest.mark.parametrize(
     "fault, error, message",
     [
-        ("hang", CallTimedOut, "no answer after 0.3 seconds"),
-        ("spin", CallTimedOut, "no answer after 0.3 seconds"),
+        ("hang", CallTimedOut, "no reply after 0.3 seconds"),
+        ("spin", CallTimedOut, "no reply after 0.3 seconds"),
         ("vanish", WorkerDied, "exited with code 3"),
         ("segfault", WorkerDied, "ended by SIGSEGV"),
         ("shut_the_connection", WorkerDied, "closed its connection"),
@@ -140,7 +140,7 @@ def test_a_function_that_never_loads_times_out(worker, tmp_path, monkeypatch):
 
     monkeypatch.setenv("HANG", "1")
     monkeypatch.setattr(module, "LOADING_SECONDS", 0.5)
-    with pytest.raises(CallTimedOut, match=r"no answer after 0\.5 seconds"):
+    with pytest.raises(CallTimedOut, match=r"no reply after 0\.5 seconds"):
         worker.call(packed_call(never_imported.call), 60)
 
 

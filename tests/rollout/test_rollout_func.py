@@ -33,6 +33,19 @@ def test_the_function_gets_every_prompt_in_a_row_and_the_trainer():
     assert calls == [(["a", "a", "b", "b"], trainer)]
 
 
+def test_the_function_may_change_its_prompts():
+    def rollout_func(prompts, trainer):
+        assert [len(prompt) for prompt in prompts] == [1] * 4
+        for prompt in prompts:
+            prompt[0]["content"] = ""
+            prompt.append({"role": "assistant", "content": "c"})
+        return make_output()
+
+    prompts = [[{"role": "user", "content": name}] for name in "ab"]
+    RolloutFuncEngine(rollout_func, None, (1,)).rollout(RolloutRequest(prompts, [[5], [6]], 2, [0, 0]))
+    assert prompts == [[{"role": "user", "content": name}] for name in "ab"]
+
+
 def test_what_is_returned_becomes_completions():
     completions = run().completions
     assert [c.prompt_ids for c in completions] == [[5], [5], [6, 6], [6, 6]]

@@ -1,4 +1,4 @@
-"""Reward functions and models: what may be passed, how they are called, how their values become one reward.
+"""Reward functions and models: how they are called, and how their values become one reward.
 
 Names are imported when they are used, so that a worker process that calls one function loads neither torch nor the rest.
 """

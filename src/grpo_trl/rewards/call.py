@@ -1,4 +1,4 @@
-"""Calling one reward function, here or in a worker, and checking what it returns.
+"""Call one reward function, here or in a worker, and check what it returns.
 
 A worker imports this module, which therefore imports neither torch nor transformers.
 """
@@ -21,12 +21,12 @@ from .isolation import isolated
 
 
 OWN_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-"""What every reward function may name; a column never hides one of them."""
+"""Arguments that every reward function can take; a column never hides one of them."""
 
 
 @dataclass
 class RewardLogs:
-    """What reward functions log: columns of the completions table, and values that are averaged into metrics."""
+    """Columns of the completions table and values for metrics that reward functions log."""
 
     columns: dict[str, list[Any]] = field(default_factory=lambda: defaultdict(list))
     metrics: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -62,8 +62,8 @@ class RewardLogs:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """What reward functions see, one entry per completion: prompts and completions as text (or lists of messages), token
-    ids, and the dataset's other columns. The completions of a group follow each other."""
+    """Arguments of reward functions, one entry per completion: prompts and completions as text (or lists of messages),
+    token ids, and the dataset's other columns. The completions of a group follow each other."""
 
     prompts: list[Any]
     completions: list[Any]
@@ -102,7 +102,7 @@ class RewardBatch:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """What one call gave."""
+    """Result of one call."""
 
     values: list[float]
     """One per completion of the call: a finite number, or NaN where it returned None or something that is no reward."""
@@ -129,7 +129,7 @@ class RewardResult:
 
 
 class FunctionReward:
-    """A callable, sync or async, that takes what it names of `RewardBatch.arguments` (all of it with `**kwargs`).
+    """A callable, sync or async, that takes the arguments it names of `RewardBatch.arguments` (all with `**kwargs`).
 
     Raises:
         TypeError: It is a class, or a generator.
@@ -185,10 +185,10 @@ class FunctionReward:
             )
 
     def for_worker(self, batch: RewardBatch) -> RewardBatch:
-        """Return what a worker is sent of a batch: what the function names.
+        """Return the part of a batch that a worker is sent: what the function names.
 
-        With `**kwargs` that is everything, but of the trainer's state the plain values only: all of it grows with each
-        log, and loading it would have the worker import transformers.
+        With `**kwargs` that is everything, but only the plain values of the trainer's state: its log grows, and unpickling
+        it would make the worker import transformers.
         """
         named = self._names()
         if named is None:
@@ -275,7 +275,7 @@ class EventLoop:
         try:
             return future.result()
         finally:
-            future.cancel()  # what a signal handler has raised here must not leave them running
+            future.cancel()  # if a signal handler raises here, they must not keep running
 
 
 EVENT_LOOP = EventLoop()
@@ -291,7 +291,7 @@ async def _finish(awaitable: Awaitable[Any]) -> Any:
         if task is None or not hasattr(task, "cancelling") or task.cancelling():  # of Python 3.11
             raise
         raise RuntimeError("CancelledError in an async function") from error
-    except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and its caller would wait for ever
+    except (SystemExit, KeyboardInterrupt) as error:  # would end the event loop, and its caller would wait forever
         raise RuntimeError(f"{type(error).__name__} in an async function") from error
 
 
@@ -340,7 +340,7 @@ def _values(returned: Any, count: int) -> tuple[Sequence[Any], str]:
 
 
 def _number(value: Any) -> float | None:
-    """The float that a returned value stands for, NaN for None; None for what is no reward."""
+    """Return the float that a returned value stands for, NaN for None; None if it is no reward."""
     if value is None:
         return math.nan
     if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
@@ -355,7 +355,7 @@ def _number(value: Any) -> float | None:
 
 
 def _plain(state: Any) -> SimpleNamespace | None:
-    """The attributes of the trainer's state that are numbers, strings or None."""
+    """Return the attributes of the trainer's state that are numbers, strings or None."""
     if state is None:
         return None
     kinds = (int, float, str, type(None))

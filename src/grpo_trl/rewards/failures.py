@@ -1,4 +1,4 @@
-"""Calls that fail: which completions are to blame, what is said of it, and what stays of the others' rewards."""
+"""Failed calls: find the completions that cause them, report them, and keep the rewards of the others."""
 
 import logging
 import math
@@ -40,14 +40,14 @@ class RewardError(RunStopped):
 
 @dataclass(frozen=True)
 class RewardCall:
-    """Some rows of the batch that a function is called on together, and how often that is repeated as it is."""
+    """Rows of the batch that a function is called on together, and how often the call is retried unchanged."""
 
     rows: range
     retries: int
 
 
 class FailureReport:
-    """What is done about failures: the first of each function in the run is logged, or raised.
+    """Log the first failure of each function in the run, or raise it.
 
     Args:
         on_error: "exclude" or "raise".
@@ -60,7 +60,7 @@ class FailureReport:
     def completion_failed(
         self, name: str, completion: Any, message: str, traceback: str, watches: bool = False
     ) -> None:
-        """A function gave no reward to a completion.
+        """Report that a function gave no reward to a completion.
 
         Raises:
             RewardError: With `on_error="raise"`, unless the function only `watches`.
@@ -70,7 +70,7 @@ class FailureReport:
         self._log_first(name, describe(name, completion, message, traceback))
 
     def only_together(self, name: str, count: int, message: str, traceback: str) -> None:
-        """A call on `count` completions failed, but no call on its parts."""
+        """Report that a call on `count` completions failed, but no call on its parts."""
         head = f"The reward function {name!r} failed on {count} completions together, on none of them alone: {message}"
         self._log_first(name, f"{head}\n{traceback}".rstrip())
 
@@ -81,19 +81,19 @@ class FailureReport:
 
 
 class RewardCallTracker:
-    """What one function's calls have given for the completions of a batch.
+    """Results of one function's calls for the completions of a batch.
 
-    A call that fails is repeated `retries` times as it is; then each of its groups is called alone, and of a group that
-    fails again each completion, that again `retries` times. A value that is no reward fails its own completion only. A
-    result that is wrong as a whole is a mistake in the function, which no repetition corrects.
+    A call that fails is retried `retries` times unchanged; then each of its groups is called alone, and in a group that
+    fails again each completion, that again with `retries`. A value that is no reward fails its own completion only. A
+    result that is wrong as a whole is a mistake in the function, and is not retried.
 
     Args:
         name: The function's name in the log.
-        function: Whatever is called.
+        function: What is called.
         batch: All completions.
-        retries: How often the first and the last calls are repeated.
-        report: Told of each completion that failed for good.
-        watches: Its weight is 0: its failures, mistakes included, are logged and stop nothing.
+        retries: How often the first and the last calls are retried.
+        report: Told of each completion whose failure is final.
+        watches: Whether its weight is 0. Its failures and mistakes are logged and stop nothing.
         largest: A value beyond this size fails its completion, since the weighted sum could overflow.
     """
 
@@ -118,18 +118,18 @@ class RewardCallTracker:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all that is recorded."""
+        """Forget everything recorded."""
         self.failed = [False] * len(self.batch.completions)
         self._results: list[tuple[range, RewardResult]] = []
         self._first_failure: tuple[int, str, str] | None = None
 
     def calls(self, parts: int = 1) -> list[RewardCall]:
-        """The batch as at most `parts` calls on whole groups."""
+        """Divide the batch into at most `parts` calls on whole groups."""
         count, group = len(self.batch.completions), self.batch.num_generations
         return self._split(range(count), math.ceil(count / group / parts) * group, self.retries)
 
     def record(self, call: RewardCall, outcome: RewardResult | Exception) -> list[RewardCall]:
-        """Write down what a call gave, or that it failed; the calls to make instead.
+        """Record the result of a call, or its failure; return the calls to make in its place.
 
         Raises:
             ValueError: The result is wrong as a whole; see `RewardResult.mistake`.
@@ -150,9 +150,10 @@ class RewardCallTracker:
         return []
 
     def close(self) -> tuple[list[float], RewardLogs]:
-        """Values of all completions, NaN where the function returned None or failed, and logs, None where it gave none.
+        """Return the values of all completions, NaN where the function returned None or failed, and its logs.
 
-        Both are in the order of the completions, whatever the order of the calls.
+        Both are in the order of the completions, whatever the order of the calls; a column has None where
+        nothing was logged.
         """
         if self._first_failure and not any(self.failed):
             self.report.only_together(self.name, *self._first_failure)
@@ -189,7 +190,7 @@ class RewardCallTracker:
 
 
 def describe(name: str, completion: Any, message: str, traceback: str) -> str:
-    """A failure in words: which function, why, the completion (its first characters), the traceback."""
+    """Describe a failure: which function, why, the completion (its first characters), the traceback."""
     text = completion if isinstance(completion, str) else repr(completion)
     if len(text) > COMPLETION_CHARACTERS:
         text = text[:COMPLETION_CHARACTERS] + "..."
@@ -198,7 +199,7 @@ def describe(name: str, completion: Any, message: str, traceback: str) -> str:
 
 
 def _explained(error: Exception) -> tuple[str, str]:
-    """The error in one line, and its traceback."""
+    """Return the error in one line, and its traceback."""
     if isinstance(error, WorkerError):
         return str(error), error.traceback
     return f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))

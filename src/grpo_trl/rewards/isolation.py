@@ -124,6 +124,11 @@ def _torch_settings(torch: Any) -> list[Setting]:
             (cudnn, "enabled"),
         )
     ]
+    cuda = torch.backends.cuda
+    settings += [
+        (getattr(cuda, f"{kernel}_sdp_enabled"), getattr(cuda, f"enable_{kernel}_sdp"))
+        for kernel in ("flash", "mem_efficient", "math", "cudnn")
+    ]
     if torch.cuda.is_initialized():
         settings.append((torch.cuda.current_device, torch.cuda.set_device))
     return settings

@@ -1,4 +1,4 @@
-"""Reward models: loading one with its tokenizer, and judging completions with it."""
+"""Load reward models with their tokenizers, and compute their rewards."""
 
 from typing import Any
 
@@ -127,6 +127,11 @@ def reward_tokenizer(
         raise TypeError(
             f"reward_processing_classes has a {type(tokenizer).__name__} for a reward model; pass its tokenizer, as "
             "AutoTokenizer.from_pretrained returns it, or None to load it from the model's path."
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer of the reward model {type(model).__name__} has neither a pad_token nor an eos_token, and its "
+            "texts have to be padded; set tokenizer.pad_token."
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,7 +1,7 @@
-"""Several workers that share the calls of reward functions.
+"""Worker processes that share the calls of reward functions.
 
-What goes to a worker is a synchronous function that can be pickled. The others are left to the caller: coroutine functions
-and models, closures and lambdas, and what a worker cannot import.
+Workers call synchronous functions that can be pickled. The others are left to the caller: coroutine functions and models,
+closures and lambdas, and functions that a worker cannot import.
 """
 
 import time
@@ -20,14 +20,14 @@ from .worker import PENDING, POLL_SECONDS, CallNotLoaded, Worker, WorkerError, p
 logger = get_logger(__name__)
 
 LARGEST_FUNCTION = 64 * 1024**2
-"""Bytes of a packed function. One that carries more, such as a model of the script, would be sent with each call."""
+"""Bytes of a packed function. A larger one, e.g. with a model of the script, would be sent with each call."""
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 QueuedCall = tuple[RewardCallTracker, RewardCall]
 
 
 class RewardPool:
-    """Worker processes, started as calls come, and the queue in front of them.
+    """Worker processes, started when they are first needed, and the queue of calls.
 
     Args:
         workers: How many processes.
@@ -40,10 +40,10 @@ class RewardPool:
         self._workers = [Worker(memory_limit) for _ in range(workers)]
         self._kept_out: set[str] = set()
         self._packed: dict[str, bytes] = {}
-        """The functions of this batch. They are packed anew for each, so that what changes in them here changes there."""
+        """The functions of this batch, packed again for each batch, so that workers see their current state."""
 
     def run(self, trackers: Sequence[RewardCallTracker], phase: Phase = nullcontext) -> list[RewardCallTracker]:
-        """Make the calls of all functions that workers can call; the rest, for which nothing is recorded.
+        """Make the calls of all functions that workers can call; return the others, for which nothing is recorded.
 
         The groups of a batch are divided evenly among the workers. `phase` is entered around the wait with all names.
 
@@ -99,7 +99,7 @@ class RewardPool:
                 wait([worker.connection for worker in busy if worker.connection], self._patience(busy))
                 for worker in [worker for worker in busy if worker.has_news()]:
                     self._take_in(worker, queue, busy)
-        except BaseException:  # what is still being computed must not answer the next call
+        except BaseException:  # what is still running must not answer the next call
             for worker in busy:
                 worker.kill()
             raise
@@ -113,7 +113,7 @@ class RewardPool:
                     worker.send(message, self.timeout)
 
     def _packed_call(self, tracker: RewardCallTracker, call: RewardCall) -> bytes | None:
-        """The call as a worker gets it; None for that of a function which has been found to stay here."""
+        """Pack a call for a worker; None if its function turned out to stay here."""
         packed = self._packed.get(tracker.name)
         if packed is None:
             return None
@@ -143,6 +143,6 @@ class RewardPool:
         del busy[worker]
 
     def _patience(self, busy: dict[Worker, QueuedCall]) -> float:
-        """Seconds to wait for news, short so that signal handlers run and workers that ended are found."""
+        """Return the seconds to wait for news: short, so that signal handlers run and dead workers are found."""
         next_deadline = min((worker.deadline for worker in busy), default=0.0)
         return min(POLL_SECONDS, max(0.0, next_deadline - time.monotonic()))

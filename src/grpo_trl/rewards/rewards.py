@@ -24,7 +24,7 @@ from .pool import Phase, RewardPool
 
 @dataclass(frozen=True)
 class RewardTable:
-    """What a batch of completions earned."""
+    """Rewards of a batch of completions."""
 
     names: list[str]
     values_BF: Tensor
@@ -39,7 +39,7 @@ class RewardTable:
 
     @property
     def failures(self) -> dict[str, int]:
-        """Completions that each function failed on, without functions that only watch."""
+        """Number of completions that each function failed on, without functions that only watch."""
         counts = dict(zip(self.names, self.failed_BF.sum(0).tolist(), strict=True))
         return {name: count for name, count in counts.items() if name not in self.watching}
 
@@ -56,11 +56,11 @@ class Rewards:
         model_init_kwargs: Passed to `from_pretrained` of reward models given as paths.
         chat_template_kwargs: Passed to `apply_chat_template` of reward models.
         batch_size: Completions per forward of a reward model.
-        workers: Processes that call the functions which can be pickled; 0 to call all in this process.
-        timeout: Seconds that a call in a worker, or of an async function, may take.
-        retries: How often a call that fails is repeated before its completions are called alone.
+        workers: Processes that call the functions that can be pickled; 0 to call all in this process.
+        timeout: Time limit in seconds for a call in a worker or of an async function.
+        retries: How often a failed call is retried before it is divided.
         memory_limit: Bytes of data per worker; None for no limit.
-        on_error: "exclude" leaves the total of a completion undefined on which a function failed; "raise" raises.
+        on_error: "exclude" leaves the total of a completion undefined if a function failed on it; "raise" raises.
 
     Raises:
         ValueError: No reward function, or another number of weights or tokenizers than of reward functions.
@@ -153,9 +153,9 @@ class Rewards:
         return RewardTable(self.names, values_BF, self.total(values_BF, failed_BF), logs, failed_BF, watching)
 
     def total(self, values_BF: Tensor, failed_BF: Tensor) -> Tensor:
-        """Weighted sum over the functions that apply to a completion. Shape (B,), float64.
+        """Add up the weighted values of the functions that apply to a completion. Shape (B,), float64.
 
-        NaN where no function applies, and where one failed: the sum of the others would read as a judgement. Functions
+        NaN where no function applies, and where one failed: the sum of the others would not be comparable. Functions
         whose weight is 0 only watch, unless all do.
         """
         applies_F = (self.weights_F != 0) | (self.weights_F == 0).all()
@@ -188,7 +188,7 @@ class Rewards:
                 EVENT_LOOP.run([self._await(tracker, call) for tracker in waiting for call in tracker.calls()])
 
     async def _await(self, tracker: RewardCallTracker, call: RewardCall) -> None:
-        """Make a call of an async function; if it fails, make the calls to make instead, all at the same time."""
+        """Make a call of an async function; if it fails, make the calls that replace it, all at the same time."""
         try:
             outcome = await asyncio.wait_for(tracker.function.call_async(tracker.batch.part(call.rows)), self.timeout)
         except Exception as error:
@@ -237,7 +237,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _distinct(names: list[str]) -> list[str]:
-    """`["f", "g", "f"]` -> `["f", "g", "f_2"]`: two functions of one name must not share a metric."""
+    """Number the names that occur twice: `["f", "g", "f"]` -> `["f", "g", "f_2"]`, so that no two share a metric."""
     distinct: list[str] = []
     for name in names:
         candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))

@@ -1,7 +1,7 @@
-"""A process that calls functions for the trainer, and may be killed at any moment.
+"""A process that calls functions for the trainer and can be killed at any time.
 
-Run as a script it is the process itself. It imports nothing of the package and not torch, so that it starts at once and is
-small; what a function needs is imported when the function is loaded.
+Run as a script, this file is the process. It imports neither the package nor torch, so that it is small and starts at once;
+what a function needs is imported when the function is loaded.
 """
 
 import atexit
@@ -26,9 +26,9 @@ from typing import Any
 
 GIB = 1024**3
 LOADING_SECONDS = 300.0
-"""For starting the process and importing what a function needs, which its own time limit does not include."""
+"""Limit for starting the process and importing what a function needs, which does not count as its own time."""
 POLL_SECONDS = 0.5
-"""Between looks at whether a process is alive: what it has forked may hold its connection open."""
+"""Between checks that a process is alive: its forks may hold its connection open."""
 PENDING = object()
 
 
@@ -36,7 +36,7 @@ class WorkerError(RuntimeError):
     """A call in a worker failed; `traceback` is what the worker printed of it, empty where the worker itself ended."""
 
     worker_is_usable = False
-    """Whether the worker may be sent another call; otherwise it must be killed."""
+    """Whether the worker can take another call; otherwise it must be killed."""
 
     def __init__(self, message: str, traceback: str = ""):
         super().__init__(message)
@@ -50,7 +50,7 @@ class CallRaised(WorkerError):
 
 
 class OutOfMemory(CallRaised):
-    """The function asked for more memory than the process may hold, which may go on holding what it has."""
+    """The function exceeded the memory limit; the process may still hold that memory."""
 
     worker_is_usable = False
 
@@ -62,20 +62,20 @@ class CallNotLoaded(WorkerError):
 
 
 class CallTimedOut(WorkerError):
-    """There was no answer in time."""
+    """There was no reply in time."""
 
 
 class WorkerDied(WorkerError):
-    """The process ended in the middle of a call."""
+    """The process ended during a call."""
 
 
 RAISED_BY_KIND = {"raised": CallRaised, "not loaded": CallNotLoaded, "out of memory": OutOfMemory}
 
 
 class Worker:
-    """One process, started at the first call, with a session of its own so that what a function starts ends with it.
+    """One process, started at the first call, in its own session, so that what a function starts ends with it.
 
-    On Linux the process also ends when the thread that started it does.
+    On Linux the process also ends with the thread that started it.
 
     Args:
         memory_limit: Bytes of data that the process may hold; None for no limit. A function that asks for more sees
@@ -86,16 +86,16 @@ class Worker:
         self.memory_limit = memory_limit
         self.connection: Connection | None = None
         self.deadline = math.inf
-        """When, in `time.monotonic`, the call that runs is late."""
+        """Time limit of the running call, in `time.monotonic`."""
         self._timeout: float | None = None
         self._allowed = math.inf
-        self._is_answering = False
+        self._is_busy = False
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = os.getpid()
         _STARTED.add(self)
 
     def call(self, call: bytes, timeout: float | None) -> Any:
-        """Send a call (see `packed_call`) and wait for its answer, `timeout` seconds at most from when it is loaded.
+        """Send a call (see `packed_call`) and wait for its reply, at most `timeout` seconds from when it is loaded.
 
         Raises:
             WorkerError: The call failed, see its kinds. A worker that is not usable is killed.
@@ -105,28 +105,28 @@ class Worker:
             while (value := self.receive()) is PENDING:
                 pass
             return value
-        except BaseException as error:  # also what a signal handler raises: the call goes on otherwise
+        except BaseException as error:  # also what a signal handler raises: otherwise the call keeps running
             if not (isinstance(error, WorkerError) and error.worker_is_usable):
                 self.kill()
             raise
 
     def send(self, call: bytes, timeout: float | None) -> None:
-        """Start a call, which `has_news` then tells of, without waiting for it."""
-        if self._is_answering or not self._is_alive():
-            self._start()  # also in place of one that a call was left in, whose answer would be taken for this one's
+        """Start a call without waiting for it; see `has_news`."""
+        if self._is_busy or not self._is_alive():
+            self._start()  # also if a call was abandoned in it, whose reply would be taken for this one's
         assert self.connection is not None
-        self._is_answering = True
+        self._is_busy = True
         self._timeout = timeout
         self._allow(LOADING_SECONDS)
         self._tell(call)
 
     def has_news(self) -> bool:
-        """Whether `receive` would return, or raise, at once."""
+        """Return whether `receive` would return, or raise, at once."""
         assert self.connection is not None
         return self.connection.poll() or time.monotonic() >= self.deadline or not self._is_alive()
 
     def receive(self) -> Any:
-        """What the call returned, or `PENDING` where it has only been loaded: from then on its time runs.
+        """Return the result of the call, or `PENDING` if it has only been loaded; its time starts then.
 
         Raises:
             WorkerError: The call failed, see its kinds. The worker is left as it is: see `worker_is_usable`.
@@ -137,7 +137,7 @@ class Worker:
                 if not self._is_alive() and not self.connection.poll():
                     raise EOFError
                 if time.monotonic() >= self.deadline:
-                    raise CallTimedOut(f"no answer after {self._allowed:.4g} seconds")
+                    raise CallTimedOut(f"no reply after {self._allowed:.4g} seconds")
             message = self.connection.recv_bytes()
         except (EOFError, OSError) as error:
             raise WorkerDied(f"the worker process {self._ending()}") from error
@@ -148,7 +148,7 @@ class Worker:
         if kind == "loaded":
             self._allow(math.inf if self._timeout is None else self._timeout)
             return PENDING
-        self._is_answering = False
+        self._is_busy = False
         if kind == "returned":
             return value
         raise RAISED_BY_KIND[kind](*value)
@@ -158,7 +158,7 @@ class Worker:
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel is not waited for
+            with contextlib.suppress(subprocess.TimeoutExpired):  # one that hangs in the kernel is left
                 self._process.wait(timeout=5)
             self._process = None
         if self.connection is not None:
@@ -181,7 +181,7 @@ class Worker:
 
     def _tell(self, message: bytes) -> None:
         assert self.connection is not None
-        with contextlib.suppress(OSError):  # a process that has ended is found when its answer is read
+        with contextlib.suppress(OSError):  # a process that has ended is found when its reply is read
             self.connection.send_bytes(message)
 
     def _allow(self, seconds: float) -> None:
@@ -211,7 +211,7 @@ def _kill_all() -> None:
 
 
 def packed_function(function: Callable[..., Any]) -> bytes:
-    """What a worker is sent of a function; one of the running script is sent whole, so that no worker runs the script.
+    """Pickle a function; one of the running script by value, so that no worker runs the script.
 
     Raises:
         Exception: What pickle raises for a closure, a lambda, and whatever else cannot be sent.
@@ -225,7 +225,7 @@ def packed_function(function: Callable[..., Any]) -> bytes:
 
 
 def packed_call(function: Callable[..., Any] | bytes, *args: Any, **kwargs: Any) -> bytes:
-    """What a worker is sent of a call; `function` may be packed already.
+    """Pickle a call; `function` may be packed already.
 
     Raises:
         Exception: What pickle raises for a function or an argument that cannot be sent.
@@ -250,7 +250,7 @@ def _serve(connection: Connection) -> None:
 
 
 def _reply(call: bytes, connection: Connection) -> bytes:
-    """The end of a call as `Worker.receive` reads it; what ends the loading of its function is sent on the way."""
+    """Make a call and return its end as `Worker.receive` reads it; report when its function is loaded."""
     kind = "not loaded"
     try:
         packed, arguments = pickle.loads(call)

@@ -1,5 +1,6 @@
 """A user's `rollout_func` as an engine."""
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -39,7 +40,7 @@ class RolloutFuncEngine:
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         group = request.num_generations
-        prompts = [prompt for prompt in request.prompts for _ in range(group)]
+        prompts = [copy.deepcopy(prompt) for prompt in request.prompts for _ in range(group)]  # its own to change
         with self.interruptible():
             output = self.rollout_func(prompts, self.trainer)
         missing = [key for key in REQUIRED if key not in output]

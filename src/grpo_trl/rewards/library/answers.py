@@ -26,12 +26,12 @@ _LONGEST = 1000
 
 
 def gsm8k_answer(completions: list[Any], answer: list[Any], **kwargs: Any) -> list[float | None]:
-    """1 where the final number of the completion is that of the column `answer`, 0 where it is not.
+    """Return 1 if the final number of a completion equals that of the column `answer`, else 0.
 
-    The final number follows the last `####`; where there is none, the last `\\boxed{`; where there is none, the last
-    "answer is"; else it is the last number of the text. Numbers are compared exactly: 18, 18.0, $18, "18%" and 36/2 are
+    The final number follows the last `####`; if there is none, the last `\\boxed{`; if there is none, the last "answer is";
+    otherwise it is the last number of the text. Numbers are compared exactly: 18, 18.0, $18, "18%" and 36/2 are
     equal, and 1,234 is 1234. Takes time in proportion to the text's length.
-    Source: the data set's own form of an answer, arXiv 2110.14168.
+    Source: the dataset's own format of an answer, arXiv 2110.14168.
 
     Args:
         completions: Strings, or lists of messages.
@@ -49,7 +49,7 @@ def _same_number(text: str, answer: Any) -> float | None:
 
 
 def final_number(text: str) -> Fraction | None:
-    """The number that a text ends with, or marks as its answer (see `gsm8k_answer`).
+    """Return the number that a text ends with, or marks as its answer (see `gsm8k_answer`).
 
     >>> final_number("2 + 2 = 4, so \\\\boxed{-4.50}, and not 5.")
     Fraction(-9, 2)
@@ -77,16 +77,16 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 # ---- math-verify ----
 _STARTING = 120.0
-"""Seconds. What the worker may take to import math-verify, which counts against no completion."""
+"""Limit in seconds for importing math-verify, which does not count as a completion's time."""
 
 
 @dataclass(frozen=True)
 class MathAnswer:
-    """A reward function: 1 where math-verify finds the answer of the completion equal to that of the column `solution`.
+    """A reward function: 1 if math-verify finds the answer of a completion equal to that of the column `solution`.
 
-    0 where it is not equal, where there is none, and where that takes longer than `timeout`: what cannot be checked in time
-    is not right. None, "does not apply", where math-verify finds no answer in the solution. The comparison runs in a
-    process of its own, so that the timeout holds in every thread and for every input.
+    0 if it is not equal, if there is none, and if the check takes longer than `timeout`. None ("does not apply") if
+    math-verify finds no answer in the solution. The comparison runs in a separate process, so that the timeout holds in
+    every thread and for every input.
     Source: github.com/huggingface/Math-Verify; TRL's `accuracy_reward`.
 
     Args:
@@ -143,11 +143,11 @@ class _Checker:
 
 
 _CHECKERS: dict[int, _Checker] = {}
-"""By process: after a fork, the child must use neither the worker nor the lock of its parent."""
+"""By process: after a fork, the child must not use its parent's worker or lock."""
 
 
 def _is_equal(gold: str, text: str) -> bool | None:
-    """In the worker. None where the gold answer has no answer."""
+    """Compare two answers, in the worker; None if math-verify finds none in the solution."""
     import logging
 
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -162,7 +162,7 @@ def _is_equal(gold: str, text: str) -> bool | None:
 
 
 def _marked(gold: str) -> str:
-    """A bare answer gets the mark of one: unmarked, math-verify reads the first number in `2\\sqrt{3}`."""
+    """Mark a bare answer as one: unmarked, math-verify reads the first number in `2\\sqrt{3}`."""
     words = sum(len(word) > 1 and word.strip(".,:;").isalpha() for word in gold.split())
     is_bare = words < 3 and not any(mark in gold for mark in ("\\boxed", "$", "\\(", "\\[", "####"))
     return f"\\boxed{{{gold}}}" if is_bare and gold.strip() else gold

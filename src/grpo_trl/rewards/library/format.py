@@ -1,4 +1,4 @@
-"""Ready reward functions for the form of a completion: tags, JSON, length, repetition."""
+"""Ready reward functions for the format of a completion: tags, JSON, length, repetition."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion: itself, or what the assistant's messages say, one below the other.
+    """Return the text of a completion: itself, or the content of the assistant's messages, one per line.
 
     >>> text_of([{"role": "assistant", "content": "Let me look."}, {"role": "tool", "content": "7"},
     ...          {"role": "assistant", "content": "It is 7."}])
@@ -21,16 +21,16 @@ def text_of(completion: Any) -> str:
 
 
 def _content(content: Any) -> str:
-    """A message's content is a string, None where it only calls tools, or a list of parts of which some are text."""
+    """Return the text of a message's content: a string, None if it only calls tools, or a list of parts."""
     if content is None or isinstance(content, str):
         return content or ""
     return "".join(part.get("text") or "" for part in content)
 
 
 def last_block(text: str, languages: Sequence[str]) -> str | None:
-    """The last block between ``` fences that is marked with one of the languages; None where there is none.
+    """Return the last block between ``` fences that is marked with one of the languages; None if there is none.
 
-    A block that is not closed goes to the end of the text.
+    A block that is not closed extends to the end of the text.
 
     >>> last_block("So:\\n```json\\n[1]\\n```\\nor\\n```json\\n[2]\\n```", ["json"])
     '[2]'
@@ -69,10 +69,10 @@ class _FormatTags:
 
 
 def format_tags(tags: Sequence[str] = ("think", "answer")) -> Any:
-    """A reward function: 1 where a completion is `<think>...</think> <answer>...</answer>` and nothing else, else 0.
+    """Make a reward function: 1 if a completion is `<think>...</think> <answer>...</answer>` and nothing else, else 0.
 
-    Each tag stands there once, in this order, with nothing but white space before, between and after. Without tags
-    inside one another. Takes time in proportion to the text's length.
+    Each tag occurs once, in this order, with nothing but white space before, between and after, and not nested. Takes
+    time in proportion to the text's length.
     Source: DeepSeek-R1, arXiv 2501.12948, section 2.2.2 (format reward).
 
     Args:
@@ -130,7 +130,7 @@ class _JsonSchema:
 
 
 def json_schema(schema: dict[str, Any] | bool) -> Any:
-    """A reward function: 1 where a completion, or its last ```json block, is JSON that the schema allows, else 0.
+    """Make a reward function: 1 if a completion, or its last ```json block, is JSON that the schema allows, else 0.
 
     Stricter than Python's parser: NaN and Infinity, numbers that overflow a float, and keys that an object has twice are
     refused. The JSON of a completion without a fence is the whole completion.
@@ -196,7 +196,7 @@ class _LengthPenalty:
 
 
 def length_penalty(max_completion_length: int, buffer: int) -> Any:
-    """A reward function: 0 for a completion that keeps clear of the maximal length, falling to -1 where it reaches it.
+    """Make a reward function: 0 for a completion well below the maximum length, falling to -1 as it reaches it.
 
         R = 0                                    up to max - buffer tokens
         R = -(length - (max - buffer)) / buffer  up to max tokens
@@ -238,15 +238,15 @@ class _RepetitionPenalty:
 
 
 def repetition_penalty(ngram_size: int = 3, max_penalty: float = -1.0) -> Any:
-    """A reward function: `max_penalty * (1 - distinct n-grams / n-grams)` of the completion's tokens.
+    """Make a reward function: `max_penalty * (1 - distinct n-grams / n-grams)` of the completion's tokens.
 
-    0 where nothing is repeated or there are fewer than `ngram_size` tokens. Of tokens and not of words, so that it serves
-    any language.
+    0 if nothing is repeated or there are fewer than `ngram_size` tokens. It counts tokens, not words, so it works for any
+    language.
     Source: arXiv 2502.03373, appendix C.2; TRL's `get_repetition_penalty_reward`.
 
     Args:
         ngram_size: Tokens of an n-gram.
-        max_penalty: What a completion that only repeats itself approaches.
+        max_penalty: The limit for a completion that only repeats itself.
 
     Raises:
         ValueError: `ngram_size` is below 1, or `max_penalty` is positive or not finite.

@@ -21,7 +21,7 @@ from .format import last_block, text_of
 
 
 _STARTING = 10.0
-"""Seconds that the processes may take beyond the program's own time."""
+"""Seconds that the processes can take beyond the program's own time."""
 _PYTHON = ("python", "python3", "py", "")
 
 
@@ -52,23 +52,23 @@ class _PythonTests:
 
 
 def python_tests(timeout: float = 5.0, memory_limit: int = 512 * 1024**2, num_workers: int = 4) -> Any:
-    """A reward function: the share of the tests in the column `tests` that the completion's program passes.
+    """Make a reward function: the share of the tests in the column `tests` that the completion's program passes.
 
-    The program is the completion's last ```python block, or the whole text where there is none; the column has a list of
-    pieces of code, such as assert statements, or one. Each test runs in an interpreter of its own, after the program, with
-    the program's names, and passes where it comes to its end: a program that ends the interpreter passes nothing. There is
-    the standard library, an empty folder, at most 8 processes and threads, and no input, output or environment. On Linux,
-    where namespaces are permitted (root, or user namespaces), there are no other files, no network and no other processes
-    either; where they are not, a warning says so.
+    The program is the completion's last ```python block, or the whole text if there is none; the column contains code, such
+    as assert statements, or a list of it. Each test runs in a fresh interpreter, after the program, with the program's
+    names, and passes if it runs to its end: a program that ends the interpreter passes nothing. A program has the standard
+    library, an empty folder, at most 8 processes and threads, and no input, output or environment. On Linux, if namespaces
+    are permitted (root, or user namespaces), it also has no other files, no network and no other processes; if they are
+    not, a warning says so.
 
-    This is no virtual machine. A program may shadow what a test calls (`def abs(x): return 0`), return objects that are
-    equal to everything, or search its interpreter's memory for the protocol, and the kernel is the machine's own. Train
-    against determined adversaries in a container. Without namespaces it may also read what its user may read (root's
-    programs: what everybody may), use the network, and signal the processes of its user.
+    This is not a virtual machine. A program can shadow what a test calls (`def abs(x): return 0`), return objects that are
+    equal to everything, or search its interpreter's memory for the protocol, and the kernel is the machine's own. Against
+    determined adversaries, train in a container. Without namespaces it can also read what its user can read (as root: what
+    everybody can), use the network, and signal the processes of its user.
 
     Args:
-        timeout: Seconds for the program with all its tests. Each test may take an even share of what is left.
-        memory_limit: Bytes that each of the program's processes may map.
+        timeout: Seconds for the program with all its tests. Each test may take an even share of the time left.
+        memory_limit: Bytes that each of the program's processes can map.
         num_workers: How many programs run at the same time.
 
     Raises:
@@ -98,7 +98,7 @@ def _program(text: str) -> str:
 
 @functools.lru_cache
 def _check_that_programs_run(memory_limit: int) -> None:
-    """Once per process: an installation that can run nothing must not look like programs that are wrong."""
+    """Check once per process that programs run: a broken installation must not look like wrong programs."""
     passed, isolated = _run("x = 1", ["assert x == 1"], 30.0, memory_limit)
     if passed != [True]:
         raise RuntimeError(
@@ -114,7 +114,7 @@ def _check_that_programs_run(memory_limit: int) -> None:
 
 
 def _run(program: str, tests: Sequence[str], timeout: float, memory_limit: int) -> tuple[list[bool], bool]:
-    """Which tests pass, and whether the program was isolated."""
+    """Return which tests pass, and whether the program was isolated."""
     with tempfile.TemporaryDirectory(prefix="grpo_trl-", ignore_cleanup_errors=True) as folder:
         request = {"program": program, "tests": list(tests), "timeout": timeout, "memory_limit": memory_limit}
         launcher = subprocess.Popen(
@@ -126,30 +126,30 @@ def _run(program: str, tests: Sequence[str], timeout: float, memory_limit: int) 
             env={},
             start_new_session=True,
         )
-        answer = b""
+        reply = b""
         try:
             assert launcher.stdin is not None
             launcher.stdin.write(marshal.dumps(request | {"folder": folder}))
             launcher.stdin.flush()
-            answer = _answer(launcher, 2 * timeout + _STARTING)
+            reply = _reply(launcher, 2 * timeout + _STARTING)
         except BrokenPipeError:  # it could not even start
             pass
         finally:
-            _kill(launcher, isolated=answer[:1] == b"\x01")
-    passed = [value == 1 for value in answer[1:]]
-    return (passed if len(passed) == len(tests) else [False] * len(tests)), answer[:1] == b"\x01"
+            _kill(launcher, isolated=reply[:1] == b"\x01")
+    passed = [value == 1 for value in reply[1:]]
+    return (passed if len(passed) == len(tests) else [False] * len(tests)), reply[:1] == b"\x01"
 
 
-def _answer(launcher: "subprocess.Popen[bytes]", seconds: float) -> bytes:
-    """What the supervisor writes until it ends; empty if it takes too long."""
+def _reply(launcher: "subprocess.Popen[bytes]", seconds: float) -> bytes:
+    """Read what the supervisor writes until it ends; empty if it takes too long."""
     assert launcher.stdout is not None
-    answer, end = b"", time.monotonic() + seconds
+    reply, end = b"", time.monotonic() + seconds
     connection = Connection(os.dup(launcher.stdout.fileno()), writable=False)
     with connection:
         while connection.poll(max(0.0, end - time.monotonic())):
             if not (data := os.read(connection.fileno(), 65536)):
-                return answer
-            answer += data
+                return reply
+            reply += data
     return b""
 
 

@@ -20,9 +20,9 @@ from typing import Any
 
 MIB = 1024**2
 PROCESSES = 8
-"""How many processes and threads a program may have."""
+"""Limit on the processes and threads of a program."""
 FILES = 64 * MIB
-"""Bytes that the files of a program may hold."""
+"""Limit in bytes on the files of a program."""
 _SYSTEM = ("/bin", "/lib", "/lib32", "/lib64", "/usr", "/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom")
 
 _CLONE_NEWNS, _CLONE_NEWIPC, _CLONE_NEWUSER, _CLONE_NEWPID, _CLONE_NEWNET = (1 << n for n in (17, 27, 28, 29, 30))
@@ -152,7 +152,7 @@ def _prctl(option: int, value: int) -> None:
 
 # ---- Supervisor ----
 class Supervisor:
-    """Runs the program once for each test, one after another, in the time that the request allows for all."""
+    """Runs the program once per test, one after another, in the time that the request allows for all."""
 
     def __init__(self, request: dict[str, Any]):
         self.request = request
@@ -161,7 +161,7 @@ class Supervisor:
         self.runs = 0
 
     def judge(self) -> list[bool]:
-        """Which tests the program passes. One that passes a test that nothing can pass passes none."""
+        """Return which tests the program passes; none if it passes a test that nothing can pass."""
         signal.signal(signal.SIGALRM, lambda *_: self._kill_runner())
         tests = self.request["tests"]
         passed = []
@@ -187,7 +187,7 @@ class Supervisor:
         os.close(write_out)
         signal.setitimer(
             signal.ITIMER_REAL, seconds, 0.1
-        )  # again and again: a process may be born while others are killed
+        )  # repeatedly: a process may be forked while others are killed
         try:
             nonce, token = os.urandom(16), os.urandom(16)
             _send(inbox, (self.request["program"], nonce))
@@ -243,7 +243,7 @@ class Supervisor:
 
 
 def _become(user: int, folder: str) -> None:
-    """A user that nobody else is; where the system has fewer, "nobody"."""
+    """Become a user that nobody else is, or "nobody" if the system has fewer users."""
     os.setgroups([])
     for uid in (user, 65534):
         with contextlib.suppress(OSError):
@@ -270,7 +270,7 @@ def _set_limit(limit: int, value: int) -> None:
 
 
 def _tasks_of_user() -> int:
-    """Processes and threads of this user: without a namespace, the limit of their number counts them all."""
+    """Count the processes and threads of this user: without a namespace, the limit covers them all."""
     count = 0
     for process in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
