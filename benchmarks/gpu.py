@@ -59,7 +59,7 @@ def on_device(name: str, dtype: str = "bfloat16"):
 def take_turn(path: str) -> None:
     """Wait until no other child uses the device; the turn ends with the process."""
     global turn
-    turn = open(path, "w")
+    turn = open(path, "w")  # noqa: SIM115  (the lock lives as long as the file is open)
     fcntl.flock(turn, fcntl.LOCK_EX)
 
 
