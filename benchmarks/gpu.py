@@ -103,7 +103,7 @@ def counted_recordings():
     """Inside, the list holds the seconds of each recording of a CUDA graph."""
     from unittest.mock import patch
 
-    from grpo_trl.rollout.steps import CudaRecorder
+    from grpo_trl.rollout.group.cuda_graphs import CudaRecorder
 
     seconds: list[float] = []
     record = CudaRecorder.__call__
@@ -126,7 +126,7 @@ def profile(args) -> dict:
 
     import sampling as systems
 
-    from grpo_trl.rollout.decoding import Decoding
+    from grpo_trl.rollout.group.decoding import Decoding
 
     model = on_device(args.model).eval()
     write = systems.Group(model, args.rows)
@@ -144,11 +144,8 @@ def profile(args) -> dict:
         step(self)
         steps.append(now() - start)
 
+    write(prompts[:2], 2, lengths[:4])  # the comparison with plain forwards
     with counted_recordings() as recordings, patch.object(Decoding, "_step", metered):
-        write(prompts[:2], 2, lengths[:4])  # the comparison with plain forwards
-        steps.clear()
-        found.clear()
-        recordings.clear()
         write(prompts, GROUP, lengths)
     wall = statistics.median(steps[first - 8 : first]) if first > 8 else statistics.median(steps)
     layers = model.config.num_hidden_layers
@@ -189,7 +186,7 @@ def sampler(args) -> dict:
     """Milliseconds in which the next tokens of all rows are drawn."""
     import torch
 
-    from grpo_trl.rollout import SamplingOptions
+    from grpo_trl.rollout.base import SamplingOptions
     from grpo_trl.rollout.sampling import Sampler
 
     model = on_device("tiny")
@@ -218,12 +215,12 @@ def update(args) -> dict:
     """Tokens/s of forward and backward, for each precision of the weights, slice of the head and checkpointing."""
     from accelerate import Accelerator
 
-    from grpo_trl.policy import enable_scoring
+    from grpo_trl.logprobs.head import enable_logprobs
 
     result = {}
     for weights in ("float32", "bfloat16"):
         model = on_device(args.model, weights).train()
-        enable_scoring(model)
+        enable_logprobs(model)
         if weights == "float32":
             model = Accelerator(mixed_precision="bf16", cpu=device() == "cpu").prepare_model(model)
         for checkpointing in (True, False):
@@ -237,39 +234,37 @@ def update(args) -> dict:
 
 
 def update_of(model, args, checkpointing: bool, slice_size: int) -> dict:
+    import torch
+
     from grpo_trl import plan
-    from grpo_trl.policy import Packer, head, score, serve_shared_prefix
+    from grpo_trl.attention.shared_prefix import serve_shared_prefix
+    from grpo_trl.logprobs import head
+    from grpo_trl.logprobs.compute import compute_logprobs
+    from grpo_trl.logprobs.packing import Packer
 
     head.SLICE = slice_size
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         model.gradient_checkpointing_disable()
-    piece = Packer(10**6, None, 0, device()).piece(completions_of(args), 1)
+    micro_batch = Packer(10**6, None, 0, device()).micro_batch(completions_of(args), 1)
 
     def step():
         with serve_shared_prefix(model):  # where activations are recomputed
-            score(model, piece, 1.0).logps_BT.sum().backward()
+            compute_logprobs(model, micro_batch, 1.0).logps_BT.sum().backward()
 
     step()
     memory = PeakMemory()
     memory.start()
     step()
     peak = memory.stop()
-    ms, tokens = milliseconds(step, times=4), piece.input_ids_RS.shape[1]
-    config = model.config
-    shape = plan.Shape(
-        config.num_hidden_layers,
-        config.hidden_size,
-        config.num_key_value_heads * config.hidden_size // config.num_attention_heads,
-        config.intermediate_size,
-        config.vocab_size,
-    )
-    planned = plan.activations(shape, tokens, checkpointing)
+    ms, tokens = milliseconds(step, times=4), micro_batch.input_ids_RS.shape[1]
+    precision = "bf16" if next(model.parameters()).dtype == torch.bfloat16 else "autocast"
+    planned = plan.activations(plan.Shape.of(model.config), tokens, precision, checkpointing)
     model.zero_grad(set_to_none=False)
     return {
         "tokens": tokens,
-        "trained_tokens": int(piece.mask_BT.sum()),
+        "trained_tokens": int(micro_batch.mask_BT.sum()),
         "ms": ms,
         "tokens_per_s": tokens / ms * 1e3,
         "bytes": peak,
@@ -281,7 +276,7 @@ def completions_of(args) -> list:
     """Groups of eight that fill `--tokens` packed tokens."""
     import random
 
-    from grpo_trl.policy import Completion
+    from grpo_trl.types import Completion
 
     source = random.Random(0)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from grpo_trl.policy.flash import flash_attention, has_flash
-from grpo_trl.policy.layout import Layout
-from grpo_trl.policy.shared_prefix import blocked_attention, dense_attention
+from grpo_trl.attention.flash import flash_attention, has_flash
+from grpo_trl.attention.layout import Layout
+from grpo_trl.attention.shared_prefix import blocked_attention, dense_attention
 
 
 LAYOUTS = {

@@ -5,11 +5,10 @@ import logging
 import pytest
 import torch
 
-from grpo_trl.policy import merge_parts
-from grpo_trl.rollout import GroupEngine, RolloutRequest, SamplingOptions, cache
+from grpo_trl.rollout.base import RolloutRequest, SamplingOptions
 from grpo_trl.rollout.generate import GenerateEngine
-
-from ..policy.families import FAMILIES, WINDOWED, make_family
+from grpo_trl.rollout.group.engine import GroupEngine
+from tests.helpers.families import FAMILIES, WINDOWED, make_family
 
 
 ENDS = (1, 7)
@@ -27,6 +26,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def make_model(family, changes, dtype):
     sizes = {} if family == "deepseek_v3" else SIZES  # whose head sizes are given one by one
+    if family == "gemma2":  # transformers 5.17 leaves its soft cap out elsewhere
+        changes = changes | {"attn_implementation": "eager"}
     return make_family(family, **(sizes | changes)).to("cuda", dtype).eval()
 
 
@@ -96,22 +97,3 @@ def test_recorded_steps_are_those_of_steps_that_are_launched_one_by_one(family, 
     engine._records = False
     eager = engine.rollout(make_request()).completions
     assert [c.ids for c in recorded] == [c.ids for c in eager]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_part_without_keys_weighs_nothing(dtype):
-    """Own keys and a prompt, of which some rows see nothing."""
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, device="cuda").to(dtype)
-
-    query, key, value = draw(4, 2, 7, 64) - 1, draw(4, 2, 32, 64) + 1, draw(4, 2, 32, 64)  # products far below 0
-    sees = torch.ones(4, 1, 1, 32, dtype=torch.bool, device="cuda")
-    nothing = sees.clone()
-    nothing[1:3] = False
-    full, empty = (cache._additive(mask, dtype) for mask in (sees, nothing))
-    own, own_lse = cache.attend_part(query, key, value, full, 0.125, None)
-    output, lse = cache.attend_part(query, key, value, empty, 0.125, None)
-    merged = merge_parts(own, own_lse, output, lse)
-    assert torch.equal(merged[1:3], own[1:3]), (lse[1:3].flatten()[:3].tolist(), own_lse[1:3].flatten()[:3].tolist())

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from peft import LoraConfig
 
-from ..conftest import make_model
-from ..training import sampling_trainer, weights
+from tests.helpers.models import make_model
+from tests.helpers.training import sampling_trainer, weights
 
 
 ROOT = Path(__file__).parents[2]
