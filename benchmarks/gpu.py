@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --output gpu.json
     python benchmarks/gpu.py --models 0.5b --parts sampling profile
-    python benchmarks/gpu.py --models tiny --rows 8 --completion 6 12          # does it run, on a CPU too
+    python benchmarks/gpu.py --models tiny --rows 8 --completion 16 24          # does it run, on a CPU too
 
 Models are of Qwen2's shape with random weights. Every part runs in a process of its own under a time limit; what fails or
 takes too long is written down as that, and the others go on.
