@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 
 from grpo_trl.logprobs.compute import TokenLogprobs
 from grpo_trl.logprobs.packing import Packer
-from grpo_trl.metrics import Max, Mean, Metric, MetricLog, Min, Std
+from grpo_trl.metrics import Max, Mean, Metric, MetricLog, Min, Quantile, Std
 from grpo_trl.objective import grpo_loss, make_objective
 from grpo_trl.trainer.loss_metrics import loss_metrics
 from grpo_trl.types import Completion
 
 
 NAN = math.nan
-KINDS = ["mean", "max", "min", "std"]
+KINDS = ["mean", "max", "min", "std", "quantile"]
 
 
 def metric_of(kind: str, values: torch.Tensor) -> Metric:
@@ -25,12 +25,15 @@ def metric_of(kind: str, values: torch.Tensor) -> Metric:
         "max": lambda: Max.of(values, everywhere),
         "min": lambda: Min.of(values, everywhere),
         "std": lambda: Std.of(values),
+        "quantile": lambda: Quantile.of(values, 0.1),
     }[kind]()
 
 
 def expected_of(kind: str, values: np.ndarray) -> float | None:
     if kind == "std":
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
+    if kind == "quantile":
+        return float(np.quantile(values, 0.1))
     return float({"mean": np.mean, "max": np.max, "min": np.min}[kind](values))
 
 

@@ -157,6 +157,32 @@ class Std:
         return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else None
 
 
+@dataclass(frozen=True)
+class Quantile:
+    """The value that the given share of all values lies below, of everything added up; between two values, linearly."""
+
+    share: float
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Tensor, share: float) -> Quantile:
+        """Of all values that are not NaN."""
+        values = values.detach()
+        return cls(share, tuple(values[~values.isnan()].tolist()))
+
+    def __add__(self, other: Quantile) -> Quantile:
+        return Quantile(self.share, (*self.values, *other.values))
+
+    def on_cpu(self) -> Quantile:
+        return self
+
+    @property
+    def value(self) -> float | None:
+        if not self.values:
+            return None
+        return float(torch.tensor(self.values, dtype=torch.float64).quantile(self.share))
+
+
 def _tensors(*numbers: Number) -> list[Tensor]:
     """Tensors stay as and where they are; Python numbers become float64."""
     return [x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for x in numbers]
@@ -200,7 +226,7 @@ class MetricLog:
 
     def load_state_dict(self, state: dict[str, list[Any]]) -> None:
         """Add what a `state_dict` holds."""
-        kinds = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Std)}
+        kinds = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Std, Quantile)}
         self.add_all({name: kinds[kind](*numbers) for name, (kind, *numbers) in state.items()})
 
     @contextlib.contextmanager

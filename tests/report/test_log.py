@@ -105,9 +105,16 @@ def test_all_completions_are_kept_on_request(tmp_path):
     assert len(read_completions(files[0])["prompt"]) == 4 * (SAMPLED_GROUPS + 2)
 
 
-def test_a_new_run_in_an_old_folder_leaves_no_old_completions(tmp_path):
-    RunLog(tmp_path).completions(7, table(1), 4)
-    RunLog(tmp_path).start(5, 9, {})
+def test_a_new_run_in_an_old_folder_sets_the_old_log_aside(tmp_path):
+    for number in range(3):
+        log = RunLog(tmp_path)
+        log.start(0, 9, {})
+        log.entry(1, {"number": number})
+        log.completions(1, table(1), 4)
+        RunLog(tmp_path).start(1, 9, {})  # resumed: continues the same log
+    assert Run.read(tmp_path).series("number") == ([1], [2.0])
     assert len(completion_files(tmp_path)) == 1
-    RunLog(tmp_path).start(0, 9, {})
-    assert completion_files(tmp_path) == []
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("log.jsonl", "log.1.jsonl", "log.2.jsonl"),
+        *("completions", "completions.1", "completions.2"),
+    }

@@ -206,7 +206,7 @@ def test_completions_are_printed_and_written(tmp_path, capsys, monkeypatch):
     assert "note 7" in capsys.readouterr().out
     assert logged(trainer, "notes") == [8, 8]
     table = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
-    assert list(table) == ["step", "prompt", "completion", "reward", "note", "advantage"]
+    assert list(table) == ["step", "group", "prompt", "completion", "reward", "note", "advantage"]
     assert table["reward"].tolist() == list(range(8))
     assert table["prompt"].tolist() == ["a"] * 4 + ["cde12="] * 4
 

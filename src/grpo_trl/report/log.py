@@ -9,6 +9,7 @@
 Nothing here ends a run: what cannot be written is one warning.
 """
 
+import itertools
 import json
 import math
 import time
@@ -54,12 +55,12 @@ class RunLog:
             max_steps: Optimizer steps of the whole run.
             facts: Contents of further files by name, e.g. `{"run_config.json": {...}}`.
         """
+        if step == 0:
+            self._set_aside()
         for name, content in facts.items():
             with tolerated(f"Writing {self.folder / name}"):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / name).write_text(json.dumps(plain(content), indent=2) + "\n", encoding="utf-8")
-        if step == 0:
-            self._delete(self._completion_files())
         self._append({"event": "start", "step": step, "max_steps": max_steps})
 
     def entry(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -89,6 +90,14 @@ class RunLog:
             write_completions(kept, self.folder / COMPLETIONS / f"completions_{step:05d}.parquet")
             self._thin_out()
 
+    def _set_aside(self) -> None:
+        """Rename what an earlier run has left here: log.1.jsonl, completions.1, or the next number that is free."""
+        with tolerated(f"Renaming the log of an earlier run in {self.folder}"):
+            taken = [self.folder / name for name in (LOG, COMPLETIONS) if (self.folder / name).exists()]
+            number = next(n for n in itertools.count(1) if not any(_numbered(path, n).exists() for path in taken))
+            for path in taken:
+                path.rename(_numbered(path, number))
+
     def _thin_out(self) -> None:
         files = self._completion_files()
         if not self.keeps_all and len(files) > SAMPLED_FILES:
@@ -109,6 +118,10 @@ class RunLog:
             line = json.dumps({"time": round(time.time(), 3)} | plain(entry), allow_nan=False)
             with (self.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.{number}{path.suffix}")
 
 
 def completion_files(folder: Path) -> list[Path]:

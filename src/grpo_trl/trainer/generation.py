@@ -18,7 +18,7 @@ from ..data.schedule import Schedule
 from ..distributed.collectives import run_on_all_ranks
 from ..distributed.load_balance import Balancer
 from ..logprobs.evaluator import LogprobEvaluator
-from ..metrics import Max, Mean, Metric, MetricLog, Min, Std, Sum
+from ..metrics import Max, Mean, Metric, MetricLog, Min, Quantile, Std, Sum
 from ..models import Reference
 from ..objective.advantages import group_advantages
 from ..reliability.guards import RankSummary
@@ -31,7 +31,7 @@ from ..types import Completion, GenerationBatch, Prompt, Ranks
 TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "step_time", "kl", "entropy")
 """What the log contains besides the metrics of a rollout."""
 
-TABLE_COLUMNS = ("step", "prompt", "completion", "advantage")
+TABLE_COLUMNS = ("step", "group", "prompt", "completion", "advantage")
 """Columns of the completions table besides the rewards."""
 
 
@@ -91,6 +91,8 @@ class RewardedRollout:
         metrics: dict[str, Metric] = {
             "reward": Mean.of(total_B, ~total_B.isnan()),
             "reward_std": Std.of(total_B),
+            "reward/quantile_10": Quantile.of(total_B, 0.1),
+            "reward/quantile_90": Quantile.of(total_B, 0.9),
             "frac_reward_zero_std": Mean.of((~self.has_signal_P).double()),
         }
         for f, name in enumerate(self.rewards.names):

@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import speed_metrics
 from trl.trainer.callbacks import SyncRefModelCallback
 
@@ -46,9 +47,10 @@ from ..metrics import Mean, MetricLog, Sum
 from ..model_utils import evaluation_mode
 from ..models import context_length, disable_dropout, eos_token_ids
 from ..objective import Counts, grpo_loss, make_objective
+from ..plan import RunPlan
 from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures
 from ..reliability.run_state import Stateful, fingerprint
-from ..report import append_objective, merge_tables, print_completions, write_completions
+from ..report import append_objective, merge_tables
 from ..rollout.base import RolloutEngine
 from ..rollout.rollout_func import RolloutFuncEngine
 from ..types import Completion, GenerationBatch, MicroBatch, MiniBatch
@@ -65,6 +67,7 @@ from .build import (
 from .evaluation import evaluate_prompts
 from .generation import GenerationBatchBuilder, RolloutRunner, reward_columns
 from .loss_metrics import loss_metrics
+from .recording import LiveView, RunRecorder, make_plan, shows_live_view, tolerate_reporting
 from .resumable import ResumableTrainer
 from .timing import StepTimer
 
@@ -164,6 +167,7 @@ class GRPOTrainer(ResumableTrainer):
             interruptible=self._signals.interruptible,
         )
         self._prepare_prompts(own_prompts=rollout_func is None)
+        self._record()
         set_seed(args.seed, device_specific=True)  # dropout differs between ranks
 
     # ---- Construction ----
@@ -195,6 +199,35 @@ class GRPOTrainer(ResumableTrainer):
             ranks=self._ranks,
             check=self._check_generation_batch,
             phase=self._watchdog.phase,
+        )
+
+    def _record(self) -> None:
+        """Have the run logged, and shown where there is a terminal."""
+        self._recorder = RunRecorder(self.args, self.plan, str(self.model.config._name_or_path))
+        self.add_callback(self._recorder)
+        if shows_live_view(self.args):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LiveView(Path(str(self.args.output_dir))))
+        tolerate_reporting(self.callback_handler.callbacks)
+
+    def plan(self, gpu: str | None = None, gpu_memory: float | None = None) -> RunPlan:
+        """Plan this run: its batches, and the memory of a rank by phase.
+
+        Args:
+            gpu: Estimate the time of a step on this card, e.g. `"H100"`.
+            gpu_memory: GiB of a card, for the largest micro-batch that fits; those of `gpu` by default.
+
+        Raises:
+            ValueError: `gpu` is unknown, or the plan cannot read the sizes of the model.
+        """
+        return make_plan(
+            self.args,
+            self.model,
+            prompts=None if self._schedule is None else self._builder.prompts,
+            backend=backend_of(self.accelerator),
+            reference_copies=self._reference is not None and self._reference.model is not None,
+            gpu=gpu,
+            gpu_memory=gpu_memory,
         )
 
     def _prompt_sets(self, dataset: Dataset | dict[str, Dataset] | None) -> dict[str, PromptSet]:
@@ -414,16 +447,12 @@ class GRPOTrainer(ResumableTrainer):
         if training:
             logs = logs | self._metrics.reduce(self._ranks.gather) | {"num_tokens": self.state.num_input_tokens_seen}
         super().log(logs, start_time)
-        if training and self.args.log_completions and self._generation_batch is not None:
-            self._log_completions(self._generation_batch)
-
-    def _log_completions(self, generation_batch: GenerationBatch) -> None:
-        table = merge_tables(self._ranks.gather([generation_batch.table]), unique_prompts=self.args.log_unique_prompts)
-        if not self.is_world_process_zero():
-            return
-        print_completions(table, self.state.global_step, self.args.num_completions_to_print)
-        path = Path(str(self.args.output_dir)) / "completions" / f"completions_{self.state.global_step:05d}.parquet"
-        write_completions({"step": [self.state.global_step] * len(table["prompt"])} | table, path)
+        if training and self._generation_batch is not None:
+            table = self._generation_batch.table
+            if self.args.log_completions:
+                table = merge_tables(self._ranks.gather([table]))
+            if self.is_world_process_zero():
+                self._recorder.completions(self.state.global_step, table)
 
     def evaluate(
         self,

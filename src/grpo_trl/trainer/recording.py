@@ -1,0 +1,186 @@
+"""What a run leaves and shows: its log, its plan, completions, and a live view on a terminal."""
+
+import atexit
+import functools
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.live import Live
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..config import GRPOConfig
+from ..data.prompts import PromptSet
+from ..plan import RunPlan, card_named, setup_of
+from ..report import RunLog, merge_tables, print_completions
+from ..report.environment import environment
+from ..report.live import view
+from ..report.log import CONFIG, ENVIRONMENT, PLAN
+from ..report.run import Run
+from ..report.tolerant import tolerated
+from ..report.trackers import track_completions
+
+
+EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
+
+
+PROMPTS = 64
+"""Whose lengths the plan looks at."""
+
+
+def make_plan(
+    args: GRPOConfig,
+    model: nn.Module,
+    *,
+    prompts: PromptSet | None,
+    backend: str,
+    reference_copies: bool,
+    gpu: str | None,
+    gpu_memory: float | None,
+) -> RunPlan:
+    """Plan a run; see `GRPOTrainer.plan`."""
+    card = None if gpu is None else card_named(gpu)
+    gib = card.memory_gib if gpu_memory is None and card is not None else gpu_memory
+    count = 0 if prompts is None else len(prompts)
+    lengths = [] if prompts is None else [len(prompt.ids) for prompt in prompts.prompts(range(min(PROMPTS, count)))]
+    setup = setup_of(
+        args,
+        model,
+        num_prompts=count,
+        prompt_tokens=int(statistics.median(lengths)) if lengths else 0,
+        method={"none": "DDP", "FSDP": "FSDP2"}.get(backend, backend),
+        ranks=args.world_size,
+        new_adapter=not reference_copies,
+    )
+    return RunPlan(setup, card, None if gib is None else gib * 2**30)
+
+
+class RunRecorder(TrainerCallback):
+    """Writes the log of a run, whatever `report_to` says, and prints its plan; the first rank does.
+
+    Args:
+        args: The configuration.
+        plan: Makes the plan.
+        model_name: For the report.
+    """
+
+    def __init__(self, args: GRPOConfig, plan: Callable[[], RunPlan], model_name: str):
+        self.args = args
+        self.plan = plan
+        self.model_name = model_name
+        self.log = RunLog(Path(str(args.output_dir)), keeps_all=args.log_completions)
+        self._records = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._records = state.is_world_process_zero
+        if not self._records:
+            return
+        facts = {
+            CONFIG: self.args.to_dict(),
+            ENVIRONMENT: environment(self.args.world_size) | {"model": self.model_name},
+        }
+        with tolerated("The plan of the run"):
+            plan = self.plan()
+            facts[PLAN] = plan.as_dict()
+            if not self.args.disable_tqdm and state.global_step == 0:
+                print("\n".join(plan.lines()))
+        self.log.start(state.global_step, state.max_steps, facts)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self._records:
+            self.log.entry(state.global_step, (logs or {}) | {"memory/peak_gib": peak_memory() / 2**30})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._records and state.global_step >= state.max_steps:
+            self.log.end(state.global_step)
+
+    def completions(self, step: int, table: dict[str, list[Any]]) -> None:
+        """Keep the completions of a generation batch; with `log_completions`, print them and send them to trackers.
+
+        Args:
+            step: The optimizer step.
+            table: Columns, group after group: of all ranks with `log_completions`, else of the first.
+        """
+        self.log.completions(step, table, self.args.num_generations)
+        if self.args.log_completions:
+            shown = merge_tables([table], unique_prompts=self.args.log_unique_prompts)
+            print_completions(shown, step, self.args.num_completions_to_print)
+            track_completions(shown, step, list(self.args.report_to or []), str(self.args.output_dir))
+
+
+class LiveView(TrainerCallback):
+    """One view of the run on the terminal, in place of a progress bar."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.run = Run(folder.resolve().name)
+        self.step = 0
+        self._live: Live | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+        self.run.add({"event": "start", "step": self.step, "max_steps": state.max_steps, "time": time.time()})
+        self._live = Live(get_renderable=self._view, refresh_per_second=2, transient=False)
+        self._live.start()
+        atexit.register(self.stop)  # a run that ends in an error leaves the terminal as it was
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self.run.add((logs or {}) | {"step": state.global_step, "time": time.time()})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.add({"event": "end"})
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the last view on the terminal."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+            atexit.unregister(self.stop)
+
+    def _view(self) -> Any:
+        return view(self.run, self.folder, self.step)
+
+
+def shows_live_view(args: GRPOConfig) -> bool:
+    """Whether this process has a terminal, and the user wants to see progress."""
+    terminal = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
+    return terminal and not args.disable_tqdm and args.process_index == 0
+
+
+def tolerate_reporting(callbacks: Iterable[TrainerCallback]) -> None:
+    """Let callbacks that only report (trackers, progress bars, the live view) fail without ending the run."""
+    for callback in callbacks:
+        reports = isinstance(callback, (PrinterCallback, ProgressCallback, LiveView))
+        if reports or type(callback).__module__.startswith(
+            ("transformers.integrations", "transformers.utils.notebook")
+        ):
+            for event in EVENTS:
+                setattr(callback, event, _tolerant(getattr(callback, event), type(callback).__name__))
+
+
+def _tolerant(method: Callable[..., Any], name: str) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with tolerated(name):
+            return method(*args, **kwargs)
+
+    return called
+
+
+def peak_memory() -> int:
+    """Count the bytes at the peak so far: of the GPU's allocator, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
