@@ -126,7 +126,7 @@ def profile(args) -> dict:
 
     import sampling as systems
 
-    from grpo_trl.rollout.group.decoding import Decoding
+    from grpo_trl.rollout.group.scheduler import Scheduler
 
     model = on_device(args.model).eval()
     write = systems.Group(model, args.rows)
@@ -134,7 +134,7 @@ def profile(args) -> dict:
     prompts, lengths = prompts_of(args), [args.completion[1]] * args.rows
     first, profiled = args.completion[1] // 2, 4
     steps: list[float] = []
-    step, found = Decoding._step, {}
+    step, found = Scheduler._step, {}
 
     def metered(self):
         if len(steps) == first + 1 and not found:
@@ -145,7 +145,7 @@ def profile(args) -> dict:
         steps.append(now() - start)
 
     write(prompts[:2], 2, lengths[:4])  # the comparison with plain forwards
-    with counted_recordings() as recordings, patch.object(Decoding, "_step", metered):
+    with counted_recordings() as recordings, patch.object(Scheduler, "_step", metered):
         write(prompts, GROUP, lengths)
     wall = statistics.median(steps[first - 8 : first]) if first > 8 else statistics.median(steps)
     layers = model.config.num_hidden_layers
@@ -183,7 +183,7 @@ def kernels_of(work, times: int) -> dict:
 
 
 def sampler(args) -> dict:
-    """Milliseconds in which the next tokens of all rows are drawn."""
+    """Milliseconds in which the next tokens of all rows are sampled."""
     import torch
 
     from grpo_trl.rollout.base import SamplingOptions
@@ -193,11 +193,10 @@ def sampler(args) -> dict:
     size = MODELS[args.model].get("vocab_size", 4096)
     logits = torch.randn(args.rows, size, device=device(), dtype=torch.bfloat16)
     noise = torch.rand(args.rows, dtype=torch.float64, device=device())
-    empty = [[5]] * args.rows
     result = {}
     for name, options in {"plain": {}, "temperature": {"temperature": 0.7}, "top_p": {"top_p": 0.95}}.items():
-        draw = Sampler(model, SamplingOptions(8, 0, (), **options)).draw
-        result[name] = milliseconds(lambda draw=draw: draw(logits, noise, empty, empty))
+        sample = Sampler(model, SamplingOptions(8, 0, (), **options)).sample
+        result[name] = milliseconds(lambda sample=sample: sample(logits, noise))
     return result
 
 

@@ -103,14 +103,14 @@ def ended_at(lengths: list[int]) -> Any:
     """Inside, the completions of this package's engine end at these lengths, and nowhere else."""
     from unittest.mock import patch
 
-    from grpo_trl.rollout.group.decoding import Decoding
+    from grpo_trl.rollout.group.scheduler import Scheduler
 
-    def is_done(self: Any, row: Any) -> bool:
-        if not hasattr(self, "places"):
-            self.places = {id(row): place for place, row in enumerate(self._rows)}
-        return len(row.ids) >= min(lengths[self.places[id(row)]], self.options.max_completion_length)
+    def limit_of(self: Any, row: Any) -> int:
+        if not hasattr(self, "limits"):
+            self.limits = {id(row): length for row, length in zip(self._rows, lengths, strict=False)}
+        return min(self.limits[id(row)], self.options.max_completion_length)
 
-    return patch.object(Decoding, "_is_done", is_done)
+    return patch.object(Scheduler, "_limit_of", limit_of)
 
 
 class PeakMemory:

@@ -36,8 +36,6 @@ class Completion:
     sampler_logps: list[float] | None = None
     """Logprobs (nats) of the model at the sampling temperature as the sampler computed them, one per token. They
     describe the sampler, not the old policy."""
-    drawn_logps: list[float] | None = None
-    """Logprobs (nats) under the distribution that each token was sampled from, e.g. after top-p; None if unknown."""
     advantage: float = 0.0
     old_logps: Tensor | None = None
     """Logprobs under the policy that sampled, computed by the trainer, of shape (len(ids),); None on policy."""

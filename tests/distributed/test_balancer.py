@@ -92,9 +92,7 @@ def test_a_prompt_that_is_padded_to_each_completion_costs_as_often(shared_prefix
 
 
 def test_everything_known_of_a_completion_moves_with_it():
-    known = Completion(
-        [1, 2], [3, 4], [True, False], ended=False, sampler_logps=[-1.0, -2.0], drawn_logps=[-1.5, -2.5], advantage=2.0
-    )
+    known = Completion([1, 2], [3, 4], [True, False], ended=False, sampler_logps=[-1.0, -2.0], advantage=2.0)
     (first,), (second,) = Threads(2).balance([[[known, *group(5, [1])]], [[]]])
     assert sorted(map(repr, first + second)) == sorted(map(repr, [known, *group(5, [1])]))
     assert second

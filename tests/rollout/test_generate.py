@@ -18,8 +18,8 @@ def make_options(**changes) -> SamplingOptions:
     return SamplingOptions(**({"max_completion_length": 6, "pad_token_id": PAD, "eos_token_ids": (EOS,)} | changes))
 
 
-def sample(model, seed: int = 0, prompts=PROMPTS, num_generations: int = 3, **changes) -> Rollout:
-    engine = GenerateEngine(model, make_options(**changes))
+def sample(model, seed: int = 0, prompts=PROMPTS, num_generations: int = 3, rows=None, **changes) -> Rollout:
+    engine = GenerateEngine(model, make_options(**changes), max_rows_in_flight=rows)
     return engine.rollout(RolloutRequest(["unread"] * len(prompts), prompts, num_generations, [seed] * len(prompts)))
 
 
@@ -79,11 +79,11 @@ def test_model_and_random_state_are_as_they_were_after_an_exception(mixed_model,
     def fail_at_the_third_token(*args, **kwargs):
         calls.append(layer.training)
         if len(calls) == 3:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("made up")
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(layer, "forward", fail_at_the_third_token)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="made up"):
         sample(mixed_model)
     assert calls == [False] * 3  # it was in evaluation mode
     assert snapshot(mixed_model) == before
@@ -157,9 +157,9 @@ def test_completions_have_at_most_max_completion_length_tokens(model, length):
 
 
 def test_ragged_prompts_give_what_each_prompt_gives_alone(model):
-    run_on_all_ranks = ids(sample(model, num_generations=1, top_k=1, max_completion_length=10))
+    together = ids(sample(model, num_generations=1, top_k=1, max_completion_length=10))
     alone = [ids(sample(model, prompts=[p], num_generations=1, top_k=1, max_completion_length=10))[0] for p in PROMPTS]
-    assert run_on_all_ranks == alone
+    assert together == alone
     assert len({tuple(row) for row in alone}) == len(PROMPTS)
 
 
@@ -239,7 +239,7 @@ def test_stop_strings_end_a_completion_and_nothing_follows(model, tokenizer):
     changes = {"max_completion_length": 12, "pad_token_id": EOS}
     free = sample(model, num_generations=20, **changes)
     engine = GenerateEngine(
-        model, make_options(**changes | {"generation_kwargs": {"stop_strings": ["b", "17"]}}), tokenizer
+        model, make_options(**changes | {"generation_kwargs": {"stop_strings": ["b", "17"]}}), tokenizer=tokenizer
     )
     stopped = engine.rollout(RolloutRequest(["unread"] * 3, PROMPTS, 20, [0] * 3))
     assert any(c.ids[-1] != EOS and c.ended and len(c.ids) < 12 for c in stopped.completions)
@@ -248,3 +248,67 @@ def test_stop_strings_end_a_completion_and_nothing_follows(model, tokenizer):
         end = next((n + 1 for n, text in enumerate(texts) if text.endswith(("b", "17"))), len(plain.ids))
         assert cut.ids == plain.ids[:end]
         assert cut.ended == (cut.ids[-1] == EOS or texts[end - 1].endswith(("b", "17")))
+
+
+# ---- Rows in flight ----
+@pytest.fixture
+def batches(model, monkeypatch):
+    """The number of rows of each call of `model.generate`."""
+    sizes, generate = [], model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **kwargs: sizes.append(len(kwargs["input_ids"])) or generate(**kwargs)
+    )
+    return sizes
+
+
+@pytest.mark.parametrize("rows, expected", [(1, [1] * 9), (4, [4, 4, 1]), (9, [9]), (64, [9]), (None, [9])])
+def test_no_more_rows_are_in_flight_than_the_option_says(model, batches, rows, expected):
+    rollout = sample(model, rows=rows)
+    assert batches == expected
+    assert [c.prompt_ids for c in rollout.completions] == [prompt for prompt in PROMPTS for _ in range(3)]
+    assert len(set(map(tuple, ids(rollout)))) > 4
+    assert ids(sample(model, rows=rows)) == ids(rollout)
+
+
+def test_by_default_rows_in_flight_are_bounded_too(model, batches):
+    sample(model, prompts=PROMPTS[:1], num_generations=300, max_completion_length=1)
+    assert batches == [128, 128, 44]
+
+
+def test_ranks_in_step_make_equally_many_calls(model, batches):
+    engine = GenerateEngine(
+        model, make_options(), max_rows_in_flight=4, gather=lambda counts: [*counts, 5], in_step=True
+    )
+    generate = model.generate
+    model.generate = lambda synced_gpus, **kwargs: generate(**kwargs)
+    rollout = engine.rollout(RolloutRequest(["unread"] * 3, PROMPTS, 3, [0] * 3))
+    assert batches == [4, 4, 1, 1, 1]
+    assert ids(rollout) == ids(sample(model, rows=4))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("made up"), MemoryError(), RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+])  # fmt: skip
+def test_where_memory_runs_out_it_starts_again_with_half_of_the_rows(model, monkeypatch, error):
+    sizes, generate = [], model.generate
+
+    def fail(**kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        if sizes[-1] > 2:
+            raise error
+        return generate(**kwargs)
+
+    monkeypatch.setattr(model, "generate", fail)
+    assert len(ids(sample(model))) == 9
+    assert sizes == [9, 4, 2, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize("in_step, rows", [(True, 8), (False, 1)])
+def test_memory_that_runs_out_with_one_row_or_in_step_is_an_error(model, monkeypatch, in_step, rows):
+    def fail(**kwargs):
+        raise torch.OutOfMemoryError("made up")
+
+    monkeypatch.setattr(model, "generate", fail)
+    engine = GenerateEngine(model, make_options(), max_rows_in_flight=rows, in_step=in_step)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.rollout(RolloutRequest(["unread"], [[15]], 4, seeds=[0]))

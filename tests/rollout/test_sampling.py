@@ -3,9 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from grpo_trl.rollout import sampling
+from grpo_trl.rollout import processors, sampling
 from grpo_trl.rollout.base import SamplingOptions
+from grpo_trl.rollout.processors import History
 from grpo_trl.rollout.sampling import Sampler, generation_config, stop_strings
 from tests.helpers.models import make_model, make_tokenizer
 
@@ -23,14 +26,23 @@ def make_sampler(**changes) -> Sampler:
     return Sampler(make_model(), make_options(**changes))
 
 
-def draw(sampler, logits, noise, prompts=None, written=None):
+def sample(sampler, logits, noise, prompts=None, generated=None):
+    """Tokens and log-probabilities."""
     rows = len(logits)
-    noise = torch.as_tensor(noise, dtype=torch.float64)
-    drawn = sampler.draw(logits, noise, prompts or [[5, 6]] * rows, written or [[]] * rows)
-    assert drawn.tokens_R.shape == drawn.logps_R.shape == drawn.drawn_logps_R.shape == (rows,)
-    assert drawn.tokens_R.dtype == torch.long
-    assert drawn.logps_R.dtype == drawn.drawn_logps_R.dtype == torch.float64
-    return drawn
+    history = make_history(prompts or [[5, 6]] * rows, generated or [[]] * rows) if sampler.reads_tokens else None
+    tokens, logps = sampler.sample(logits, torch.as_tensor(noise, dtype=torch.float64), history)
+    assert tokens.shape == logps.shape == (rows,)
+    assert tokens.dtype == torch.long
+    assert logps.dtype == torch.float64
+    return tokens, logps
+
+
+def make_history(prompts, generated) -> History:
+    """Behind a row's tokens its first one stands again."""
+    rows = [prompt + ids for prompt, ids in zip(prompts, generated, strict=True)]
+    longest = max(map(len, rows))
+    padded = torch.tensor([row + row[:1] * (longest - len(row)) for row in rows])
+    return History(padded, list(map(len, prompts)), list(map(len, generated)))
 
 
 def random_logits(rows: int, dtype=torch.float32, scale: float = 2.0, vocabulary: int = VOCABULARY) -> torch.Tensor:
@@ -58,20 +70,19 @@ def inverse_cdf(probs: np.ndarray, noise: float) -> int:
 def test_a_token_is_where_its_noise_cuts_the_cumulative_distribution(dtype, temperature):
     logits = random_logits(400, dtype)
     noise = np.random.default_rng(1).random(400)
-    drawn = draw(make_sampler(temperature=temperature), logits, noise)
+    tokens, logps = sample(make_sampler(temperature=temperature), logits, noise)
     for row in range(400):
         probs = probabilities(logits[row], temperature)
         token = inverse_cdf(probs, noise[row])
-        assert drawn.tokens_R[row] == token
-        assert drawn.logps_R[row].item() == pytest.approx(math.log(probs[token]), abs=2e-6)
-        assert drawn.drawn_logps_R[row] == drawn.logps_R[row]
+        assert tokens[row] == token
+        assert logps[row].item() == pytest.approx(math.log(probs[token]), abs=2e-6)
 
 
 def test_noise_at_a_boundary_takes_the_token_above_it():
     logits = torch.zeros(4, 4, dtype=torch.float64)
-    assert draw(make_sampler(), logits, [0.0, 0.25, 0.5, 0.75]).tokens_R.tolist() == [0, 1, 2, 3]
-    below = [math.nextafter(x, 0.0) for x in (0.25, 0.5, 0.75, 1.0)]
-    assert draw(make_sampler(), logits, below).tokens_R.tolist() == [0, 1, 2, 3]
+    assert sample(make_sampler(), logits, [0.0, 0.25, 0.5, 0.75])[0].tolist() == [0, 1, 2, 3]
+    below = [x - 2.0**-52 for x in (0.25, 0.5, 0.75, 1.0)]
+    assert sample(make_sampler(), logits, below)[0].tolist() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -85,23 +96,23 @@ def test_a_masked_token_is_never_drawn(dtype, noise):
     kept[100:110] = False
     kept[100:110, 20] = True
     logits[~kept] = -torch.inf
-    drawn = draw(make_sampler(), logits, [noise] * 300)
-    assert kept[torch.arange(300), drawn.tokens_R].all()
-    assert drawn.logps_R.isfinite().all()
-    assert (drawn.tokens_R[100:110] == 20).all()
+    tokens, logps = sample(make_sampler(), logits, [noise] * 300)
+    assert kept[torch.arange(300), tokens].all()
+    assert logps.isfinite().all()
+    assert (tokens[100:110] == 20).all()
     columns = torch.arange(VOCABULARY).expand(300, -1)
     if noise == 0.0:
-        assert torch.equal(drawn.tokens_R, columns.masked_fill(~kept, VOCABULARY).amin(1))
+        assert torch.equal(tokens, columns.masked_fill(~kept, VOCABULARY).amin(1))
     if noise == LARGEST and dtype == torch.float64:
         likely = kept & (logits > -5)
-        assert (drawn.tokens_R >= columns.masked_fill(~likely, -1).amax(1)).all()
+        assert (tokens >= columns.masked_fill(~likely, -1).amax(1)).all()
 
 
 @pytest.mark.parametrize("rows", [1, 50])
 def test_the_largest_noise_draws_a_token_that_exists_in_a_large_vocabulary(rows):
     logits = random_logits(rows, vocabulary=150_000, scale=1.0)
     logits[:, -7:] = -torch.inf
-    tokens = draw(make_sampler(), logits, [LARGEST] * rows).tokens_R
+    tokens, _ = sample(make_sampler(), logits, [LARGEST] * rows)
     assert (tokens < 150_000 - 7).all()
     assert (tokens > 149_000).all()
 
@@ -113,58 +124,148 @@ def test_improbable_tokens_of_a_large_vocabulary_are_not_lost_to_rounding():
     chosen = [1 + 7_451 * row for row in range(20)]
     total = 1 + 149_999 * rest
     noise = [(1 + (token - 0.5) * rest) / total for token in chosen]
-    assert draw(make_sampler(), logits, noise).tokens_R.tolist() == chosen
+    assert sample(make_sampler(), logits, noise)[0].tolist() == chosen
 
 
 def test_a_constant_added_to_the_logits_changes_nothing():
     logits = random_logits(100, torch.float64)
     noise = np.random.default_rng(2).random(100)
-    reference = draw(make_sampler(), logits, noise)
+    tokens, logps = sample(make_sampler(), logits, noise)
     for shift in (-800.0, 800.0):
-        shifted = draw(make_sampler(), logits + shift, noise)
-        assert torch.equal(shifted.tokens_R, reference.tokens_R)
-        assert torch.allclose(shifted.logps_R, reference.logps_R, atol=1e-9)
+        shifted_tokens, shifted_logps = sample(make_sampler(), logits + shift, noise)
+        assert torch.equal(shifted_tokens, tokens)
+        assert torch.allclose(shifted_logps, logps, atol=1e-9)
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"repetition_penalty": 1.3}, {"top_p": 0.7, "min_p": 0.1}])
-@pytest.mark.parametrize("at_a_time", [1, VOCABULARY, 3 * VOCABULARY, 7 * VOCABULARY + 5])
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3}, {"top_p": 0.7, "min_p": 0.1}], ids=str)
+@pytest.mark.parametrize("at_a_time", [1, 7 * VOCABULARY + 5])
 def test_how_many_rows_are_drawn_at_a_time_changes_nothing(monkeypatch, settings, at_a_time):
     sampler = make_sampler(**settings)
     logits, noise = random_logits(20), np.random.default_rng(3).random(20)
     prompts = [[5 + row % 3] * (1 + row % 4) for row in range(20)]
-    written = [[9 + row] * (row % 5) for row in range(20)]
-    reference = draw(sampler, logits, noise, prompts, written)
-    sizes, draw_part = [], sampler._draw
-    monkeypatch.setattr(sampler, "_draw", lambda *args: sizes.append(tuple(map(len, args))) or draw_part(*args))
-    monkeypatch.setattr(sampling, "DRAWN_AT_A_TIME", at_a_time)
-    drawn = draw(sampler, logits, noise, prompts, written)
-    assert torch.equal(drawn.tokens_R, reference.tokens_R)
-    assert torch.equal(drawn.logps_R, reference.logps_R)
-    assert torch.equal(drawn.drawn_logps_R, reference.drawn_logps_R)
+    generated = [[9 + row] * (row % 5) for row in range(20)]
+    expected = sample(sampler, logits, noise, prompts, generated)
+    sizes, sample_part = [], sampler._sample
+    monkeypatch.setattr(sampler, "_sample", lambda *args: sizes.append(len(args[0])) or sample_part(*args))
+    monkeypatch.setitem(sampling.ELEMENTS_AT_A_TIME, "cpu", at_a_time)
+    assert all(map(torch.equal, sample(sampler, logits, noise, prompts, generated), expected))
     most = max(1, at_a_time // VOCABULARY)
-    assert [size[0] for size in sizes] == [min(most, 20 - i) for i in range(0, 20, most)]
-    assert all(len(set(size)) == 1 for size in sizes)
+    assert sizes == [min(most, 20 - i) for i in range(0, 20, most)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.7}], ids=str)
+def test_the_order_of_summation_and_the_rows_beside_it_change_nothing(settings):
+    """Weights are integers: as many bits as a permutation within blocks could disturb, were they rounded."""
+    logits, noise = random_logits(30, vocabulary=1000), np.random.default_rng(4).random(30)
+    sampler = make_sampler(**settings)
+    tokens, logps = sample(sampler, logits, noise)
+    for row in range(30):
+        alone = sample(sampler, logits[row : row + 1], noise[row : row + 1])
+        assert (alone[0].item(), alone[1].item()) == (tokens[row].item(), logps[row].item())
+    _, permuted = sample(make_sampler(top_k=1), logits.flip(1), noise)
+    _, straight = sample(make_sampler(top_k=1), logits, noise)
+    assert torch.equal(permuted, straight)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.7, "top_k": 9, "min_p": 0.01}], ids=str)
+def test_sampling_is_allowed_where_only_deterministic_algorithms_are(settings):
+    torch.use_deterministic_algorithms(True)
+    try:
+        sample(make_sampler(**settings), random_logits(4), [0.5] * 4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.7, "top_k": 9}, {"repetition_penalty": 1.2}], ids=str)
+def test_no_float_is_summed_in_a_scan_and_no_vocabulary_sorted(settings):
+    """Of which a GPU's are not deterministic, and slow."""
+    calls = []
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            calls.append((func.overloadpacket.__name__, getattr(output, "dtype", None)))
+            return output
+
+    sampler = make_sampler(**settings)
+    with Spy():
+        sample(sampler, random_logits(4), [0.5] * 4)
+    assert {dtype for name, dtype in calls if name == "cumsum"} == {torch.long}
+    assert not {name for name, _ in calls} & {"sort", "argsort", "multinomial"}
+
+
+# ---- Narrowing ----
+def fresh(noise: float) -> float:
+    """SplitMix64 of the noise's 52 bits, in Python's integers."""
+    x = (int(noise * 2**52) + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return ((x ^ x >> 31) >> 12) * 2.0**-52
+
+
+def sample_nucleus(probs, noise: float, top_p: float) -> int:
+    """A token is rejected where those above it have `top_p` or more; then only those above it are left."""
+    left = np.array(probs)
+    while True:
+        token = inverse_cdf(left / left.sum(), noise)
+        above = np.array([p if p > probs[token] else 0.0 for p in probs])
+        if above.sum() < top_p:
+            return token
+        left, noise = above, fresh(noise)
+
+
+@pytest.mark.parametrize("top_p", [0.02, 0.3, 0.9])
+def test_top_p_rejects_what_lies_outside_of_the_nucleus(top_p):
+    logits, noise = random_logits(300, torch.float64), np.random.default_rng(6).random(300)
+    tokens, logps = sample(make_sampler(top_p=top_p), logits, noise)
+    for row in range(300):
+        probs = probabilities(logits[row])
+        assert tokens[row] == sample_nucleus(probs, noise[row], top_p)
+        assert logps[row].item() == pytest.approx(math.log(probs[tokens[row]]), abs=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.6}, {"top_p": 0.9, "top_k": 6, "min_p": 0.05}, {"top_k": 3}], ids=str)
+def test_narrowed_tokens_have_their_probabilities_among_what_transformers_keeps(settings):
+    logits = random_logits(1, vocabulary=30, scale=1.2)
+    kept = logits
+    for name, warper in (("top_k", TopKLogitsWarper), ("top_p", TopPLogitsWarper), ("min_p", MinPLogitsWarper)):
+        if name in settings:
+            kept = warper(settings[name])(None, kept)
+    count = 20_000
+    noise = np.random.default_rng(8).random(count)
+    tokens, _ = sample(make_sampler(**settings), logits.expand(count, -1), noise)
+    expected = kept[0].double().softmax(-1) * count
+    observed = tokens.bincount(minlength=30).double()
+    assert (observed[expected == 0] == 0).all()
+    deviation = ((observed - expected)[expected > 0] / expected[expected > 0].sqrt()).abs()
+    assert deviation.max() < 4.5
+
+
+def test_tokens_as_probable_as_the_last_of_the_nucleus_belong_to_it():
+    logits = torch.zeros(400, 8)
+    tokens, _ = sample(make_sampler(top_p=0.5), logits, np.random.default_rng(2).random(400))
+    assert set(tokens.tolist()) == set(range(8))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_processors_choose_the_token_and_the_policy_gives_its_log_probability(temperature):
     logits, noise = random_logits(200), np.random.default_rng(5).random(200)
-    drawn = draw(make_sampler(top_k=4, temperature=temperature), logits, noise)
+    tokens, logps = sample(make_sampler(top_k=4, temperature=temperature), logits, noise)
     for row in range(200):
         probs = probabilities(logits[row], temperature)
         kept = np.where(probs >= np.sort(probs)[-4], probs, 0.0)
-        kept /= kept.sum()
-        token = inverse_cdf(kept, noise[row])
-        assert drawn.tokens_R[row] == token
-        assert drawn.logps_R[row].item() == pytest.approx(math.log(probs[token]), abs=2e-6)
-        assert drawn.drawn_logps_R[row].item() == pytest.approx(math.log(kept[token]), abs=2e-6)
+        assert tokens[row] == inverse_cdf(kept / kept.sum(), noise[row])
+        assert logps[row].item() == pytest.approx(math.log(probs[tokens[row]]), abs=2e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 3.0}, {"generation_kwargs": {"suppress_tokens": [7]}}])
+@pytest.mark.parametrize("settings", [
+    {}, {"top_p": 0.5, "top_k": 20, "min_p": 0.1}, {"repetition_penalty": 3.0},
+    {"generation_kwargs": {"suppress_tokens": [7]}}, {"generation_kwargs": {"min_new_tokens": 2}},
+], ids=str)  # fmt: skip
 def test_logits_are_left_as_they_were(settings):
     logits = random_logits(5)
     before = logits.clone()
-    draw(make_sampler(**settings), logits, [0.5] * 5)
+    sample(make_sampler(**settings), logits, [0.5] * 5)
     assert torch.equal(logits, before)
 
 
@@ -172,114 +273,99 @@ def test_greedy_takes_the_most_probable_token_whatever_the_noise():
     logits = random_logits(50)
     sampler = make_sampler(temperature=0.5, generation_kwargs={"do_sample": False})
     for noise in (0.0, LARGEST):
-        drawn = draw(sampler, logits, [noise] * 50)
-        assert torch.equal(drawn.tokens_R, logits.argmax(-1))
-        assert torch.equal(drawn.drawn_logps_R, torch.zeros(50, dtype=torch.float64))
+        tokens, logps = sample(sampler, logits, [noise] * 50)
+        assert torch.equal(tokens, logits.argmax(-1))
         expected = [math.log(probabilities(row, 0.5).max()) for row in logits]
-        assert drawn.logps_R.tolist() == pytest.approx(expected, abs=2e-6)
-
-
-def test_processors_that_read_tokens_get_histories_without_padding():
-    sampler = make_sampler(repetition_penalty=1.5)
-    seen = []
-    processors_of = sampler._processors_of
-
-    def spy(prompt_length, device):
-        processors = processors_of(prompt_length, device)
-
-        def process(input_ids, scores):
-            seen.extend((prompt_length, row) for row in input_ids.tolist())
-            assert len(input_ids) == len(scores)
-            return processors(input_ids, scores)
-
-        return process
-
-    sampler._processors_of = spy
-    prompts = [[5], [6, 7, 8], [5], [9, 10], [11, 12]]
-    written = [[13, 14], [], [15, 16], [17], [18, 19]]
-    draw(sampler, random_logits(5), [0.5] * 5, prompts, written)
-    assert sorted(seen) == sorted((len(p), p + w) for p, w in zip(prompts, written, strict=True))
-
-
-def test_the_repetition_penalty_reads_each_rows_own_tokens():
-    sampler = make_sampler(repetition_penalty=2.0, temperature=0.8)
-    logits, noise = random_logits(60), np.random.default_rng(7).random(60)
-    prompts = [[5 + row % 3] * (1 + row % 4) for row in range(60)]
-    written = [[(9 + row) % VOCABULARY, (3 * row) % VOCABULARY][: row % 3] for row in range(60)]
-    drawn = draw(sampler, logits, noise, prompts, written)
-    for row in range(60):
-        penalized = logits[row].double()
-        for token in {*prompts[row], *written[row]}:
-            penalized[token] = penalized[token] / 2 if penalized[token] > 0 else penalized[token] * 2
-        probs = probabilities(penalized, 0.8)
-        token = inverse_cdf(probs, noise[row])
-        assert drawn.tokens_R[row] == token
-        assert drawn.drawn_logps_R[row].item() == pytest.approx(math.log(probs[token]), abs=5e-6)
-        policy = math.log(probabilities(logits[row], 0.8)[token])
-        assert drawn.logps_R[row].item() == pytest.approx(policy, abs=5e-6)
-
-
-def test_min_new_tokens_counts_from_each_rows_own_prompt():
-    sampler = make_sampler(generation_kwargs={"min_new_tokens": 2, "do_sample": False})
-    logits = torch.zeros(6, VOCABULARY)
-    logits[:, 1] = 5.0  # the end token
-    logits[:, 30] = 1.0
-    prompts = [[5], [5, 6, 7, 8], [5], [5, 6, 7, 8], [5], [5, 6, 7, 8]]
-    written = [[], [], [9], [9], [9, 10], [9, 10]]
-    drawn = draw(sampler, logits, [0.5] * 6, prompts, written)
-    assert drawn.tokens_R.tolist() == [30, 30, 30, 30, 1, 1]
-
-
-def test_a_forced_end_token_counts_from_each_rows_own_prompt():
-    sampler = make_sampler(generation_kwargs={"forced_eos_token_id": 44, "do_sample": False})
-    logits = torch.zeros(4, VOCABULARY)
-    logits[:, 30] = 1.0
-    prompts = [[5], [5, 6, 7, 8], [5], [5, 6, 7, 8]]
-    written = [[9] * 4, [9] * 4, [9] * 5, [9] * 5]  # of 6
-    assert draw(sampler, logits, [0.5] * 4, prompts, written).tokens_R.tolist() == [30, 30, 44, 44]
-
-
-@pytest.mark.parametrize(
-    "settings, blind",
-    [
-        ({}, True),
-        ({"temperature": 0.5, "top_p": 0.5, "top_k": 4, "min_p": 0.1}, True),
-        ({"generation_kwargs": {"suppress_tokens": [3], "typical_p": 0.4, "epsilon_cutoff": 0.1}}, True),
-        ({"repetition_penalty": 1.1}, False),
-        ({"generation_kwargs": {"no_repeat_ngram_size": 2}}, False),
-        ({"generation_kwargs": {"begin_suppress_tokens": [2]}}, False),
-        ({"generation_kwargs": {"sequence_bias": {(3,): 1.0}}}, False),
-    ],
-)
-def test_rows_are_processed_together_only_where_no_processor_reads_tokens(settings, blind, monkeypatch):
-    sampler = make_sampler(**settings)
-    calls = []
-    processors_of = sampler._processors_of
-    monkeypatch.setattr(
-        sampler, "_processors_of", lambda length, device: calls.append(length) or processors_of(length, device)
-    )
-    draw(sampler, random_logits(3), [0.5] * 3, [[5], [5, 6], [7, 8, 9]])
-    assert len(calls) == ((0 if not settings else 1) if blind else 3)
-
-
-def test_processors_of_a_few_prompt_lengths_are_kept(monkeypatch):
-    monkeypatch.setattr(sampling, "KEPT_PROCESSORS", 2)
-    sampler = make_sampler(generation_kwargs={"min_new_tokens": 2})
-    prompts = [[5] * length for length in (1, 2, 3, 4, 5)]
-    logits = random_logits(5)
-    kept = draw(sampler, logits, [0.5] * 5, prompts)
-    assert len(sampler._processors) <= 2
-    monkeypatch.setattr(sampling, "KEPT_PROCESSORS", 64)
-    assert torch.equal(kept.tokens_R, draw(sampler, logits, [0.5] * 5, prompts).tokens_R)
+        assert logps.tolist() == pytest.approx(expected, abs=2e-6)
 
 
 def test_logits_that_are_not_finite_give_log_probabilities_that_are_not():
-    logits = random_logits(3)
+    logits = random_logits(4)
     logits[1, 5] = torch.nan
     logits[2] = -torch.inf
-    drawn = draw(make_sampler(), logits, [0.5] * 3)
-    assert drawn.logps_R.isfinite().tolist() == [True, False, False]
-    assert ((drawn.tokens_R >= 0) & (drawn.tokens_R < VOCABULARY)).all()
+    logits[3, 5] = torch.inf
+    for settings in ({}, {"top_p": 0.5}, {"repetition_penalty": 1.5}):
+        tokens, logps = sample(make_sampler(**settings), logits, [0.5] * 4)
+        assert logps.isfinite().tolist() == [True, False, False, False]
+        assert ((tokens >= 0) & (tokens < 64)).all()
+
+
+# ---- Processors ----
+HISTORIES = [([5], [13, 14]), ([6, 7, 8], []), ([5], [15, 16]), ([9, 10], [17]), ([11, 12], [18, 19]), ([5], [7] * 5)]
+READING = {
+    "repetition_penalty": {"repetition_penalty": 1.5},
+    "a penalty below 1": {"repetition_penalty": 0.7},
+    "min_new_tokens": {"generation_kwargs": {"min_new_tokens": 2}},
+    "min_length": {"generation_kwargs": {"min_length": 4}},
+    "begin_suppress_tokens": {"generation_kwargs": {"begin_suppress_tokens": [3, 20]}},
+    "forced_eos_token_id": {"generation_kwargs": {"forced_eos_token_id": 44}},
+    "forced_bos_token_id": {"generation_kwargs": {"forced_bos_token_id": 40}},
+    "exponential_decay_length_penalty": {"generation_kwargs": {"exponential_decay_length_penalty": (1, 1.4)}},
+    "no_repeat_ngram_size": {"generation_kwargs": {"no_repeat_ngram_size": 1}},
+    "sequence_bias": {"generation_kwargs": {"sequence_bias": {(3,): 1.0, (13, 14): -2.0}}},
+    "several": {
+        "repetition_penalty": 1.2,
+        "generation_kwargs": {"min_new_tokens": 2, "no_repeat_ngram_size": 1, "suppress_tokens": [9]},
+    },
+}
+
+
+@pytest.mark.parametrize("settings", READING.values(), ids=READING)
+def test_rows_of_any_lengths_are_processed_as_transformers_does_each_alone(settings):
+    model, options = make_model(), make_options(**settings)
+    sampler = Sampler(model, options)
+    logits = random_logits(len(HISTORIES))
+    prompts, generated = zip(*HISTORIES, strict=True)
+    mine = sampler._processors(logits, make_history(prompts, generated))
+    for row, (prompt, ids) in enumerate(HISTORIES):
+        config = generation_config(options)
+        config.max_length = len(prompt) + 6
+        model._prepare_special_tokens(config, device="cpu")
+        alone = model._get_logits_processor(config, input_ids_seq_length=len(prompt), device="cpu")
+        expected = alone(torch.tensor([prompt + ids]), logits[row : row + 1])
+        assert torch.allclose(mine[row], expected[0], atol=1e-6)
+    assert sampler.reads_tokens
+
+
+@pytest.mark.parametrize(
+    "settings, reads",
+    [
+        ({}, False),
+        ({"temperature": 0.5, "top_p": 0.5, "top_k": 4, "min_p": 0.1}, False),
+        ({"generation_kwargs": {"suppress_tokens": [3], "typical_p": 0.4, "epsilon_cutoff": 0.1}}, False),
+        ({"generation_kwargs": {"renormalize_logits": True}}, False),
+        ({"repetition_penalty": 1.1}, True),
+        ({"generation_kwargs": {"sequence_bias": {(3,): 1.0}}}, True),
+    ],
+)
+def test_histories_are_kept_only_where_a_processor_reads_them(settings, reads):
+    sampler = make_sampler(**settings)
+    assert sampler.reads_tokens == reads
+    if not reads:
+        sampler.sample(random_logits(3), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "name, one_by_one", [("repetition_penalty", 0), ("min_new_tokens", 0), ("no_repeat_ngram_size", 6)]
+)
+def test_rows_are_processed_one_by_one_only_where_order_is_read(monkeypatch, name, one_by_one):
+    sampler = make_sampler(**READING[name])
+    calls, made = [], sampler._processors._of_prompt_length
+    monkeypatch.setattr(sampler._processors, "_of_prompt_length", lambda length: calls.append(length) or made(length))
+    prompts, generated = zip(*[([5] * (1 + i), [6] * i) for i in range(6)], strict=True)
+    sample(sampler, random_logits(6), [0.5] * 6, prompts, generated)
+    assert len(calls) == one_by_one
+
+
+def test_processors_of_a_few_prompt_lengths_are_kept(monkeypatch):
+    monkeypatch.setattr(processors, "KEPT_LENGTHS", 2)
+    sampler = make_sampler(generation_kwargs={"no_repeat_ngram_size": 1})
+    prompts = [[5] * length for length in (1, 2, 3, 4, 5)]
+    logits = random_logits(5)
+    tokens, _ = sample(sampler, logits, [0.5] * 5, prompts)
+    assert len(sampler._processors._made) <= 2
+    monkeypatch.setattr(processors, "KEPT_LENGTHS", 64)
+    assert torch.equal(tokens, sample(sampler, logits, [0.5] * 5, prompts)[0])
 
 
 def test_generation_config_says_everything_and_generation_kwargs_win():

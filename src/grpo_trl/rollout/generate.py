@@ -21,10 +21,15 @@ from transformers import (
     StopStringCriteria,
 )
 
+from ..logging import EVERY_RANK, get_logger
 from ..model_utils import evaluation_mode
+from ..seeds import derive_seed
 from ..types import Completion
-from .base import Rollout, RolloutRequest, SamplingOptions
+from .base import Rollout, RolloutRequest, SamplingOptions, most_rows_in_flight, ran_out_of_memory
 from .sampling import generation_config, stop_strings
+
+
+logger = get_logger(__name__)
 
 
 class GenerateEngine:
@@ -32,9 +37,11 @@ class GenerateEngine:
 
     Args:
         model: The unwrapped policy.
-        options: How tokens are drawn.
+        options: How tokens are sampled.
+        max_rows_in_flight: Completions that are decoded at a time, at most; by default 256, on a CPU 128.
         tokenizer: Finds `stop_strings`.
         context: What the forward passes run in, e.g. the accelerator's autocast.
+        gather: From a list of objects on this rank to the concatenated lists of all ranks; called only `in_step`.
         show_progress: Draw a bar with the decoding steps and tokens/s.
         check: Called at each decoding step, unless ranks wait for each other there; may raise.
         in_step: Whether ranks wait for each other in every forward, so that they must make equally many.
@@ -46,28 +53,65 @@ class GenerateEngine:
         self,
         model: Any,
         options: SamplingOptions,
+        *,
+        max_rows_in_flight: int | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+        gather: Callable[[list[Any]], list[Any]] = list,
         show_progress: bool = False,
         check: Callable[[], None] = lambda: None,
         in_step: bool = False,
     ):
         self.model = model
         self.options = options
+        self.max_rows_in_flight = max_rows_in_flight
         self.context = context
         self.show_progress = show_progress
         self.check = check
         self.in_step = in_step
+        self._gather = gather
         self._stop = stop_strings(options, tokenizer)
 
     def rollout(self, request: RolloutRequest) -> Rollout:
+        while True:
+            rows = most_rows_in_flight(self.max_rows_in_flight, self.model.device)
+            try:
+                return self._rollout(request, rows)
+            except Exception as error:
+                # ranks in step must not part ways
+                if self.in_step or rows == 1 or not ran_out_of_memory(error):
+                    raise
+            self.max_rows_in_flight = min(rows, len(request.prompt_ids) * request.num_generations) // 2 or 1
+            logger.warning(
+                "Memory ran out in model.generate; it starts again with %d completions at a time. max_rows_in_flight=%d "
+                "says so in advance.",
+                self.max_rows_in_flight,
+                self.max_rows_in_flight,
+                extra=EVERY_RANK,
+            )
+
+    def _rollout(self, request: RolloutRequest, rows_at_a_time: int) -> Rollout:
         rows = [ids for ids in request.prompt_ids for _ in range(request.num_generations)]
+        starts = range(0, len(rows), rows_at_a_time)
+        calls = max(self._gather([len(starts)])) if self.in_step else len(starts)
+        completions: list[Completion] = []
+        computed = 0
+        for call in range(calls):
+            part = rows[call * rows_at_a_time : (call + 1) * rows_at_a_time]
+            seed = derive_seed(request.seeds[0], call) if call else request.seeds[0]
+            generated, tokens = self._generate(part or rows[:1], seed)  # other ranks wait for a forward of this one
+            computed += tokens
+            completions += generated if part else []
+        return Rollout(completions, computed_tokens=computed)
+
+    def _generate(self, rows: list[list[int]], seed: int) -> tuple[list[Completion], int]:
+        """A completion of each row, and the tokens that were computed for them."""
         input_ids, attention_mask = _left_pad(rows, self.options.pad_token_id, self.model.device)
         check = (lambda: None) if self.in_step else self.check
         ends = _Ends(self.options, self._stop, len(rows), self.model.device, self.show_progress, check)
         config = generation_config(self.options)
         config.stop_strings = None  # `ends` finds them
-        unchanged = _as_it_was(self.model, request.seeds[0], config)
+        unchanged = _as_it_was(self.model, seed, config)
         with unchanged, torch.no_grad(), self.context(), contextlib.closing(ends):
             output = self.model.generate(
                 input_ids=input_ids,
@@ -75,14 +119,14 @@ class GenerateEngine:
                 stopping_criteria=StoppingCriteriaList([ends]),
                 synced_gpus=self.in_step,
             )
-        written = output[:, input_ids.shape[1] :].tolist()
+        generated = output[:, input_ids.shape[1] :].tolist()
         completions = [
             Completion(prompt, ids[:length], [True] * length, ended=ended)
             for prompt, ids, length, ended in zip(
-                rows, written, ends.lengths.tolist(), ends.ended.tolist(), strict=True
+                rows, generated, ends.lengths.tolist(), ends.ended.tolist(), strict=True
             )
         ]
-        return Rollout(completions, computed_tokens=len(rows) * len(written[0]))
+        return completions, len(rows) * len(generated[0])
 
 
 class _Ends(StoppingCriteria):

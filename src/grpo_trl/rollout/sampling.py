@@ -1,26 +1,23 @@
-"""How the next token is drawn: from which distribution, with which noise, and when a completion ends.
+"""How the next token is sampled: from which distribution, with which noise, and when a completion ends.
 
-What the options of sampling mean is transformers' business: its own logits processors and its own stop criterion are
+What the options of sampling mean is transformers' business: its logits processors (`processors`) and its stop criterion are
 called here. The noise is ours. A token takes one number in [0, 1), which follows from the seed of its prompt, the index
-of its completion and its position and from nothing else, and finds the token by inverting the cumulative distribution.
-So a completion depends neither on the rows beside it nor on how many there are.
+of its completion and its position and from nothing else, and finds the token by inverting the cumulative distribution
+(`inverse_cdf`). So a completion depends neither on the rows beside it nor on how many there are.
 
 Axes: R rows, V vocabulary, T completion tokens.
 """
 
-import copy
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCriteria
-from transformers.generation import logits_process
 
 from ..model_utils import causal_lm
 from .base import SamplingOptions
+from .inverse_cdf import sample_tokens
+from .processors import History, Processors
 
 
 SERVED_KWARGS = frozenset(
@@ -46,27 +43,8 @@ SERVED_KWARGS = frozenset(
 )
 """The further options of transformers.GenerationConfig that `Sampler` gives their meaning."""
 
-BLIND_PROCESSORS = tuple(
-    getattr(logits_process, name)
-    for name in (
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "LogitNormalization",
-        "MinPLogitsWarper",
-        "SuppressTokensLogitsProcessor",
-        "TemperatureLogitsWarper",
-        "TopHLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TypicalLogitsWarper",
-    )
-)
-"""Logits processors that look at a row's logits and not at its tokens: rows of any length go through them together."""
-
-KEPT_PROCESSORS = 64
-"""Lengths of prompts whose logits processors are kept; some hold a number per token of the vocabulary."""
-DRAWN_AT_A_TIME = 2**24
-"""Probabilities that are held in float64 at a time."""
+ELEMENTS_AT_A_TIME = {"cpu": 2**19, "cuda": 2**24}
+"""Logits that are sampled from at a time: on a CPU they stay in its cache, on a GPU they bound the memory."""
 
 
 def unserved_option(options: SamplingOptions) -> str | None:
@@ -111,100 +89,54 @@ def stop_strings(options: SamplingOptions, tokenizer: PreTrainedTokenizerBase | 
     return StopStringCriteria(tokenizer, strings)
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """The next token of each row, and its log-probabilities (nats, float64), each of shape (R,)."""
-
-    tokens_R: Tensor
-    logps_R: Tensor
-    """The model's at the sampling temperature."""
-    drawn_logps_R: Tensor
-    """Of the distribution that the token was drawn from, e.g. after top-p."""
-
-
 class Sampler:
-    """Draws tokens.
+    """Samples tokens.
 
     Args:
         model: Its transformers.GenerationMixin says which logits processors the options mean.
-        options: How tokens are drawn. All of `generation_kwargs` are among `SERVED_KWARGS`.
+        options: How tokens are sampled. All of `generation_kwargs` are among `SERVED_KWARGS`.
     """
 
     def __init__(self, model: Any, options: SamplingOptions):
-        self._lm: Any = causal_lm(model)
-        self._options = options
-        self._config = generation_config(options)
-        self._processors: dict[tuple[int, torch.device], Any] = {}
-        first = self._make_processors(1, self._lm.device)
-        self._blind = all(isinstance(processor, BLIND_PROCESSORS) for processor in first)
-        self._plain = all(isinstance(processor, logits_process.TemperatureLogitsWarper) for processor in first)
+        self._temperature = options.temperature
+        config = generation_config(options)
+        self._greedy = not config.do_sample
+        self._processors = Processors(causal_lm(model), config, options.max_completion_length)
 
-    def draw(
-        self, logits_RV: Tensor, uniform_R: Tensor, prompts: Sequence[list[int]], written: Sequence[list[int]]
-    ) -> Drawn:
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether `sample` needs the rows' history."""
+        return self._processors.reads_tokens
+
+    def sample(self, logits_RV: Tensor, noise_R: Tensor, history: History | None = None) -> tuple[Tensor, Tensor]:
         """One token per row.
 
         Args:
             logits_RV: The model's.
-            uniform_R: Noise in [0, 1), float64; see `seeds.uniforms`.
-            prompts: Token ids of each row's prompt.
-            written: Token ids of each row's completion so far.
+            noise_R: Noise in [0, 1), float64; see `seeds.uniforms`.
+            history: The rows' tokens so far; not needed where none are read.
+
+        Returns:
+            The tokens, and their log-probabilities (nats, float64) under the model at the sampling temperature.
         """
-        size = max(1, DRAWN_AT_A_TIME // logits_RV.shape[1])
+        size = max(1, ELEMENTS_AT_A_TIME.get(logits_RV.device.type, 2**24) // logits_RV.shape[1])
         parts = [
-            self._draw(logits_RV[i : i + size], uniform_R[i : i + size], prompts[i : i + size], written[i : i + size])
-            for i in range(0, len(logits_RV), size)
+            self._sample(logits_RV[rows], noise_R[rows], history and history[rows])
+            for rows in (slice(start, start + size) for start in range(0, len(logits_RV), size))
         ]
-        return Drawn(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        tokens, logps = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(logps)
 
-    def _draw(
-        self, logits_RV: Tensor, uniform_R: Tensor, prompts: Sequence[list[int]], written: Sequence[list[int]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _sample(self, logits_RV: Tensor, noise_R: Tensor, history: History | None) -> tuple[Tensor, Tensor]:
         logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-        policy_RV = logits_RV if self._options.temperature == 1 else logits_RV / self._options.temperature
-        scores_RV = policy_RV if self._plain else self._process(logits_RV, prompts, written)
-        if not self._config.do_sample:
+        policy_RV = logits_RV if self._temperature == 1 else logits_RV / self._temperature
+        as_they_are = self._processors.only_temperature
+        scores_RV = policy_RV if as_they_are else self._processors(logits_RV, history)
+        if self._greedy:
             tokens_R = scores_RV.argmax(-1)
-            logps_R = _logps(policy_RV, tokens_R)
-            return tokens_R, logps_R, torch.zeros_like(logps_R)
-        shifted_RV = scores_RV - scores_RV.amax(-1, keepdim=True)
-        mass_RV = shifted_RV.exp().cumsum(-1, dtype=torch.float64)
-        total_R = mass_RV[:, -1]
-        tokens_R = torch.searchsorted(mass_RV, (uniform_R * total_R)[:, None], right=True)[:, 0]
-        tokens_R = tokens_R.clamp(max=mass_RV.shape[1] - 1)  # where logits are not finite
-        drawn_logps_R = shifted_RV.gather(1, tokens_R[:, None])[:, 0].double() - total_R.log()
-        logps_R = drawn_logps_R if self._plain else _logps(policy_RV, tokens_R)
-        return tokens_R, logps_R, drawn_logps_R
-
-    def _process(self, logits_RV: Tensor, prompts: Sequence[list[int]], written: Sequence[list[int]]) -> Tensor:
-        """Logits after the processors. Those that read a row's tokens get rows of one length together, without padding."""
-        if self._blind:
-            unread_R1 = torch.zeros(len(logits_RV), 1, dtype=torch.long, device=logits_RV.device)
-            return self._processors_of(1, logits_RV.device)(unread_R1, logits_RV)
-        scores_RV = torch.empty_like(logits_RV)
-        by_length: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for row, (prompt, ids) in enumerate(zip(prompts, written, strict=True)):
-            by_length[len(prompt), len(ids)].append(row)
-        for (prompt_length, _), rows in by_length.items():
-            read = torch.tensor([prompts[row] + written[row] for row in rows], device=logits_RV.device)
-            scores_RV[rows] = self._processors_of(prompt_length, logits_RV.device)(read, logits_RV[rows])
-        return scores_RV
-
-    def _processors_of(self, prompt_length: int, device: torch.device) -> Any:
-        """For prompts of one length: where a completion begins and where it must end counts from the prompt's start."""
-        key = prompt_length, device
-        if key not in self._processors:
-            if len(self._processors) == KEPT_PROCESSORS:
-                self._processors.clear()
-            self._processors[key] = self._make_processors(prompt_length, device)
-        return self._processors[key]
-
-    def _make_processors(self, prompt_length: int, device: torch.device) -> Any:
-        config = copy.deepcopy(self._config)
-        config.max_length = prompt_length + self._options.max_completion_length
-        self._lm._prepare_special_tokens(config, device=device)
-        return self._lm._get_logits_processor(config, input_ids_seq_length=prompt_length, device=device)
-
-
-def _logps(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
-    return logits_RV.gather(1, tokens_R[:, None])[:, 0].double() - logits_RV.logsumexp(-1).double()
+            lse_R = policy_RV.logsumexp(-1).double()
+        else:
+            tokens_R, lse_R = sample_tokens(scores_RV, noise_R, self._processors.narrowing)
+            if not as_they_are:
+                lse_R = torch.where(lse_R.isfinite(), policy_RV.logsumexp(-1).double(), lse_R)
+        return tokens_R, policy_RV.gather(1, tokens_R[:, None])[:, 0].double() - lse_R

@@ -1,46 +1,40 @@
-import psutil
 import pytest
 import torch
 from torch import nn
 
-from grpo_trl.rollout.group import cpu_linear as weights
-from grpo_trl.rollout.group.cpu_linear import packed_weights
+from grpo_trl.rollout.group.cpu_linear import lay_out, packed_linears
 from tests.helpers.models import make_model
 
 
-class Free:
-    def __init__(self, available):
-        self.available = available
+def forwards(model):
+    return {name: "forward" in vars(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-def kinds(model):
-    return {name: type(m.forward).__name__ for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7, 300])
-def test_packed_layers_compute_the_same(rows):
+@pytest.mark.parametrize("rows", [1, 2, 7, 9, 300])
+@pytest.mark.parametrize("bias", [True, False])
+def test_packed_layers_compute_the_same(rows, bias):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(24, 40), nn.Linear(40, 16, bias=False)).requires_grad_(False)
+    layer = nn.Linear(24, 40, bias=bias).requires_grad_(False)
     x = torch.randn(rows, 3, 24)
-    expected = model(x)
-    with packed_weights(model):
-        assert set(kinds(model).values()) == {"_Packed"}
-        assert torch.allclose(model(x), expected, atol=1e-5)
-    assert set(kinds(model).values()) == {"method"}
+    assert torch.allclose(lay_out(layer.weight, layer.bias)(x), layer(x), atol=1e-5)
+    with packed_linears([layer]):
+        assert forwards(layer) == {"": True}
+        assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
+    assert forwards(layer) == {"": False}
 
 
 def test_layers_are_as_they_were_after_an_exception():
     model = make_model()
-    with pytest.raises(RuntimeError, match="stop"), packed_weights(model):
+    with pytest.raises(RuntimeError, match="stop"), packed_linears(model.modules()):
         raise RuntimeError("stop")
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(forwards(model).values())
 
 
-def test_weights_that_change_between_two_uses_are_read_anew():
+def test_weights_that_change_between_two_uses_are_read_again():
     layer = nn.Linear(8, 8).requires_grad_(False)
     x = torch.randn(2, 8)
     for _ in range(2):
-        with packed_weights(layer):
+        with packed_linears([layer]):
             assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
         layer.weight.add_(1.0)
 
@@ -50,24 +44,19 @@ class OwnLinear(nn.Linear):
         return super().forward(x) + 1
 
 
-def test_only_plain_layers_in_float32_are_packed(monkeypatch):
+def test_only_plain_layers_in_float32_are_packed():
     own, hooked = OwnLinear(4, 4), nn.Linear(4, 4)
     hooked.forward = lambda x: x  # as accelerate's hooks set it
     layers = [nn.Linear(4, 4).double(), nn.Linear(4, 4).bfloat16(), own, hooked]
-    model = nn.ModuleList([*layers, nn.Linear(4, 4)])
     before = [layer.forward for layer in layers]
-    with packed_weights(model):
+    plain = nn.Linear(4, 4)
+    with packed_linears([*layers, plain]):
         assert [layer.forward for layer in layers] == before
-        assert type(model[4].forward).__name__ == "_Packed"
+        assert forwards(plain) == {"": True}
     assert hooked.forward is before[3]
 
 
-def test_nothing_is_packed_under_autocast_or_where_memory_is_short(monkeypatch):
-    model = nn.Linear(64, 64)
-    with torch.autocast("cpu", dtype=torch.bfloat16), packed_weights(model):
-        assert kinds(model) == {"": "method"}
-    size = model.weight.numel() * 4
-    for free, kind in ((size / weights.FREE_SHARE - 100, "method"), (size / weights.FREE_SHARE + 100, "_Packed")):
-        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: Free(free))
-        with packed_weights(model):
-            assert kinds(model) == {"": kind}
+def test_nothing_is_packed_under_autocast():
+    layer = nn.Linear(64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16), packed_linears([layer]):
+        assert forwards(layer) == {"": False}

@@ -1,5 +1,7 @@
+import contextlib
 import logging
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,8 +13,8 @@ from grpo_trl.rollout.group import cuda_graphs as steps
 from grpo_trl.rollout.group import engine as group
 from grpo_trl.rollout.group.cache import NAME, GroupCache
 from grpo_trl.rollout.group.cuda_graphs import EagerSteps, RecordedSteps, _rounded
-from grpo_trl.rollout.group.decoding import Decoding
 from grpo_trl.rollout.group.engine import GroupEngine
+from grpo_trl.rollout.group.scheduler import Scheduler
 from grpo_trl.rollout.sampling import Sampler
 from tests.helpers.families import WINDOWED, make_family
 
@@ -136,7 +138,7 @@ class Spy:
     def __call__(self, step):
         logits, computed = self.inner(step)
         cache = (self.inner.eager if isinstance(self.inner, RecordedSteps) else self.inner).cache
-        memory = [(x.key.clone(), x.value.clone()) for x in cache._layers.values()]
+        memory = [(x.own.clone(),) for x in cache._layers.values()]
         self.seen.append((step, logits.clone(), computed, memory))
         return logits, computed
 
@@ -148,7 +150,7 @@ def decode(model, make, rows=12, request=None):
     spy = Spy(make(model, cache))
     told = lambda tokens, ended: None  # noqa: E731
     with torch.no_grad(), attending_by(model, NAME):
-        Decoding(model, Sampler(model, options), options, None, request, cache, spy, told).run()
+        Scheduler(model, Sampler(model, options), options, None, request, cache, spy, told).run()
     return spy.seen
 
 
@@ -210,7 +212,7 @@ def test_the_memory_that_a_recording_reads_is_not_that_of_the_next_step():
     told = lambda tokens, ended: None  # noqa: E731
     with torch.no_grad(), attending_by(model, NAME):
         with pytest.raises(EnoughError):
-            Decoding(model, Sampler(model, options), options, None, make_request(), cache, stop_before, told).run()
+            Scheduler(model, Sampler(model, options), options, None, make_request(), cache, stop_before, told).run()
         one = recorded(seen[first])[0].clone()
         kept = replace(seen[first], tokens_R=seen[first].tokens_R.clone())
         other = recorded(replace(seen[first], tokens_R=(seen[first].tokens_R + 5) % 48))[0].clone()
@@ -251,3 +253,66 @@ def test_counts_are_rounded_up_to_few_values():
         rounded = _rounded(count)
         assert count <= rounded == _rounded(rounded) < max(2 * count, count + 64)
         assert rounded in (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 320)
+
+
+# ---- The recorder ----
+class FakeCuda:
+    """The calls of torch.cuda that a recorder makes, in their order."""
+
+    def __init__(self, monkeypatch):
+        self.events, self.mode = [], "default"
+        cuda = torch.cuda
+        monkeypatch.setattr(cuda, "graph_pool_handle", lambda: "pool")
+        monkeypatch.setattr(cuda, "Stream", lambda: self.events.append("new stream") or Stream("side"))
+        monkeypatch.setattr(cuda, "current_stream", lambda: Stream("own"))
+        monkeypatch.setattr(cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(cuda, "set_stream", lambda stream: None)
+        monkeypatch.setattr(cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: self.events.append("replay")))
+        monkeypatch.setattr(cuda, "graph", self.graph)
+        monkeypatch.setattr(cuda, "get_sync_debug_mode", lambda: self.mode)
+        monkeypatch.setattr(cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode):
+        self.events.append(f"capture on {stream.name}")
+        yield
+
+
+class Stream(SimpleNamespace):
+    def __init__(self, name):
+        super().__init__(name=name)
+
+    def wait_stream(self, other):
+        pass
+
+
+def test_recordings_share_a_stream_and_are_rehearsed(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+    record = steps.CudaRecorder()
+    for _ in range(3):
+        launch = record(lambda: fake.events.append(f"call in mode {fake.mode}"))
+        launch()
+    assert fake.events.count("new stream") == 1
+    assert fake.events[1:5] == ["call in mode error", "capture on side", "call in mode default", "replay"]
+
+
+def test_a_call_that_waits_for_the_device_is_refused_before_anything_is_recorded(monkeypatch):
+    fake = FakeCuda(monkeypatch)
+
+    def call():
+        if fake.mode == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        steps.CudaRecorder()(call)
+    assert not [event for event in fake.events if event.startswith("capture")]
+    assert fake.mode == "default"
+
+
+def test_memory_that_runs_out_in_recording_is_not_taken_for_a_refusal(monkeypatch):
+    def fail(call):
+        raise RuntimeError("CUDA error: out of memory")
+
+    model = make_family("qwen2", num_hidden_layers=1).double().eval()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decode(model, lambda model, cache: RecordedSteps(EagerSteps(model, cache), fail))

@@ -8,13 +8,15 @@ from transformers import GenerationConfig
 
 from grpo_trl.rollout.base import Rollout, RolloutRequest, SamplingOptions
 from grpo_trl.rollout.generate import GenerateEngine
-from grpo_trl.rollout.group import cache, decoding
+from grpo_trl.rollout.group import cache, comparison, scheduler
 from grpo_trl.rollout.group import engine as group
 from grpo_trl.rollout.group.engine import GroupEngine
 from grpo_trl.rollout.sampling import SERVED_KWARGS
 from grpo_trl.seeds import uniforms
 from tests.helpers.families import FAMILIES, WINDOWED, make_family
 from tests.helpers.models import make_model, make_tokenizer
+
+from ..test_sampling import inverse_cdf, sample_nucleus
 
 
 PAD, EOS = 0, 1
@@ -52,7 +54,7 @@ def sample(model, prompts=PROMPTS, num_generations: int = 3, seeds=None, rows: i
 
 
 def generate(model, prompts=PROMPTS, num_generations: int = 3, **changes) -> Rollout:
-    engine = GenerateEngine(model, make_options(**changes), make_tokenizer())
+    engine = GenerateEngine(model, make_options(**changes), tokenizer=make_tokenizer())
     return engine.rollout(make_request(prompts, num_generations))
 
 
@@ -136,12 +138,10 @@ def assert_follows_from_seeds(model, rollout, request, options, keep=keep_all):
         noise = uniforms(request.seeds[prompt], g, len(completion.ids)).tolist()
         expected = []
         for probs, u in zip(distributions(model, completion, options.temperature), noise, strict=True):
-            below = 0.0
-            for token, p in enumerate(keep(probs)):  # noqa: B007
-                below += p
-                if u < below:
-                    break
-            expected.append(token)
+            if options.top_p < 1:
+                expected.append(sample_nucleus(probs, u, options.top_p))
+            else:
+                expected.append(inverse_cdf(keep(probs), u))
         assert completion.ids == expected
     assert rollout.computed_tokens == sum(len(completion.ids) for completion in rollout.completions)
 
@@ -187,7 +187,7 @@ def test_each_token_follows_from_its_noise_and_the_processed_distribution(option
 
 @pytest.mark.parametrize("most, prefills", [(1, [13, 8, 5, 3, 1]), (6, [13, 8, 5, 4]), (12, [13, 8, 9]), (30, [30])])
 def test_prompts_that_do_not_fit_into_one_prefill_are_computed_by_several(monkeypatch, most, prefills):
-    monkeypatch.setattr(decoding, "PREFILL_TOKENS", most)
+    monkeypatch.setitem(scheduler.PREFILL_TOKENS, "cpu", most)
     model = make_family("qwen2").double()
     engine = GroupEngine(model, make_options())
     engine.rollout(make_request())
@@ -226,12 +226,12 @@ def test_completions_do_not_depend_on_the_rows_in_flight(precise, rows):
 
 
 def test_completions_depend_neither_on_other_prompts_nor_on_their_order(precise):
-    run_on_all_ranks = ids(sample(precise))
+    together = ids(sample(precise))
     order = [3, 0, 4, 2, 1]
     shuffled = ids(sample(precise, [PROMPTS[i] for i in order], seeds=[100 + i for i in order], rows=5))
     for place, i in enumerate(order):
         alone = ids(sample(precise, [PROMPTS[i]], seeds=[100 + i]))
-        assert run_on_all_ranks[3 * i : 3 * i + 3] == alone == shuffled[3 * place : 3 * place + 3]
+        assert together[3 * i : 3 * i + 3] == alone == shuffled[3 * place : 3 * place + 3]
 
 
 def test_more_completions_leave_the_first_ones_as_they_are(precise):
@@ -273,13 +273,8 @@ def test_log_probabilities_are_those_of_plain_forwards_before_and_after_processi
     for completion in rollout.completions:
         probs = distributions(model, completion, temperature)
         policy = [probs[n][token] for n, token in enumerate(completion.ids)]
-        drawn = [keep(probs[n])[token] for n, token in enumerate(completion.ids)]
         assert completion.sampler_logps == pytest.approx(torch.tensor(policy).log().tolist(), abs=1e-4)
-        assert completion.drawn_logps == pytest.approx(torch.tensor(drawn).log().tolist(), abs=1e-4)
-        if keep is keep_all:
-            assert completion.sampler_logps == completion.drawn_logps
-    pairs = [pair for c in rollout.completions for pair in zip(c.sampler_logps, c.drawn_logps, strict=True)]
-    assert (keep is keep_all) or any(policy < drawn - 0.05 for policy, drawn in pairs)
+        assert all(keep(probs[n])[token] > 0 for n, token in enumerate(completion.ids))
 
 
 def test_greedy_tokens_have_the_models_log_probability_and_no_other_choice():
@@ -288,7 +283,6 @@ def test_greedy_tokens_have_the_models_log_probability_and_no_other_choice():
         probs = distributions(model, completion, 0.6)
         expected = torch.tensor([probs[n][token] for n, token in enumerate(completion.ids)]).log().tolist()
         assert completion.sampler_logps == pytest.approx(expected, abs=1e-4)
-        assert completion.drawn_logps == [0.0] * len(completion.ids)
 
 
 # ---- Statistics ----
@@ -426,9 +420,8 @@ def test_top_h_narrows_the_choice(precise):
     rollout = sample(precise, generation_kwargs={"top_h": 0.4})
     free = sample(precise)
     assert ids(rollout) != ids(free)
-    differences = [d - p for c in rollout.completions for p, d in zip(c.sampler_logps, c.drawn_logps, strict=True)]
-    assert min(differences) >= -1e-9
-    assert max(differences) > 0.5
+    likely = [logp for c in rollout.completions for logp in c.sampler_logps]
+    assert min(likely) > min(logp for c in free.completions for logp in c.sampler_logps) + 0.5
 
 
 def test_history_processors_see_other_histories_per_row(precise):
@@ -499,7 +492,7 @@ def assert_generate_writes(engine, model, options, caplog, reason: str):
     for _ in range(2):
         rollout = engine.rollout(make_request())
         assert all(c.sampler_logps is None for c in rollout.completions)
-        assert ids(rollout) == ids(GenerateEngine(model, options, make_tokenizer()).rollout(make_request()))
+        assert ids(rollout) == ids(GenerateEngine(model, options, tokenizer=make_tokenizer()).rollout(make_request()))
     assert len(warnings(caplog)) == 1
     assert "model.generate" in warnings(caplog)[0]
     assert reason in warnings(caplog)[0]
@@ -594,11 +587,102 @@ def test_ranks_hand_over_together(model, caplog, at):
 
     def gather(reasons):
         calls.append(reasons)
-        return [*reasons, "another rank cannot" if len(calls) == (1 if at == "construction" else 2) else None]
+        other = "another rank cannot" if len(calls) == (1 if at == "construction" else 2) else None
+        return [*reasons, other if len(calls) == 1 else (other, None)]
 
     engine = GroupEngine(model, make_options(), tokenizer=make_tokenizer(), gather=gather)
     assert_generate_writes(engine, model, make_options(), caplog, "another rank cannot")
-    assert calls == [[None]] * (1 if at == "construction" else 2)
+    assert calls == ([[None]] if at == "construction" else [[None], [(None, None)]])
+
+
+def test_an_error_in_the_first_round_reaches_every_rank(model, monkeypatch):
+    """The rank that meets it gathers first, and a rank that meets none raises what another met."""
+    reports = []
+    engine = GroupEngine(model, make_options(), gather=lambda mine: reports.append(mine) or mine)
+    monkeypatch.setattr(engine, "_disagreement", lambda request: raise_(torch.OutOfMemoryError("made up")))
+    with pytest.raises(torch.OutOfMemoryError, match="made up"):
+        engine.rollout(make_request())
+    assert reports[1:] == [[(None, "OutOfMemoryError('made up')")]]
+    met = iter([[None], [(None, None), *reports[1]]])
+    other = GroupEngine(model, make_options(), gather=lambda mine: next(met))
+    with pytest.raises(RuntimeError, match=r"Another rank .* OutOfMemoryError\('made up'\)"):
+        other.rollout(make_request())
+
+
+def raise_(error):
+    raise error
+
+
+# ---- The comparison at the first rollout ----
+@pytest.fixture
+def compared(monkeypatch):
+    """Arguments and result of each comparison."""
+    seen, compare = [], group.compare
+
+    def spy(model, completions, *args):
+        seen.append((completions, compare(model, completions, *args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(group, "compare", spy)
+    return seen
+
+
+def test_enough_tokens_are_compared_and_past_a_window(compared):
+    for family, changes, window in (("qwen2", {}, 0), ("mistral", WINDOWED["mistral"], 6)):
+        sample(make_family(family, **changes), max_completion_length=100)
+        completions, comparison = compared.pop()
+        assert comparison.agrees
+        assert [len(c.ids) for c in completions] == [32 + window] * 4
+        assert comparison.tokens >= 64
+        assert {len(c.prompt_ids) for c in completions} == {1, 13}
+    sample(make_family("mistral", sliding_window=60), max_completion_length=50)
+    assert [len(c.ids) for c in compared.pop()[0]] == [50] * 4
+
+
+def test_plain_forwards_compute_logits_of_the_compared_tokens_alone(model, compared):
+    prompts, shapes = make_prompts(60, 60), []
+    model.lm_head.register_forward_pre_hook(lambda module, args: shapes.append(args[0].shape[1]))
+    sample(model, prompts, num_generations=1)
+    assert max(shapes) == 11
+
+
+def test_what_disagrees_is_compared_once_more_on_more_tokens(model, caplog, monkeypatch, compared):
+    right = cache.attend_part
+    monkeypatch.setattr(cache, "attend_part", lambda q, k, v, m, scaling, cap: right(q, k, v, m, 2 * scaling, cap))
+    options = make_options(max_completion_length=100)
+    GroupEngine(model, options).rollout(make_request())
+    (few, _), (more, last) = compared
+    assert ([len(c.ids) for c in few], [len(c.ids) for c in more]) == ([32] * 4, [100] * 8)
+    (line,) = warnings(caplog)
+    assert f"differ from plain ones by {last.difference:.2g} nats on average over 800 tokens" in line
+    assert f"where {last.allowed:.2g} are allowed (the model differs from itself by {last.noise:.2g}" in line
+
+
+def test_one_unlucky_sample_does_not_decide(model, caplog, monkeypatch):
+    first = comparison.Comparison(0.5, 0.0, 0.1, 64)
+    results = iter([first, comparison.Comparison(0.05, 0.0, 0.1, 256)])
+    monkeypatch.setattr(group, "compare", lambda *args: next(results))
+    GroupEngine(model, make_options()).rollout(make_request())
+    assert not warnings(caplog)
+
+
+def test_a_model_that_differs_from_itself_in_another_batch_may_differ_from_the_engine_too(model):
+    """One row weighs differently from two: noise is measured, and multiplies what is allowed."""
+    completions = sample(model, num_generations=2, eos_token_ids=()).completions
+    quiet = comparison.compare(model, completions, 1.0, False)
+    assert quiet.agrees
+    assert quiet.allowed == pytest.approx(1e-3)
+    weight = model.lm_head.weight
+
+    def shift(module, args, logits):
+        return logits * (1.05 if len(logits) == 2 else 1.0)
+
+    model.lm_head.register_forward_hook(shift)
+    noisy = comparison.compare(model, completions, 1.0, False)
+    assert noisy.noise > 0.01
+    assert noisy.allowed == pytest.approx(4 * noisy.noise)
+    assert noisy.difference == pytest.approx(quiet.difference, abs=1e-6)
+    assert weight is model.lm_head.weight
 
 
 def test_a_rank_tells_the_others_its_reason_and_asks_once_only(model):
@@ -606,7 +690,7 @@ def test_a_rank_tells_the_others_its_reason_and_asks_once_only(model):
 
     def gather(reasons):
         calls.append(reasons)
-        return [None, *reasons]
+        return [None, *reasons] if len(calls) == 1 else [(None, None), *reasons]
 
     GroupEngine(make_model(attention_dropout=0.1), make_options(), gather=gather)
     assert len(calls) == 1
@@ -615,7 +699,7 @@ def test_a_rank_tells_the_others_its_reason_and_asks_once_only(model):
     engine = GroupEngine(model, make_options(), gather=gather)
     for _ in range(3):
         engine.rollout(make_request())
-    assert calls == [[None], [None]]
+    assert calls == [[None], [(None, None)]]
 
 
 # ---- Memory ----
@@ -677,21 +761,17 @@ def test_where_not_one_row_fits_the_error_names_the_option(model, monkeypatch):
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "deepseek_v3"])
 def test_the_cache_takes_the_bytes_that_were_computed_before(family, monkeypatch):
     caches = []
-    write = GroupEngine._write
+    sample_with = GroupEngine._sample
 
     def spy(self, request, options, stop, cache, *args):
         caches.append((cache, self._bytes_of(cache)))
-        return write(self, request, options, stop, cache, *args)
+        return sample_with(self, request, options, stop, cache, *args)
 
-    monkeypatch.setattr(GroupEngine, "_write", spy)
+    monkeypatch.setattr(GroupEngine, "_sample", spy)
     sample(make_family(family), rows=7)
     (_, unknown), (used, computed) = caches
     assert unknown == 0
-    held = sum(
-        part.numel() * part.element_size()
-        for x in used._layers.values()
-        for part in (x.prompt_key, x.prompt_value, x.key, x.value)
-    )
+    held = sum(part.nbytes for x in used._layers.values() for part in (x.prompts, x.own))
     assert held == computed > 0
 
 
@@ -701,6 +781,47 @@ def test_rows_in_flight_never_exceed_the_option(model):
     shapes = record_inputs(model)
     engine.rollout(make_request(num_generations=5))
     assert max(rows for rows, _ in shapes) == 4
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("made up"), RuntimeError("CUDA error: out of memory")], ids=str
+)
+def test_where_memory_runs_out_sampling_starts_again_with_half_of_the_rows(precise, caplog, monkeypatch, error):
+    """And gives the same completions; the next round does not try as many again."""
+    expected = ids(sample(precise))
+    engine = GroupEngine(precise, make_options(), max_rows_in_flight=14)
+    engine.rollout(make_request())
+    attend, failed = cache.GroupCache.attend_step, []
+
+    def fail(self, *args):
+        if self.max_rows > 4 and int(self.now.lengths_R.max()) == 2:
+            failed.append(self.max_rows)
+            raise error
+        return attend(self, *args)
+
+    monkeypatch.setattr(cache.GroupCache, "attend_step", fail)
+    assert ids(engine.rollout(make_request())) == expected
+    assert failed == [14, 7]
+    assert [line for line in warnings(caplog) if "max_rows_in_flight=3" in line] == warnings(caplog)[1:]
+    engine.rollout(make_request())
+    assert failed == [14, 7]
+
+
+def test_memory_that_runs_out_with_one_row_is_an_error(model, monkeypatch):
+    engine = GroupEngine(model, make_options(), max_rows_in_flight=1)
+    engine.rollout(make_request())
+    monkeypatch.setattr(cache.GroupCache, "attend", lambda *args: raise_(torch.OutOfMemoryError("made up")))
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.rollout(make_request())
+
+
+def test_what_autocast_copies_is_left_out_of_the_memory_for_keys(model):
+    engine = GroupEngine(model, make_options(), mixed_precision=True)
+    assert engine._bytes_of_casts() == 0
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert engine._bytes_of_casts() == 2 * matrices
+        assert GroupEngine(model.bfloat16(), make_options())._bytes_of_casts() == 0
 
 
 # ---- What is computed ----
@@ -768,11 +889,11 @@ def test_model_and_random_state_are_as_they_were_after_an_exception(mixed_model,
     def fail_at_the_third_token(*args, **kwargs):
         calls.append(layer.training)
         if len(calls) == 3:
-            raise RuntimeError("out of memory")
+            raise RuntimeError("made up")
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(layer, "forward", fail_at_the_third_token)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RuntimeError, match="made up"):
         engine.rollout(make_request())
     assert calls == [False] * 3
     monkeypatch.undo()
@@ -925,7 +1046,7 @@ def test_steps_are_told_with_their_tokens_and_ends(model):
     request = make_request()
     model.eval()
     with torch.no_grad():
-        rollout = engine._write(
+        rollout = engine._sample(
             request, engine.options, None, engine._sized_cache(request), lambda *step: told.append(step)
         )
     assert sum(tokens for tokens, _ in told) == rollout.computed_tokens

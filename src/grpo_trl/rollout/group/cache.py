@@ -58,16 +58,35 @@ class Step:
     """S, at least the longest prompt in flight."""
     columns: int
     """T, above the largest of `lengths_R`."""
-    _masks: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    _shared: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
+    """What layers that are alike have in common."""
 
     def masks(self, window: int | None, dtype: torch.dtype, queries_per_row: int) -> tuple[Tensor, Tensor]:
         """What is added to products: of shape (R, 1, 1, T) for own keys, (N, 1, 1 or G*Q, S) for those of prompts."""
         if window is not None and window >= self.prompt_columns + self.columns:
             window = None
         key = window, dtype, queries_per_row
-        if key not in self._masks:
-            self._masks[key] = self._make_masks(window, dtype, queries_per_row)
-        return self._masks[key]
+        if key not in self._shared:
+            self._shared[key] = self._make_masks(window, dtype, queries_per_row)
+        return self._shared[key]
+
+    def rotation(self, cos_R1D: Tensor, sin_R1D: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosines, and the sines for components whose halves have changed places, of which the first is negated."""
+        key = id(cos_R1D), id(sin_R1D)
+        if key not in self._shared:
+            first, second = sin_R1D.chunk(2, dim=-1)
+            self._shared[key] = cos_R1D, torch.cat([-first, second], dim=-1)
+        return self._shared[key]
+
+    def routes(self, key_heads: int) -> tuple[Tensor, Tensor]:
+        """From queries (R*K, ...) to those of prompts (N*K*G, ...), and from their outputs (N*G, ...) to rows (R, ...)."""
+        key = "routes", key_heads
+        if key not in self._shared:
+            group = self.rows_NG.shape[1]
+            head_K1 = torch.arange(key_heads, device=self.rows_NG.device)[:, None]
+            there_NKG = self.rows_NG[:, None] * key_heads + head_K1
+            self._shared[key] = there_NKG.flatten(), self.prompt_R * group + self.place_R
+        return self._shared[key]
 
     def _make_masks(self, window: int | None, dtype: torch.dtype, queries_per_row: int) -> tuple[Tensor, Tensor]:
         device = self.tokens_R.device
@@ -83,18 +102,35 @@ class Step:
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    # not -inf: a row that sees nothing must have a log-sum-exp that makes it weightless, and no NaN
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, hidden(dtype))
+
+
+def hidden(dtype: torch.dtype) -> float:
+    """What is added to the product of a query with a key that it does not see.
+
+    Not -inf: a row that sees nothing must have a log-sum-exp that makes it weightless. Nor the least number: CUDA's kernel
+    multiplies by log2(e) in float32, which would make -inf of it, and gives such a row the log-sum-exp 0.
+    """
+    return max(torch.finfo(dtype).min, -1e30)
 
 
 @dataclass
 class _Layer:
-    """One attention layer's memory."""
+    """One attention layer's memory: a token's keys of all heads, then its values, in one line."""
 
-    prompt_key: Tensor  # (slots, S, K, D)
-    prompt_value: Tensor
-    key: Tensor  # (rows, T, K, D)
-    value: Tensor
+    prompts: Tensor  # (slots, S, K*D + K*D of the values)
+    own: Tensor  # (rows, T, K*D + K*D of the values)
+    key_heads: int
+    key_size: int
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+    def split(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of shape (slots, K, tokens, D)."""
+        keys, values = memory.tensor_split((self.key_heads * self.key_size,), dim=-1)
+        key, value = (x.unflatten(-1, (self.key_heads, -1)).transpose(1, 2) for x in (keys, values))
+        return key, value
 
 
 @dataclass
@@ -115,17 +151,15 @@ class GroupCache:
     @property
     def bytes_per_token(self) -> int:
         """Of all layers; known after the first prefill."""
-        return sum(part[0, 0].numel() * part.element_size() for x in self._layers.values() for part in (x.key, x.value))
+        return sum(x.own.shape[2] * x.own.element_size() for x in self._layers.values())
 
     def move_row(self, source: int, target: int, length: int) -> None:
         for layer in self._layers.values():
-            for part in (layer.key, layer.value):
-                part[target, :length] = part[source, :length]
+            layer.own[target, :length] = layer.own[source, :length]
 
     def move_prompt(self, source: int, target: int, length: int) -> None:
         for layer in self._layers.values():
-            for part in (layer.prompt_key, layer.prompt_value):
-                part[target, :length] = part[source, :length]
+            layer.prompts[target, :length] = layer.prompts[source, :length]
 
     def attend(
         self,
@@ -143,70 +177,80 @@ class GroupCache:
             Of shape (as the query's rows, tokens, H, D of the values).
         """
         if isinstance(self.now, Prefill):
-            self._store_prompts(module, self.now, key, value)
+            if module not in self._layers:
+                self._layers[module] = self._allocate(key, value, scaling, window, softcap)
+            self._store_prompts(self._layers[module], self.now, key, value)
             output, _ = shared_prefix_attention(
                 module, query, key, value, None, scaling, 0.0, window, softcap, shared_prefix=self.now.layout
             )
             return output
-        assert self.now is not None
-        return self._attend_step(self._layers[module], self.now, query, key, value, scaling, window, softcap)
+        stored = torch.cat([key[:, :, 0].flatten(1), value[:, :, 0].flatten(1)], dim=-1)
+        return self.attend_step(module, query[:, :, 0], stored).unflatten(-1, (query.shape[1], -1)).unsqueeze(1)
 
-    def _store_prompts(self, module: nn.Module, prefill: Prefill, key: Tensor, value: Tensor) -> None:
-        if module not in self._layers:
-            self._layers[module] = self._allocate(key, value)
-        layer = self._layers[module]
+    def _store_prompts(self, layer: _Layer, prefill: Prefill, key: Tensor, value: Tensor) -> None:
+        lines_SE = torch.cat([x[0].transpose(0, 1).flatten(1) for x in (key, value)], dim=-1)
         for slot, group in zip(prefill.slots, prefill.layout.groups, strict=True):
-            layer.prompt_key[slot, : group.prompt.length] = key[0, :, group.prompt.slice].transpose(0, 1)
-            layer.prompt_value[slot, : group.prompt.length] = value[0, :, group.prompt.slice].transpose(0, 1)
+            layer.prompts[slot, : group.prompt.length] = lines_SE[group.prompt.slice]
 
-    def _allocate(self, key: Tensor, value: Tensor) -> _Layer:
-        def memory(like: Tensor, slots: int, tokens: int) -> Tensor:
-            return _zeros((slots, tokens, like.shape[1], like.shape[3]), like.dtype, like.device)
+    def _allocate(
+        self, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
+    ) -> _Layer:
+        width = key.shape[1] * (key.shape[3] + value.shape[3])
+
+        def memory(slots: int, tokens: int) -> Tensor:
+            return _zeros((slots, tokens, width), key.dtype, key.device)
 
         return _Layer(
-            memory(key, self.max_prompts, self.max_prompt_tokens),
-            memory(value, self.max_prompts, self.max_prompt_tokens),
-            memory(key, self.max_rows, self.max_completion_tokens),
-            memory(value, self.max_rows, self.max_completion_tokens),
+            memory(self.max_prompts, self.max_prompt_tokens),
+            memory(self.max_rows, self.max_completion_tokens),
+            key.shape[1],
+            key.shape[3],
+            scaling,
+            window,
+            softcap,
         )
 
-    def _attend_step(
-        self,
-        layer: _Layer,
-        step: Step,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> Tensor:
-        rows, columns = len(step.tokens_R), step.columns
-        prompts, group = step.rows_NG.shape
-        layer.key[step.row_R, step.lengths_R] = key[:, :, 0]
-        layer.value[step.row_R, step.lengths_R] = value[:, :, 0]
-        query_RKQD = query[:, :, 0].unflatten(1, (key.shape[1], -1))
-        own_mask, prompt_mask = step.masks(window, query.dtype, query_RKQD.shape[2])
-        own, own_lse = attend_part(
-            query_RKQD,
-            layer.key[:rows, :columns].transpose(1, 2),
-            layer.value[:rows, :columns].transpose(1, 2),
-            own_mask,
-            scaling,
-            softcap,
+    def attend_step(self, module: nn.Module, query_RHD: Tensor, stored_RE: Tensor) -> Tensor:
+        """Store the keys and values of one token of each row, and attend over all that it sees.
+
+        Args:
+            module: The attention layer, which has prefilled prompts.
+            query_RHD: Of shape (R, H, D).
+            stored_RE: Keys of all heads and then values, of shape (R, K*D + K*D of the values).
+
+        Returns:
+            Of shape (R, H*D of the values).
+        """
+        layer, step = self._layers[module], self.now
+        assert isinstance(step, Step)
+        rows, (prompts, group) = len(step.tokens_R), step.rows_NG.shape
+        query_RHD, stored_RE = query_RHD.to(layer.own.dtype), stored_RE.to(layer.own.dtype)
+        layer.own.flatten(0, 1).index_copy_(0, step.row_R * layer.own.shape[1] + step.lengths_R, stored_RE)
+        query_RKQD = query_RHD.unflatten(1, (layer.key_heads, -1))
+        queries = query_RKQD.shape[2]
+        own_mask, prompt_mask = step.masks(layer.window, query_RHD.dtype, queries)
+        there, back = step.routes(layer.key_heads)
+        own = attend_part(
+            query_RKQD, *layer.split(layer.own[:rows, : step.columns]), own_mask, layer.scaling, layer.softcap
         )
-        output, lse = attend_part(
-            query_RKQD[step.rows_NG].transpose(1, 2).flatten(2, 3),  # (N, K, G*Q, D)
-            layer.prompt_key[:prompts, : step.prompt_columns].transpose(1, 2),
-            layer.prompt_value[:prompts, : step.prompt_columns].transpose(1, 2),
+        routed = query_RHD.reshape(rows * layer.key_heads, -1).index_select(0, there)
+        prompt = attend_part(
+            routed.view(prompts, layer.key_heads, group * queries, -1),
+            *layer.split(layer.prompts[:prompts, : step.prompt_columns]),
             prompt_mask,
-            scaling,
-            softcap,
+            layer.scaling,
+            layer.softcap,
         )
+        # (N, K, G*Q, ...) to (N*G, Q, K, ...), as kernels leave it in memory, and to (R, Q, K, ...)
         output, lse = (
-            x.unflatten(2, (group, -1))[step.prompt_R, :, step.place_R] for x in (output, lse)
-        )  # (R, K, Q, ...)
-        return merge_parts(own, own_lse, output, lse).flatten(1, 2).unsqueeze(1)
+            x.transpose(1, 2)
+            .reshape(prompts * group, -1)
+            .index_select(0, back)
+            .view(rows, queries, *y.transpose(1, 2).shape[2:])
+            for x, y in zip(prompt, own, strict=True)
+        )
+        merged_RQKD = merge_parts(own[0].transpose(1, 2), own[1].transpose(1, 2), output, lse)
+        return merged_RQKD.transpose(1, 2).flatten(1)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..base import ran_out_of_memory
 from .cache import GroupCache, Step
 
 
@@ -46,21 +47,23 @@ class CudaRecorder:
     """Records what a call launches; the result launches it again, and returns the same memory.
 
     All recordings share one pool of memory: they never run at the same time, and what one leaves is read before the next.
+    They share one stream too, since each stream that multiplies matrices holds a workspace of its own.
     """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()
 
     def __call__(self, call: Call) -> Call:
-        side, own = torch.cuda.Stream(), torch.cuda.current_stream()
-        side.wait_stream(own)
-        with torch.cuda.stream(side):  # what is made at the first call, such as autocast's copies, must not be recorded
-            call()
-        own.wait_stream(side)
+        """Raises:
+        RuntimeError: The call cannot be recorded.
+        """
+        own = torch.cuda.current_stream()
+        self._rehearse(call, own)
         graph = torch.cuda.CUDAGraph()
         try:
             # other threads, such as those that watch collectives, may use the device meanwhile
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 output = call()
         finally:
             torch.cuda.set_stream(own)  # where a failed recording would leave its own
@@ -70,6 +73,22 @@ class CudaRecorder:
             return output
 
         return launch
+
+    def _rehearse(self, call: Call, own: torch.cuda.Stream) -> None:
+        """Call once without recording.
+
+        What is made at the first call, such as autocast's copies, must not be recorded. A call that waits for the device
+        cannot be: it fails here, where that costs nothing, since a recording that fails keeps its memory.
+        """
+        mode = torch.cuda.get_sync_debug_mode()
+        self._stream.wait_stream(own)
+        try:
+            torch.cuda.set_sync_debug_mode("error")
+            with torch.cuda.stream(self._stream):
+                call()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            own.wait_stream(self._stream)
 
 
 @dataclass
@@ -95,9 +114,9 @@ class RecordedSteps:
         if key not in self._recorded:
             try:
                 self._recorded[key] = padded, self.record(lambda: self._leave_logits(padded))
-            except torch.OutOfMemoryError:
-                raise
             except RuntimeError as error:
+                if ran_out_of_memory(error):
+                    raise
                 logger.warning(
                     "Decoding steps cannot be recorded as CUDA graphs; they are launched one by one: %s", error
                 )

@@ -1,7 +1,7 @@
-"""The engine that writes completions in process, a group at a time.
+"""The engine that samples completions in process, a group at a time.
 
 A prompt is computed once, and one copy of its keys and values serves all of its rows; a row that ends leaves the batch at
-once; memory is allocated before the first token is drawn.
+once; memory is allocated before the first token is sampled.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -19,22 +18,19 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from ...attention.compatibility import ignored_window, incompatibility
 from ...logging import EVERY_RANK, get_logger
-from ...logprobs.verify import tolerance
 from ...model_utils import attending_by, causal_lm, evaluation_mode
-from ...types import Completion
-from ..base import Rollout, RolloutRequest, SamplingOptions
+from ..base import Rollout, RolloutRequest, SamplingOptions, most_rows_in_flight, ran_out_of_memory
 from ..generate import GenerateEngine
 from ..sampling import Sampler, stop_strings, unserved_option
 from .cache import NAME, GroupCache
-from .cpu_linear import packed_weights
+from .comparison import MORE_TOKENS, TOKENS, Comparison, compare, sample_options, sample_request
 from .cuda_graphs import CudaRecorder, EagerSteps, RecordedSteps
-from .decoding import Decoding
+from .fused_layers import laid_out
+from .scheduler import Scheduler
 
 
 logger = get_logger(__name__)
 
-CHECKED_TOKENS = 4
-"""Tokens of each completion that is compared with plain forwards at first."""
 FREE_SHARE = 0.7
 """Share of the free memory that keys and values may take; the rest is for activations and logits."""
 KERNEL_COLUMNS = 16
@@ -52,7 +48,7 @@ class GroupEngine:
 
     Args:
         model: The unwrapped policy.
-        options: How tokens are drawn.
+        options: How tokens are sampled.
         max_rows_in_flight: Completions that are decoded at a time, at most; fewer where memory is short. By default 256,
             on a CPU 128, where more gain little.
         tokenizer: Finds `stop_strings`.
@@ -90,14 +86,24 @@ class GroupEngine:
         self._stop = stop_strings(options, tokenizer)
         self._mixed_precision = mixed_precision
         self._gather = gather
-        self._generate = GenerateEngine(model, options, tokenizer, context, show_progress, check, in_step)
+        self._generate = GenerateEngine(
+            model,
+            options,
+            max_rows_in_flight=max_rows_in_flight,
+            tokenizer=tokenizer,
+            context=context,
+            gather=gather,
+            show_progress=show_progress,
+            check=check,
+            in_step=in_step,
+        )
         self._bytes_per_token = 0
         """Of keys and values; 0 before the first rollout has measured it."""
         self._records = True
         """Whether decoding steps can be recorded, as far as is known."""
         self._reason: str | None = None
         sharded = "its weights are sharded, and ranks compute different numbers of steps" if in_step else None
-        self._hand_over_if(sharded or unserved_option(options) or incompatibility(model))
+        self._hand_over_if(gather([sharded or unserved_option(options) or incompatibility(model)]))
         self._sampler = None if self._reason else Sampler(model, options)
 
     def rollout(self, request: RolloutRequest) -> Rollout:
@@ -105,19 +111,36 @@ class GroupEngine:
             # Entered once, and as often on every rank: ZeRO-3 gathers weights there
             with torch.no_grad(), self.context(), evaluation_mode(self.model):
                 if not self._bytes_per_token:
-                    self._hand_over_if(self._disagreement(request))
+                    self._decide_together(request)
                 if not self._reason:
-                    rows = len(request.prompt_ids) * request.num_generations
-                    with _Bar(rows, self.show_progress) as bar:
-
-                        def on_tokens(tokens: int, ended: int) -> None:
-                            bar.add(tokens, ended)
-                            self.check()
-
-                        return self._write(request, self.options, self._stop, self._sized_cache(request), on_tokens)
+                    with laid_out(self.model, _free_memory(self.model.device)):
+                        return self._sample_what_fits(request)
         return self._generate.rollout(request)
 
-    def _write(
+    def _sample_what_fits(self, request: RolloutRequest) -> Rollout:
+        """Sample; where memory runs out, once more with half of the rows, which gives the same completions."""
+        cache = self._sized_cache(request)
+        while True:
+            with _Bar(len(request.prompt_ids) * request.num_generations, self.show_progress, self.check) as on_tokens:
+                try:
+                    return self._sample(request, self.options, self._stop, cache, on_tokens)
+                except Exception as error:
+                    if not ran_out_of_memory(error) or cache.max_rows == 1:
+                        raise
+            # outside of the handler, which holds what the failed attempt has allocated
+            self.max_rows_in_flight = cache.max_rows // 2
+            cache = self._cache_of(request, self.max_rows_in_flight)
+            if self.model.device.type == "cuda":
+                torch.cuda.empty_cache()
+            logger.warning(
+                "Memory ran out in sampling; it starts again, and goes on, with %d completions at a time. "
+                "max_rows_in_flight=%d says so in advance.",
+                cache.max_rows,
+                cache.max_rows,
+                extra=EVERY_RANK,
+            )
+
+    def _sample(
         self,
         request: RolloutRequest,
         options: SamplingOptions,
@@ -129,12 +152,15 @@ class GroupEngine:
         eager = EagerSteps(self.model, cache)
         on_gpu = self.model.device.type == "cuda"
         recorded = RecordedSteps(eager, CudaRecorder(), refused=not self._records) if on_gpu else None
-        decoding = Decoding(self.model, self._sampler, options, stop, request, cache, recorded or eager, on_tokens)
-        with attending_by(self.model, NAME), packed_weights(self.model):
-            completions = decoding.run()
+        lag = 1 if on_gpu and stop is None and not self._sampler.reads_tokens else 0
+        scheduler = Scheduler(
+            self.model, self._sampler, options, stop, request, cache, recorded or eager, on_tokens, lag
+        )
+        with attending_by(self.model, NAME):
+            completions = scheduler.run()
         if recorded is not None:
             self._records = not recorded.refused
-        return Rollout(completions, computed_tokens=decoding.computed)
+        return Rollout(completions, computed_tokens=scheduler.computed)
 
     # ---- Memory ----
     def _sized_cache(self, request: RolloutRequest) -> GroupCache:
@@ -143,9 +169,9 @@ class GroupEngine:
         Raises:
             MemoryError: Not even one row fits.
         """
-        most = self.max_rows_in_flight or (128 if self.model.device.type == "cpu" else 256)
+        most = most_rows_in_flight(self.max_rows_in_flight, self.model.device)
         rows = min(most, len(request.prompt_ids) * request.num_generations)
-        free = FREE_SHARE * _free_memory(self.model.device)
+        free = FREE_SHARE * (_free_memory(self.model.device) - self._bytes_of_casts())
         wanted = self._cache_of(request, rows)
         while rows and self._bytes_of(cache := self._cache_of(request, rows)) > free:
             rows -= -(-rows // 16)
@@ -179,66 +205,73 @@ class GroupEngine:
         tokens = cache.max_rows * cache.max_completion_tokens + cache.max_prompts * cache.max_prompt_tokens
         return tokens * self._bytes_per_token
 
+    def _bytes_of_casts(self) -> int:
+        """Of the half-precision copies that autocast makes of float32 weights at the first step."""
+        if not torch.is_autocast_enabled(self.model.device.type):
+            return 0
+        return sum(2 * p.numel() for p in self.model.parameters() if p.dtype == torch.float32 and p.ndim > 1)
+
     # ---- Whether it serves ----
-    def _hand_over_if(self, reason: str | None) -> None:
+    def _hand_over_if(self, reasons: list[str | None]) -> None:
         """Hand over to `model.generate` from now on if some rank has a reason to."""
-        self._reason = next(filter(None, self._gather([reason])), None)
+        self._reason = next(filter(None, reasons), None)
         if self._reason:
-            logger.warning("Completions are written with model.generate, a prompt once for each: %s.", self._reason)
+            logger.warning("Completions are sampled with model.generate, a prompt once for each: %s.", self._reason)
+
+    def _decide_together(self, request: RolloutRequest) -> None:
+        """Compare with plain forwards on every rank; each rank gets here and back, whatever happens on one of them.
+
+        Raises:
+            RuntimeError: Another rank has met an error; a rank's own errors are raised as they are.
+        """
+        reason, error = None, None
+        try:
+            reason = self._disagreement(request)
+        except Exception as met:
+            error = met
+        reports = self._gather([(reason, repr(error) if error else None)])
+        if error is not None:
+            raise error
+        if failures := [text for _, text in reports if text]:
+            raise RuntimeError(f"Another rank failed in its first round of sampling: {failures[0]}")
+        self._hand_over_if([reason for reason, _ in reports])
 
     def _disagreement(self, request: RolloutRequest) -> str | None:
         """Why what this engine says of its own tokens is not what the model says; None if it is.
 
-        Prompts are continued by a few tokens; not all rows fit into flight. Measures the memory of a token too.
+        Completions are compared once more, and more of them, before they disagree. Measures the memory of a token too.
         """
         name = type(causal_lm(self.model)).__name__
-        sample = _sample_of(request)
-        # Nothing ends before its length, so that there are tokens to compare
-        endless = replace(
-            self.options,
-            max_completion_length=min(CHECKED_TOKENS, self.options.max_completion_length),
-            eos_token_ids=(),
-        )
-        cache = GroupCache(3, 2, _columns(max(map(len, sample.prompt_ids))), _columns(CHECKED_TOKENS))
         try:
             if reason := ignored_window(self.model):
                 return reason
-            completions = self._write(sample, endless, None, cache).completions
-        except (FloatingPointError, torch.OutOfMemoryError):
+            compared = self._compare(request, prompts=2, tokens=TOKENS)
+            if compared is not None and not compared.agrees:
+                compared = self._compare(request, prompts=4, tokens=MORE_TOKENS)
+        except FloatingPointError:
             raise
         except Exception as error:  # whatever a model's own code raises where it is called in a new way
+            if ran_out_of_memory(error):
+                raise
             return f"{name} cannot be decoded by groups ({type(error).__name__}: {error})"
+        if compared is None:
+            return f"{name} does not ask transformers' AttentionInterface for its attention"
+        if compared.agrees:
+            return None
+        return f"log-probabilities of {name} decoded by groups differ from plain ones by {compared}"
+
+    def _compare(self, request: RolloutRequest, prompts: int, tokens: int) -> Comparison | None:
+        """None if the cache saw no keys. Not all rows fit into flight, so that slots change hands."""
+        sample = sample_request(request, prompts)
+        options = sample_options(self.model, self.options, tokens)
+        longest = max(map(len, sample.prompt_ids))
+        cache = GroupCache(3, prompts, _columns(longest), _columns(options.max_completion_length))
+        with laid_out(self.model, _free_memory(self.model.device)):
+            completions = self._sample(sample, options, None, cache).completions
         self._bytes_per_token = cache.bytes_per_token
         if not self._bytes_per_token:
-            return f"{name} does not ask transformers' AttentionInterface for its attention"
-        differences = [difference for c in completions for difference in self._differences(c)]
-        mean = sum(differences) / len(differences)
-        if mean <= tolerance(self.model, self._mixed_precision):
             return None
-        return f"log-probabilities of {name} decoded by groups differ from plain ones by {mean:.2g} nats on average"
-
-    def _differences(self, completion: Completion) -> list[float]:
-        """Between the engine's and the model's log-probability of each token."""
-        input_ids = torch.tensor([completion.prompt_ids + completion.ids], device=self.model.device)
-        logits = self.model(input_ids=input_ids, use_cache=False).logits[0, len(completion.prompt_ids) - 1 : -1]
-        log_probs = (logits.double() / self.options.temperature).log_softmax(-1)
-        assert completion.sampler_logps is not None
-        return [
-            abs(log_probs[t, token].item() - logp)
-            for t, (token, logp) in enumerate(zip(completion.ids, completion.sampler_logps, strict=True))
-        ]
-
-
-def _sample_of(request: RolloutRequest) -> RolloutRequest:
-    """Two completions of the shortest prompt, and two of the longest."""
-    order = sorted(range(len(request.prompt_ids)), key=lambda i: len(request.prompt_ids[i]))
-    chosen = sorted({order[0], order[-1]})
-    return RolloutRequest(
-        prompts=[request.prompts[i] for i in chosen],
-        prompt_ids=[request.prompt_ids[i] for i in chosen],
-        num_generations=2,
-        seeds=[request.seeds[i] for i in chosen],
-    )
+        return compare(self.model, completions, options.temperature, self._mixed_precision)
 
 
 def _columns(tokens: int) -> int:
@@ -254,10 +287,11 @@ def _free_memory(device: torch.device) -> int:
 
 
 class _Bar:
-    """Completions that have ended, and tokens/s."""
+    """Completions that have ended, and tokens/s. Called after each step, where `check` may raise."""
 
-    def __init__(self, rows: int, show: bool):
+    def __init__(self, rows: int, show: bool, check: Callable[[], None]):
         self._bar = tqdm(total=rows, desc="sampling", unit="completion", leave=False, disable=not show, position=1)
+        self._check = check
         self._tokens = 0
         self._start = time.perf_counter()
 
@@ -267,9 +301,10 @@ class _Bar:
     def __exit__(self, *args: object) -> None:
         self._bar.close()
 
-    def add(self, tokens: int, ended: int) -> None:
+    def __call__(self, tokens: int, ended: int) -> None:
         self._tokens += tokens
         if not self._bar.disable:
             rate = self._tokens / (time.perf_counter() - self._start)
             self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             self._bar.update(ended)
+        self._check()

@@ -1,0 +1,100 @@
+"""How far the log-probabilities of the group engine are from those of plain forwards, and these from one another.
+
+The same tokens get slightly different log-probabilities in batches of different shapes, whose sums are rounded in another
+order. So the engine's difference is held against the model's own, between one row and two.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...logprobs.verify import tolerance
+from ...model_utils import causal_lm
+from ...types import Completion
+from ..base import RolloutRequest, SamplingOptions
+
+
+TOKENS = 32
+"""Tokens of each completion that is compared at first; MORE_TOKENS of it before the engine is given up."""
+MORE_TOKENS = 128
+WIDEST_WINDOW = 1024
+"""Completions are compared past a sliding window of up to this many tokens."""
+NOISE_FACTOR = 4.0
+"""How many times the model's own noise is allowed."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Mean differences of log-probabilities (nats)."""
+
+    difference: float
+    """Of the engine's from plain forwards'."""
+    noise: float
+    """Of plain forwards' over one row from those over two."""
+    allowed: float
+    tokens: int
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= self.allowed
+
+    def __str__(self) -> str:
+        return (
+            f"{self.difference:.2g} nats on average over {self.tokens} tokens, where {self.allowed:.2g} are allowed (the "
+            f"model differs from itself by {self.noise:.2g} in another batch shape)"
+        )
+
+
+def compare(model: Any, completions: Sequence[Completion], temperature: float, mixed_precision: bool) -> Comparison:
+    """Compare the completions' `sampler_logps` with plain forwards.
+
+    Args:
+        model: The policy, in evaluation mode.
+        completions: Two of each prompt, next to each other, all of one number of tokens.
+        temperature: The sampling temperature.
+        mixed_precision: Whether the model computes in half precision, whatever its weights are.
+    """
+    differences, noises = [], []
+    for first, second in zip(completions[::2], completions[1::2], strict=True):
+        pair = [first, second]
+        together_2T = _logps(model, pair, temperature)
+        alone_2T = torch.cat([_logps(model, [completion], temperature) for completion in pair])
+        noises.append((together_2T - alone_2T).abs())
+        differences.append((torch.tensor([c.sampler_logps for c in pair], dtype=torch.float64) - alone_2T).abs())
+    difference, noise = torch.cat(differences), torch.cat(noises)
+    allowed = max(tolerance(model, mixed_precision), NOISE_FACTOR * noise.mean().item())
+    return Comparison(difference.mean().item(), noise.mean().item(), allowed, difference.numel())
+
+
+def _logps(model: Any, completions: list[Completion], temperature: float) -> Tensor:
+    """Of shape (completions, T), float64, on the CPU; logits are held for the completions' tokens alone."""
+    input_ids = torch.tensor([c.prompt_ids + c.ids for c in completions], device=model.device)
+    length = len(completions[0].ids)
+    logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    chosen = logits.gather(-1, input_ids[:, -length:, None])[:, :, 0]
+    return (chosen.double() - logits.logsumexp(-1).double()).cpu()
+
+
+def sample_request(request: RolloutRequest, prompts: int) -> RolloutRequest:
+    """Two completions of each of `prompts` prompts, from the shortest to the longest."""
+    order = sorted(range(len(request.prompt_ids)), key=lambda i: len(request.prompt_ids[i]))
+    steps = max(1, prompts - 1)
+    chosen = sorted({order[i * (len(order) - 1) // steps] for i in range(prompts)})
+    return RolloutRequest(
+        prompts=[request.prompts[i] for i in chosen],
+        prompt_ids=[request.prompt_ids[i] for i in chosen],
+        num_generations=2,
+        seeds=[request.seeds[i] for i in chosen],
+    )
+
+
+def sample_options(model: Any, options: SamplingOptions, tokens: int) -> SamplingOptions:
+    """For completions of `tokens` tokens past the model's window, none of which ends earlier."""
+    window = getattr(causal_lm(model).config.get_text_config(), "sliding_window", None)
+    if window is not None and window <= WIDEST_WINDOW:
+        tokens += window
+    return replace(options, max_completion_length=min(tokens, options.max_completion_length), eos_token_ids=())
