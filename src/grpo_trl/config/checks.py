@@ -10,21 +10,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..distributed.launch import fsdp_was_asked_for
 
 
-OWN_SAMPLING_OPTIONS = (
-    "max_new_tokens",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "num_return_sequences",
-    "pad_token_id",
-    "eos_token_id",
-    "return_dict_in_generate",
-)
-
-
 def check_options(args: Any) -> None:
     """Check every option and every pair of options.
 
@@ -34,6 +19,18 @@ def check_options(args: Any) -> None:
     _check_choices(args)
     _check_ranges(args)
     _check_combinations(args)
+
+
+def check_dicts(args: Any) -> None:
+    """Check the options that hold further options by name.
+
+    Raises:
+        ValueError: One is no dict.
+    """
+    for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
+        value = getattr(args, name)
+        if not isinstance(value, (dict, NoneType)):
+            raise ValueError(f"{name}={value} cannot work; it must be a dict, as JSON '{{\"key\": 1}}'.")
 
 
 def _check_choices(args: Any) -> None:
@@ -63,13 +60,6 @@ def _check_combinations(args: Any) -> None:
             "cannot be stopped."
         )
     _check_moving_reference(args)
-    clash = sorted(set(args.generation_kwargs or {}) & set(OWN_SAMPLING_OPTIONS))
-    if clash:
-        raise ValueError(
-            f"generation_kwargs={args.generation_kwargs} sets {', '.join(clash)}, which the trainer sets itself; use "
-            "the options max_completion_length, temperature, top_p, top_k, min_p, repetition_penalty and "
-            "num_generations; further end tokens go to model.generation_config.eos_token_id."
-        )
 
 
 def _check_moving_reference(args: Any) -> None:
@@ -126,8 +116,6 @@ def _check_ranges(args: Any) -> None:
     check("max_nonfinite_steps", args.max_nonfinite_steps >= 1, "use at least 1")
     for name in ("reward_timeout", "dead_run_patience", "phase_warning_seconds"):
         check(name, getattr(args, name) is None or getattr(args, name) > 0, "it must be above 0, or None")
-    for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs"):
-        check(name, isinstance(getattr(args, name), (dict, NoneType)), "it must be a dict, as JSON '{\"key\": 1}'")
 
 
 def _are_weights(weights: Any) -> bool:

@@ -13,13 +13,21 @@ from ..data.geometry import Geometry
 from ..distributed.launch import check_bf16, check_launcher, gpu_has_bf16
 from ..distributed.sharding import check_backend_config, start_backend
 from .batches import BatchOptions
-from .checks import check_options
+from .checks import check_dicts, check_options
 from .evaluation import EvaluationOptions
+from .inherited import check_inherited
 from .model import ModelOptions
+from .names import TodaysNames, current_model_kwargs
 from .objective import ObjectiveOptions
 from .reliability import ReliabilityOptions
 from .rewards import RewardOptions
 from .rollout import RolloutOptions
+from .sampling import resolve_generation_kwargs
+from .values import convert_values
+
+
+FOLLOWS_A_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Values of `lr_scheduler_type` whose rate follows `metric_for_best_model`."""
 
 
 @dataclass
@@ -32,6 +40,7 @@ class GRPOConfig(
     BatchOptions,
     ObjectiveOptions,
     TrainingArguments,
+    metaclass=TodaysNames,
 ):
     r"""All options of `GRPOTrainer`: those of `transformers.TrainingArguments` and those of the classes above.
 
@@ -72,21 +81,27 @@ class GRPOConfig(
     )
 
     def __post_init__(self) -> None:
+        convert_values(self)
+        check_inherited(self)
         check_launcher(self.deepspeed, os.environ)
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and gpu_has_bf16()
         if self.bf16:
             check_bf16(self.use_cpu)
         self._resolve_checkpointing()
-        if self.metric_for_best_model is None and self.load_best_model_at_end:
-            self.metric_for_best_model = "eval_reward"
+        self._choose_metric()
         super().__post_init__()
+        self._direct_scheduler()
         if self.deepspeed_plugin is not None:
             check_backend_config(self.deepspeed_plugin.hf_ds_config)
             start_backend(self.device.type)
         self.shared_prefix = {"true": True, "1": True, "false": False, "0": False}.get(
             str(self.shared_prefix).lower(), self.shared_prefix
         )  # type: ignore[assignment]
+        self.scale_rewards = {"True": "group", "False": "none"}.get(str(self.scale_rewards), self.scale_rewards)  # type: ignore[assignment]
+        check_dicts(self)
+        self.model_init_kwargs = current_model_kwargs(cast("dict[str, Any]", self.model_init_kwargs or {})) or None
+        resolve_generation_kwargs(self)
         check_options(self)
         self._resolve_generation_batch()
 
@@ -119,6 +134,19 @@ class GRPOConfig(
             self.activation_checkpointing = self.gradient_checkpointing
         if renamed and self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+
+    def _choose_metric(self) -> None:
+        """What is held out is judged by its reward, wherever Trainer asks for a metric."""
+        follows = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in FOLLOWS_A_METRIC
+        best = str(getattr(self.save_strategy, "value", self.save_strategy)) == "best"
+        if self.metric_for_best_model is None and (follows or best or self.load_best_model_at_end):
+            self.metric_for_best_model = "eval_reward"
+
+    def _direct_scheduler(self) -> None:
+        """Let a scheduler that follows the metric know which way is better; by default it takes less for better."""
+        if self.lr_scheduler_type in FOLLOWS_A_METRIC:
+            direction = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = direction | cast("dict[str, Any]", self.lr_scheduler_kwargs or {})
 
     def _resolve_generation_batch(self) -> None:
         """Set both of `steps_per_generation` and `generation_batch_size`."""

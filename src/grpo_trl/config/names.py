@@ -1,0 +1,211 @@
+"""Names of options that TRL, transformers or scripts for them have, and this package does not.
+
+A name is translated where an option of today means the same; otherwise a TypeError says what to use.
+"""
+
+import difflib
+from collections.abc import Collection
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from ..logging import get_logger
+
+
+logger = get_logger(__name__)
+
+
+class Absent(NamedTuple):
+    """An option that is not here."""
+
+    moot: tuple[Any, ...]
+    """Values that ask for what is done anyway."""
+    remedy: str
+    """What to do instead of setting another value."""
+
+
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "max_new_tokens": "max_completion_length",
+    "no_cuda": "use_cpu",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "use_transformers_paged": "use_transformers_continuous_batching",
+    "vllm_guided_decoding_regex": "vllm_structured_outputs_regex",
+    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+    "vllm_max_model_len": "vllm_max_model_length",
+    "wandb_log_unique_prompts": "log_unique_prompts",
+    "warmup_ratio": "warmup_steps",  # below 1 it is a share of the run
+}
+"""Retired names of options that mean the same today."""
+
+RETIRED = {
+    "adafactor": Absent((False,), "set optim='adafactor'"),
+    "dispatch_batches": Absent((None,), "remove it: each rank reads its own rows"),
+    "dtype": Absent((), "set model_init_kwargs={'dtype': ...}"),
+    "fp16_backend": Absent(("auto",), "set bf16 or fp16"),
+    "fp16_opt_level": Absent(("O1",), "set bf16 or fp16"),
+    "fsdp_min_num_params": Absent((0,), "set min_num_params in fsdp_config"),
+    "fsdp_transformer_layer_cls_to_wrap": Absent((None,), "set transformer_layer_cls_to_wrap in fsdp_config"),
+    "group_by_length": Absent((False,), "remove it: micro-batches are balanced by tokens, in any order of prompts"),
+    "half_precision_backend": Absent(("auto",), "set bf16 or fp16"),
+    "include_inputs_for_metrics": Absent((False,), "remove it: compute_metrics gets prompts and completions"),
+    "include_tokens_per_second": Absent((False, True), "remove it"),
+    "jit_mode_eval": Absent((False,), "remove it: evaluation samples with the policy as it is"),
+    "logging_dir": Absent((None,), "set the environment variable TENSORBOARD_LOGGING_DIR"),
+    "max_prompt_length": Absent(
+        (None,),
+        "remove it: prompts may fill the model's context less max_completion_length, and prompt_overflow='error', 'drop' "
+        "or 'truncate_left' decides on longer ones. For a shorter limit, use train_dataset.filter",
+    ),
+    "overwrite_output_dir": Absent((False, True), "remove it: a run resumes only with resume_from_checkpoint"),
+    "push_to_hub_organization": Absent((None,), "set hub_model_id='ORGANIZATION/NAME'"),
+    "save_safetensors": Absent((True,), "remove it: weights are saved as safetensors"),
+    "split_batches": Absent((None, False), "remove it: per_device_train_batch_size is that of one rank"),
+    "torch_dtype": Absent((), "set model_init_kwargs={'dtype': ...}"),
+    "torchdynamo": Absent((None,), "remove it"),
+    "use_ipex": Absent((False,), "remove it"),
+    "use_liger_loss": Absent((False, True), "remove it: logits are computed in slices in any case"),
+    "use_mps_device": Absent((False, True), "remove it: the device is chosen by what is there"),
+    "vllm_device": Absent(("auto",), "remove it: vLLM shares the GPUs of training, or is a server with its own"),
+    "vllm_dtype": Absent(("auto",), "remove it: vLLM computes in the policy's precision"),
+    "vllm_enable_prefix_caching": Absent((None, True), "remove it"),
+    "vllm_sampling_params": Absent(
+        (None,), "set temperature, top_p, top_k, min_p, repetition_penalty, generation_kwargs"
+    ),
+}
+"""Options that TRL, transformers or their users' scripts had once."""
+
+_CONTINUOUS = "remove it: completions are decoded continuously in any case, max_rows_in_flight at a time"
+_VLLM = "remove it: this version samples in the training process"
+_OBJECTIVE = "remove it: this version has the objectives of loss_level='token' and 'sequence'"
+
+NOT_HERE = {
+    "cache_implementation": Absent(
+        (None,),
+        "set generation_kwargs={'cache_implementation': ...}, which samples with model.generate, or remove it: by default "
+        "a group shares the keys and values of its prompt",
+    ),
+    "log_completions_hub_repo": Absent(
+        (None,), "set log_completions=True and push_to_hub=True: the tables are in output_dir/completions"
+    ),
+    "log_multimodal": Absent((True, False), "remove it: there are no images in the tables"),
+    "max_tool_calling_iterations": Absent(
+        (None,), "remove it: tools are called from a rollout_func, which counts itself"
+    ),
+    "pad_to_multiple_of": Absent((None, "auto"), "remove it: micro-batches are packed without padding"),
+    "transformers_continuous_batching_config": Absent((None,), _CONTINUOUS),
+    "use_transformers_continuous_batching": Absent((False,), _CONTINUOUS),
+}
+"""Options of TRL 1.16 that are not here."""
+
+ENGINES_NOT_HERE = {
+    "use_vllm": False,
+    "vllm_enable_sleep_mode": False,
+    "vllm_gpu_memory_utilization": 0.3,
+    "vllm_group_port": 51216,
+    "vllm_importance_sampling_clip_max": 3.0,
+    "vllm_importance_sampling_clip_min": None,
+    "vllm_importance_sampling_correction": True,
+    "vllm_importance_sampling_mode": "sequence_mask",
+    "vllm_max_model_length": None,
+    "vllm_mode": "colocate",
+    "vllm_model_impl": "vllm",
+    "vllm_server_base_url": None,
+    "vllm_server_host": "0.0.0.0",
+    "vllm_server_port": 8000,
+    "vllm_server_timeout": 240.0,
+    "vllm_structured_outputs_regex": None,
+    "vllm_tensor_parallel_size": 1,
+}
+NOT_HERE |= {name: Absent((value,), _VLLM) for name, value in ENGINES_NOT_HERE.items()}
+
+OBJECTIVES_NOT_HERE = {
+    "cast_lm_head_to_fp32": False,
+    "delta": None,
+    "entropy_coef": 0.0,
+    "entropy_coef_delta": 0.005,
+    "entropy_coef_max": 1.0,
+    "entropy_coef_min": 0.0,
+    "entropy_target": 0.2,
+    "importance_sampling_level": "token",
+    "loss_type": "grpo",
+    "mask_truncated_completions": False,
+    "multi_objective_aggregation": "sum_then_normalize",
+    "off_policy_mask_threshold": None,
+    "router_aux_loss_coef": None,
+    "sapo_temperature_neg": 1.05,
+    "sapo_temperature_pos": 1.0,
+    "top_entropy_quantile": 1.0,
+    "use_adaptive_entropy": False,
+    "use_bias_correction_kl": False,
+    "vespo_k_neg": 3.0,
+    "vespo_k_pos": 2.0,
+    "vespo_lambda_neg": 2.0,
+    "vespo_lambda_pos": 3.0,
+}
+NOT_HERE |= {name: Absent((value,), _OBJECTIVE) for name, value in OBJECTIVES_NOT_HERE.items()}
+
+
+class TodaysNames(type):
+    """The class of `GRPOConfig` and of classes derived from it: they are made with options under `current_names`."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **current_names(kwargs, [field.name for field in fields(cls)]))  # type: ignore[arg-type]
+
+
+def current_names(given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return the options `given` by keyword under names that are `known`, with one line in the log for a retired name.
+
+    Raises:
+        TypeError: An option does not exist, or is given under two names; the message says what to use.
+    """
+    options: dict[str, Any] = {}
+    for name, value in given.items():
+        today = RENAMED.get(name, name) if name not in known else name
+        if today != name:
+            _check_renamed(name, value, today, given)
+            logger.warning("%s=%r is read as %s=%r, its name today.", name, value, today, value)
+        if today in known:
+            options[today] = value
+        else:
+            _check_absent(today, value, known)
+    return options
+
+
+def current_model_kwargs(given: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments of `from_pretrained` with `torch_dtype` under its name of today, which alone has an effect.
+
+    Raises:
+        ValueError: Both names are given.
+    """
+    if "torch_dtype" not in given:
+        return given
+    if "dtype" in given:
+        raise ValueError(
+            f"model_init_kwargs={given} has both dtype and torch_dtype, its retired name; give dtype alone."
+        )
+    logger.warning("model_init_kwargs: torch_dtype=%r is read as dtype, its name today.", given["torch_dtype"])
+    return {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}
+
+
+def _check_renamed(name: str, value: Any, today: str, given: dict[str, Any]) -> None:
+    if today in given:
+        raise TypeError(f"{name}={value!r} is the retired name of {today}={given[today]!r}; give one of them.")
+    if name == "warmup_ratio" and value is not None and not 0 <= float(value) < 1:
+        raise TypeError(
+            f"warmup_ratio={value!r} is no share of the run; set warmup_steps, in steps or as a share below 1."
+        )
+
+
+def _check_absent(name: str, value: Any, known: Collection[str]) -> None:
+    absent = RETIRED.get(name) or NOT_HERE.get(name)
+    if absent is None:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else "docs/options.md and docs/from-trl.md list the options."
+        raise TypeError(f"{name}={value!r} is no option of GRPOConfig; {hint}")
+    if not any(value is moot or value == moot for moot in absent.moot):
+        raise TypeError(f"{name}={value!r} is no option of GRPOConfig; {absent.remedy}.")
+    if name in RETIRED:
+        logger.warning("%s=%r is retired and changes nothing; you can remove it.", name, value)

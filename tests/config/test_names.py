@@ -1,0 +1,126 @@
+"""Every name that TRL has or had is an option, or is answered with what to use."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import trl
+import yaml
+
+import grpo_trl
+from grpo_trl import GRPOConfig
+from grpo_trl.config.names import NOT_HERE, RENAMED, RETIRED
+from tests.test_config import make_config
+
+
+OURS = {field.name for field in dataclasses.fields(GRPOConfig)}
+TRL = {field.name: field for field in dataclasses.fields(trl.GRPOConfig)}
+DOCS = Path(grpo_trl.__file__).parents[2] / "docs" / "from-trl.md"
+
+
+def refused(**options) -> str:
+    with pytest.raises(TypeError, match=r"\w") as raised:
+        make_config(**options)
+    return str(raised.value)
+
+
+def documented_names() -> set[str]:
+    """What stands in the first column of the page's tables."""
+    rows = [line.split("|")[1] for line in DOCS.read_text().splitlines() if line.startswith("| `")]
+    return {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+
+
+def test_every_option_of_trl_has_a_row_in_the_docs():
+    assert set(TRL) - documented_names() == set()
+
+
+def test_every_retired_name_has_a_row_in_the_docs():
+    assert (RENAMED.keys() | RETIRED.keys()) - documented_names() == set()
+
+
+def test_every_option_of_trl_is_an_option_or_has_a_remedy():
+    assert set(TRL) - OURS - RENAMED.keys() - NOT_HERE.keys() == set()
+
+
+@pytest.mark.parametrize("name", sorted(NOT_HERE.keys() - OURS))
+def test_an_option_that_is_not_here_may_only_ask_for_what_is_done_anyway(name):
+    for value in NOT_HERE[name].moot:
+        assert not hasattr(make_config(**{name: value}), name)
+    value = "some value"
+    assert refused(**{name: value}).startswith(f"{name}={value!r} is no option of GRPOConfig; ")
+    assert NOT_HERE[name].remedy in refused(**{name: value})
+
+
+@pytest.mark.parametrize("old, new", [(o, n) for o, n in RENAMED.items() if n in OURS])
+def test_a_retired_name_sets_the_option_of_today_with_one_line(old, new, caplog):
+    values = {"evaluation_strategy": "epoch", "no_cuda": True, "wandb_log_unique_prompts": True, "warmup_ratio": 0.25}
+    value = values.get(old, 8 if "per_gpu" in old or "tokens" in old else "text")
+    device = {} if new == "use_cpu" else {"use_cpu": True}
+    assert getattr(GRPOConfig(output_dir="unused", report_to="none", **{old: value} | device), new) == value
+    assert [record.getMessage() for record in caplog.records if old in record.getMessage()] == [
+        f"{old}={value!r} is read as {new}={value!r}, its name today."
+    ]
+
+
+def test_an_option_under_two_names_is_refused():
+    assert "give one of them" in refused(warmup_ratio=0.1, warmup_steps=5)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 7, -0.1])
+def test_a_ratio_that_would_be_read_as_steps_is_refused(ratio):
+    assert "set warmup_steps" in refused(warmup_ratio=ratio)
+
+
+@pytest.mark.parametrize("name", sorted(RETIRED))
+def test_a_retired_option_says_what_to_use_or_that_it_changes_nothing(name, caplog):
+    for value in RETIRED[name].moot:
+        make_config(**{name: value})
+        assert f"{name}={value!r} is retired and changes nothing" in caplog.text
+    assert RETIRED[name].remedy in refused(**{name: "some value"})
+
+
+def test_remedies_name_options_that_exist():
+    for absent in [*RETIRED.values(), *NOT_HERE.values()]:
+        for name in re.findall(r"set (\w+)=?", absent.remedy):
+            assert name in OURS | {"the", "min_num_params", "transformer_layer_cls_to_wrap"}, absent
+
+
+@pytest.mark.parametrize("typo, meant", [("num_generation", "num_generations"), ("learning_rat", "learning_rate")])
+def test_an_unknown_name_suggests_the_nearest(typo, meant):
+    assert refused(**{typo: 4}) == f"{typo}=4 is no option of GRPOConfig; did you mean {meant}?"
+    assert "docs/options.md" in refused(zzzzzz=4)
+
+
+def test_classes_derived_from_the_config_take_retired_names_too():
+    @dataclasses.dataclass
+    class Extended(GRPOConfig):
+        system_prompt: str = "none"
+
+    config = Extended(output_dir="unused", use_cpu=True, warmup_ratio=0.1, system_prompt="be brief")
+    assert (config.warmup_steps, config.system_prompt) == (0.1, "be brief")
+
+
+def test_a_config_that_was_translated_can_be_built_again(caplog):
+    config = make_config(warmup_ratio=0.1, model_init_kwargs={"torch_dtype": "bfloat16"})
+    caplog.clear()
+    again = dataclasses.replace(config, learning_rate=1e-5)
+    assert (again.warmup_steps, again.model_init_kwargs) == (0.1, {"dtype": "bfloat16"})
+    assert not caplog.records
+
+
+def test_torch_dtype_is_read_as_dtype(caplog):
+    assert make_config(model_init_kwargs='{"torch_dtype": "bfloat16"}').model_init_kwargs == {"dtype": "bfloat16"}
+    assert "torch_dtype='bfloat16' is read as dtype" in caplog.text
+    with pytest.raises(ValueError, match="give dtype alone"):
+        make_config(model_init_kwargs={"torch_dtype": "bfloat16", "dtype": "float32"})
+
+
+def test_options_of_a_yaml_file_that_are_numbers_in_its_own_spelling(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    options = {"output_dir": "unused", "use_cpu": True, "learning_rate": "1e-6", "num_generations": 4.0, "beta": "1e-3"}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(options))
+    (config,) = trl.TrlParser(GRPOConfig).parse_args_and_config(["--config", str(path)])
+    assert (config.learning_rate, config.num_generations, config.beta) == (1e-6, 4, 1e-3)

@@ -1,0 +1,122 @@
+import dataclasses
+import logging
+
+import numpy as np
+import pytest
+from transformers import TrainingArguments
+
+from grpo_trl import GRPOConfig
+from grpo_trl.config.inherited import INHERITED
+from grpo_trl.config.sampling import MOOT, OPTIONS, REFUSED
+from grpo_trl.config.values import OFF
+from tests.test_config import make_config, refusal
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
+
+
+# ---- Numbers ----
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("learning_rate", "1e-6", 1e-6),
+        ("beta", " 0.5 ", 0.5),
+        ("num_generations", 4.0, 4),
+        ("num_generations", "4", 4),
+        ("max_steps", np.int64(3), 3),
+        ("temperature", np.float32(0.5), 0.5),
+        ("dead_run_patience", "7", 7),
+        ("dead_run_patience", None, None),
+        ("disable_dropout", "true", True),
+        ("disable_dropout", "False", False),
+    ],
+)
+def test_a_number_or_switch_may_come_as_text_or_as_another_kind_of_number(name, value, expected):
+    converted = getattr(make_config(**{name: value}), name)
+    assert (converted, type(converted)) == (expected, type(expected))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "num_generations", "max_steps", "beta", "disable_dropout", "seed"])
+@pytest.mark.parametrize("value", ["many", "", [1], {}, object])
+def test_what_is_no_number_is_refused_with_one_that_works(name, value):
+    message = refusal(**{name: value})
+    assert message.startswith(f"{name}={value!r} cannot work; it must be ")
+    assert message.endswith(f"e.g. {DEFAULTS[name]!r}.")
+
+
+@pytest.mark.parametrize("value", [4.5, "4.5", float("nan"), float("inf")])
+def test_a_count_has_no_fraction(value):
+    assert "it must be a whole number, e.g. 8" in refusal(num_generations=value)
+
+
+@pytest.mark.parametrize("name", sorted(OFF))
+def test_none_switches_off(name):
+    assert getattr(make_config(**{name: None}), name) == OFF[name]
+
+
+@pytest.mark.parametrize("name", ["temperature", "num_generations", "learning_rate", "use_cpu"])
+def test_none_where_nothing_can_be_off_is_refused(name):
+    assert f"{name}=None cannot work" in refusal(**{name: None})
+
+
+# ---- generation_kwargs ----
+@pytest.mark.parametrize(
+    "name, value", [("max_new_tokens", 7), ("temperature", 0.5), ("top_p", "0.5"), ("top_k", 5), ("min_p", 0.1)]
+)
+def test_a_generation_kwarg_that_has_an_option_sets_it(name, value):
+    config = make_config(generation_kwargs={name: value, "min_length": 1})
+    assert getattr(config, OPTIONS[name]) == float(value)
+    assert config.generation_kwargs == {"min_length": 1}
+    assert dataclasses.replace(config).generation_kwargs == {"min_length": 1}
+
+
+def test_a_generation_kwarg_is_checked_as_its_option_is():
+    assert "top_p=1.5 cannot work" in refusal(generation_kwargs={"top_p": 1.5})
+
+
+def test_a_generation_kwarg_that_contradicts_its_option_is_refused():
+    message = refusal(generation_kwargs={"temperature": 0.5}, temperature=0.7)
+    assert "temperature=0.5, and temperature=0.7; set temperature alone" in message
+    assert make_config(generation_kwargs={"temperature": 0.7}, temperature=0.7).temperature == 0.7
+
+
+@pytest.mark.parametrize(
+    "name, nearest",
+    [("stop", "stop_strings"), ("max_tokens", "max_new_tokens"), ("repetition_penalti", "repetition_penalty")],
+)
+def test_an_unknown_generation_kwarg_suggests_the_nearest(name, nearest):
+    assert f"did you mean {nearest}?" in refusal(generation_kwargs={name: 2})
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_generation_kwarg_that_cannot_work_says_what_would(name):
+    assert f"{name}=99, which cannot work: {REFUSED[name]}" in refusal(generation_kwargs={name: 99})
+    assert make_config(generation_kwargs={name: MOOT.get(name)}).generation_kwargs is None
+
+
+# ---- Options of TrainingArguments ----
+VALUES = {
+    "bf16_full_eval": True,
+    "batch_eval_metrics": True,
+    "dataloader_in_order": False,
+    "eval_do_concat_batches": False,
+    "include_for_metrics": ["loss"],
+    "train_sampling_strategy": "sequential",
+}
+
+
+@pytest.mark.parametrize("name", sorted(INHERITED.keys() & {f.name for f in dataclasses.fields(TrainingArguments)}))
+def test_an_option_of_transformers_that_has_no_meaning_is_refused_or_said(name, caplog):
+    value = VALUES.get(name, True if DEFAULTS[name] is False else 2)
+    with caplog.at_level(logging.WARNING):
+        if INHERITED[name].refused:
+            assert refusal(**{name: value}) == f"{name}={value!r} cannot work: {INHERITED[name].reason}."
+        else:
+            more = {"dataloader_num_workers": 2} if name == "dataloader_prefetch_factor" else {}
+            make_config(**{name: value} | more)
+            assert f"{name}={value!r} has no effect: {INHERITED[name].reason}" in caplog.text
+
+
+def test_what_is_not_set_is_not_mentioned(caplog):
+    dataclasses.replace(make_config(bf16=False))
+    assert not caplog.records
