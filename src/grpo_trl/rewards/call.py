@@ -77,17 +77,16 @@ class RewardBatch:
 
         Each completion has its own copy, also where a group shares an object. Only what cannot be copied is shared.
         """
-        per_completion = self.columns | {"prompts": self.prompts, "completions": self.completions}
-        wanted = {name: values for name, values in per_completion.items() if names is None or name in names}
-        arguments: dict[str, Any] = {name: _copy_each(values) for name, values in wanted.items()}
-        if names is None or "completion_ids" in names:
-            arguments["completion_ids"] = [list(ids) for ids in self.completion_ids]
-        if names is None or "trainer_state" in names:
-            arguments["trainer_state"] = _copy_state(self.trainer_state)
-        for name, function in (("log_extra", logs.log_extra), ("log_metric", logs.log_metric)):
-            if names is None or name in names:
-                arguments[name] = function
-        return arguments
+        arguments = self.columns | {
+            "prompts": self.prompts,
+            "completions": self.completions,
+            "completion_ids": self.completion_ids,
+            "trainer_state": self.trainer_state,
+            "log_extra": logs.log_extra,
+            "log_metric": logs.log_metric,
+        }
+        wanted = arguments.keys() if names is None else arguments.keys() & names
+        return {name: _COPIES.get(name, _copy_each)(arguments[name]) for name in arguments if name in wanted}
 
     def part(self, rows: range) -> "RewardBatch":
         """Return some completions that follow each other."""
@@ -317,6 +316,15 @@ def _copy_state(state: Any) -> Any:
     for name, value in getattr(state, "__dict__", {}).items():
         own.__dict__[name] = [dict(entry) for entry in value] if name == "log_history" else _copy(value)
     return own
+
+
+_COPIES: dict[str, Callable[[Any], Any]] = {
+    "completion_ids": lambda rows: [list(ids) for ids in rows],
+    "trainer_state": _copy_state,
+    "log_extra": lambda function: function,
+    "log_metric": lambda function: function,
+}
+"""Of arguments that are not one object per completion."""
 
 
 # ---- Values ----

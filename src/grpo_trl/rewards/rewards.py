@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -85,16 +86,11 @@ class Rewards:
         funcs = _as_list(reward_funcs)
         if not funcs:
             raise ValueError("reward_funcs is empty; pass at least one reward function.")
-        tokenizers = _as_list(processing_classes) or [None] * len(funcs)
-        weights = [1.0] * len(funcs) if weights is None else list(weights)
-        for name, values in (("reward_weights", weights), ("reward_processing_classes", tokenizers)):
-            if len(values) != len(funcs):
-                raise ValueError(f"{name} has {len(values)} entries for {len(funcs)} reward_funcs; give one for each.")
+        weights = [1.0] * len(funcs) if weights is None else _one_each("reward_weights", weights, funcs)
+        tokenizers = _one_each("reward_processing_classes", _as_list(processing_classes) or [None] * len(funcs), funcs)
         self.weights_F = torch.tensor(weights, dtype=torch.float64)
-        self.functions = [
-            _reward(func, tokenizer, model_init_kwargs or {}, chat_template_kwargs or {}, batch_size)
-            for func, tokenizer in zip(funcs, tokenizers, strict=True)
-        ]
+        make = partial(_reward, model_init_kwargs or {}, chat_template_kwargs or {}, batch_size)
+        self.functions = list(map(make, funcs, tokenizers))
         self.names = _distinct([function.name for function in self.functions])
         if taken := sorted({"prompt", "completion", "advantage", "step"} & set(self.names)):
             raise ValueError(
@@ -179,11 +175,10 @@ class Rewards:
 
     def _fill(self, trackers: list[RewardCallTracker], phase: Phase) -> None:
         left = self._pool.run(trackers, phase) if self._pool else trackers
-        for tracker in left:
-            if not _is_async(tracker):
-                with phase(tracker.name), keeping_random_state():
-                    _call_here(tracker)
-        if waiting := [tracker for tracker in left if _is_async(tracker)]:
+        for tracker in itertools.filterfalse(_is_async, left):
+            with phase(tracker.name), keeping_random_state():
+                _call_here(tracker)
+        if waiting := list(filter(_is_async, left)):
             with phase(", ".join(tracker.name for tracker in waiting)), keeping_random_state():
                 EVENT_LOOP.run([self._await(tracker, call) for tracker in waiting for call in tracker.calls()])
 
@@ -213,7 +208,7 @@ def _is_async(tracker: RewardCallTracker) -> bool:
 
 
 def _reward(
-    func: Any, tokenizer: Any, init_kwargs: dict[str, Any], chat_template_kwargs: dict[str, Any], batch_size: int
+    init_kwargs: dict[str, Any], chat_template_kwargs: dict[str, Any], batch_size: int, func: Any, tokenizer: Any
 ) -> FunctionReward | ModelReward:
     """Return what calls `func`, with the reward model and its tokenizer loaded."""
     if isinstance(func, str):
@@ -228,6 +223,12 @@ def _reward(
         f"A reward function is {func!r} ({type(func).__name__}); it must be a callable, a sequence-classification model, "
         "or the path of one."
     )
+
+
+def _one_each(name: str, values: Sequence[Any], funcs: list[Any]) -> list[Any]:
+    if len(values) != len(funcs):
+        raise ValueError(f"{name} has {len(values)} entries for {len(funcs)} reward_funcs; give one for each.")
+    return list(values)
 
 
 def _as_list(value: Any) -> list[Any]:
