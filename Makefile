@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test lint slow sandbox engines soak quickstarts
+.PHONY: quickstart test coverage lint slow sandbox backends soak quickstarts
 
 quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
 
-test: $(VENV)/ready ## the tests that a developer runs
+test: $(VENV)/ready ## the tests to run before every commit
+	$(BIN)/python -m pytest -n 2
+
+coverage: $(VENV)/ready ## the same tests with line and branch coverage
 	$(BIN)/python -m pytest --cov -n 2
 
 lint: $(VENV)/ready ## style and types
@@ -22,9 +25,9 @@ slow: $(VENV)/ready ## the tests that take minutes each: GSM8K with a real model
 sandbox: $(VENV)/ready ## hostile programs and answers against the ready rewards
 	$(BIN)/python -m pytest -m sandbox tests/rewards
 
-engines: $(VENV)/ready ## DDP, FSDP2 and DeepSpeed on two CPU processes
+backends: $(VENV)/ready ## DDP, FSDP2 and DeepSpeed on two CPU processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,qlora]"
-	$(BIN)/python -m pytest -m engines --durations=15 tests/distributed tests/plan/test_memory.py
+	$(BIN)/python -m pytest -m backends --durations=15 tests/distributed tests/plan/test_memory.py
 
 soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour
 	$(BIN)/python -m tests.helpers.soak --kills 200

@@ -14,6 +14,7 @@ shares the pages of equal prompts; the time that it takes to set up is counted, 
 import argparse
 import json
 import statistics
+from typing import Any
 
 from workload import MODELS, Case, PeakMemory, ended_at, in_child, make_model, now
 
@@ -29,7 +30,7 @@ def measure(system: str, model_name: str, case: Case, calls: int, rows_in_flight
 
     on_gpu = torch.cuda.is_available()
     model = make_model(model_name).to("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32).eval()
-    write = {"generate": Generate, "continuous": Continuous, "group": Group}[system](model, rows_in_flight)
+    write: Any = {"generate": Generate, "continuous": Continuous, "group": Group}[system](model, rows_in_flight)
     small = Case(2, 75, 2)
     write(small.prompts(-1), small.num_generations, small.lengths(-1))
     seconds, peaks, memory = [], [], PeakMemory()

@@ -12,11 +12,13 @@ its own, in turns; the first steps are left out; figures are medians. Memory is 
 """
 
 import argparse
+import importlib
 import json
 import random
 import statistics
 import tempfile
 import time
+from typing import Any
 
 from workload import (
     ANSWER_LENGTHS,
@@ -91,7 +93,7 @@ def measure(system: str, model_name: str, case: Case, steps: int, checkpointing:
 
 
 def _trainer_of(system: str, case: Case, total: int, checkpointing: bool, on_gpu: bool):
-    options = {
+    options: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(),
         "per_device_train_batch_size": case.num_completions,
         "num_generations": case.num_generations,
@@ -105,13 +107,9 @@ def _trainer_of(system: str, case: Case, total: int, checkpointing: bool, on_gpu
         "logging_steps": 1000,
         "disable_tqdm": True,
     }
-    if system == "trl":
-        from trl import GRPOConfig, GRPOTrainer
-
-        return GRPOTrainer, GRPOConfig(**options, loss_type="grpo")
-    from grpo_trl import GRPOConfig, GRPOTrainer
-
-    return GRPOTrainer, GRPOConfig(**options, shared_prefix=system == "packed")
+    library: Any = importlib.import_module("trl" if system == "trl" else "grpo_trl")
+    own = {"loss_type": "grpo"} if system == "trl" else {"shared_prefix": system == "packed"}
+    return library.GRPOTrainer, library.GRPOConfig(**options, **own)
 
 
 class _Meter:
@@ -136,6 +134,7 @@ class _Meter:
         if len(self.seconds) == self.timed_steps:
             self.bytes = self.memory.stop()
         else:
+            assert self.started is not None
             self.seconds.append(stopped - self.started)
         self.started = None
 

@@ -11,9 +11,11 @@ step above what the process holds before it.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import tempfile
+from typing import Any
 
 from workload import ANSWER_LENGTHS, MODELS, Case, PeakMemory, ended_at, in_child, make_model, make_tokenizer, now
 
@@ -80,13 +82,9 @@ def measure(system: str, model_name: str, case: Case, steps: int) -> dict:
 
 
 def _trainer_of(system: str, options: dict):
-    if system == "trl":
-        from trl import GRPOConfig, GRPOTrainer
-
-        return GRPOTrainer, GRPOConfig(**options, loss_type="grpo")
-    from grpo_trl import GRPOConfig, GRPOTrainer
-
-    return GRPOTrainer, GRPOConfig(**options)
+    library: Any = importlib.import_module("trl" if system == "trl" else "grpo_trl")
+    own = {"loss_type": "grpo"} if system == "trl" else {}
+    return library.GRPOTrainer, library.GRPOConfig(**options, **own)
 
 
 def _end_completions(system: str, model, trainer, case: Case) -> list[float]:
@@ -140,7 +138,7 @@ class _Meter:
         self.seconds: list[float] = []
         self.bytes: list[int] = []
         self.memory = PeakMemory()
-        self.steps = 0
+        self.steps, self.last = 0, 0.0
 
     def step_end(self) -> None:
         self.steps += 1

@@ -9,11 +9,13 @@ step counts, and stands in a column of its own.
 """
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from workload import in_child, now
 
@@ -64,16 +66,13 @@ def measure(system: str, args) -> dict:
         "logging_steps": 1,
         "disable_tqdm": True,
     }
+    library: Any = importlib.import_module("trl" if system == "trl" else "grpo_trl")
     if system == "trl":
-        from trl import GRPOConfig, GRPOTrainer
-
         options["loss_type"] = "grpo"
-    else:
-        from grpo_trl import GRPOConfig, GRPOTrainer
-    trainer = GRPOTrainer(
+    trainer = library.GRPOTrainer(
         args.model,
         arithmetic_reward,
-        GRPOConfig(**options),
+        library.GRPOConfig(**options),
         load(ScriptArguments(dataset=args.dataset, prompt_style="plain"))["train"],
         processing_class=AutoTokenizer.from_pretrained(args.model),
         callbacks=[StopAtGoal()],

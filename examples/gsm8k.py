@@ -18,6 +18,7 @@ import operator
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 from datasets import DatasetDict, load_dataset
 from math_verify import parse, verify
@@ -93,7 +94,7 @@ def evaluate(node: ast.expr) -> float:
     """The value of an expression of numbers, + - * / and brackets. Nothing else is computed."""
     match node:
         case ast.Constant(value=value) if type(value) in (int, float):  # a bool is an int too
-            return value
+            return float(cast(float, value))
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -evaluate(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
@@ -124,7 +125,7 @@ def load(script: ScriptArguments) -> DatasetDict:
 
 
 def main() -> None:
-    script, args, model_args = TrlParser((ScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config()
+    script, args, model_args = TrlParser(cast(Any, (ScriptArguments, GRPOConfig, ModelConfig))).parse_args_and_config()
     problems = load(script)
     args.model_init_kwargs = {
         "dtype": model_args.dtype,

@@ -220,7 +220,7 @@ class MetricLog:
         other._metrics = {}
 
     def state_dict(self) -> dict[str, list[Any]]:
-        """What `load_state_dict` of another process goes on from: for each name the kind of metric and its numbers."""
+        """Return, for each name, the kind of metric and its numbers."""
         cpu = {name: metric.on_cpu() for name, metric in self._metrics.items()}
         return {name: [type(metric).__name__, *vars(metric).values()] for name, metric in cpu.items()}
 
@@ -240,7 +240,7 @@ class MetricLog:
             self.add(name, Mean(timer.seconds, 0.0))
 
     def reduce(self, gather: Callable[[list[Any]], list[Any]]) -> dict[str, float]:
-        """Values over all ranks, by name, without those that had nothing to reduce; then start anew.
+        """Values over all ranks, by name, without those that had nothing to reduce; then start again from nothing.
 
         Args:
             gather: From a list of objects on this rank to the concatenated lists of all ranks. Called once, on every

@@ -42,6 +42,7 @@ HEADS = {
 """Query heads, key heads, head size, and that of the values."""
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 HEAD = pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+
 SCALING = 0.9
 
 
@@ -100,10 +101,19 @@ def alone(query, key, value, layout, scaling, window=None, softcap=None):
     return torch.cat(parts, dim=1).unsqueeze(0)
 
 
-@LAYOUT
-@HEAD
-@pytest.mark.parametrize("window", [None, 1, 4])
-@pytest.mark.parametrize("softcap", [None, 1.5])
+def pairs(*choices):
+    """Every layout with every element of each of `choices`, which are combined in turn rather than in full."""
+    longest = max(map(len, choices))
+    return [
+        (layout, *(values[(i + j) % len(values)] for values in choices))
+        for i, layout in enumerate(LAYOUTS.values())
+        for j in range(longest)
+    ]
+
+
+@pytest.mark.parametrize(
+    "layout, heads, window, softcap", pairs(list(HEADS.values()), [None, 1, 4], [None, 1.5, None, 1.5]), ids=str
+)
 def test_dense_attention_is_each_completion_after_its_prompt(layout, heads, window, softcap):
     expected = evaluate(alone, layout, heads, window, softcap)
     assert_all_close(evaluate(dense_attention, layout, heads, window, softcap), expected)
@@ -121,14 +131,19 @@ def test_dense_attention_agrees_with_torchs_own(layout):
             assert_all_close([output[:, :, places]], [expected])
 
 
-@LAYOUT
-@pytest.mark.parametrize("heads", [HEADS["shared keys"], HEADS["smaller values"]], ids=str)
-@pytest.mark.parametrize("block", [1, 3, 256])
-@pytest.mark.parametrize("window, softcap", [(None, None), (None, 1.5), (1, None), (3, None), (6, 1.5), (100, None)])
-def test_blocked_attention_agrees_with_dense_attention(layout, heads, block, window, softcap, monkeypatch):
+@pytest.mark.parametrize(
+    "layout, heads, block, options",
+    pairs(
+        [HEADS["shared keys"], HEADS["smaller values"]],
+        [1, 3, 256, 3, 1],
+        [(None, None), (None, 1.5), (1, None), (3, None), (6, 1.5), (100, None)],
+    ),
+    ids=str,
+)
+def test_blocked_attention_agrees_with_dense_attention(layout, heads, block, options, monkeypatch):
     monkeypatch.setattr(shared_prefix, "BLOCK", block)
-    expected = evaluate(dense_attention, layout, heads, window, softcap)
-    assert_all_close(evaluate(blocked_attention, layout, heads, window, softcap), expected)
+    expected = evaluate(dense_attention, layout, heads, *options)
+    assert_all_close(evaluate(blocked_attention, layout, heads, *options), expected)
 
 
 @pytest.mark.parametrize("window", [None, 20])
@@ -302,10 +317,13 @@ def kernels(monkeypatch):
 EQUAL = {name: heads for name, heads in HEADS.items() if heads[2] == heads[3]}
 
 
-@LAYOUT
-@pytest.mark.parametrize("heads", EQUAL.values(), ids=EQUAL)
-@pytest.mark.parametrize("dtype, within", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.15)])
-def test_the_cuda_path_asks_the_kernels_for_the_right_sequences(layout, heads, dtype, within, kernels):
+@pytest.mark.parametrize(
+    "layout, heads, precision",
+    pairs(list(EQUAL.values()), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.15)]),
+    ids=str,
+)
+def test_the_cuda_path_asks_the_kernels_for_the_right_sequences(layout, heads, precision, kernels):
+    dtype, within = precision
     layout = Layout(layout.groups)  # without what an earlier test may have left in it
     inputs, grad = tensors(layout, heads, dtype)
     query, key, value = (x.detach() for x in inputs)

@@ -20,7 +20,7 @@ from tests.helpers.training import relative_error, weights
 
 
 pytestmark = [
-    pytest.mark.engines,
+    pytest.mark.backends,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"),
 ]
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "LOCAL_SIZE": "2"}

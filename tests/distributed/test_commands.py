@@ -21,7 +21,7 @@ from tests.helpers.models import make_model, make_tokenizer
 
 
 pytestmark = [
-    pytest.mark.engines,
+    pytest.mark.backends,
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed"),
 ]
 ROOT = Path(__file__).parents[2]

@@ -150,7 +150,9 @@ WITH_TORCHRUN = "Start it with `torchrun --nproc_per_node GPUS train.py ...` (on
 def test_processes_that_do_not_see_each_other_are_refused_with_the_remedy(monkeypatch, environment, remedy, seen):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=rf"SIZE=4 processes .* world_size={seen}: .* apart\. {re.escape(remedy)}"):
+    with pytest.raises(
+        ValueError, match=rf"SIZE=4 processes .* world_size={seen}: .* separately\. {re.escape(remedy)}"
+    ):
         check_ranks(world_size=seen)
 
 
@@ -222,7 +224,7 @@ def test_a_file_system_may_take_its_time(tmp_path):
 
 
 def test_fsdp_without_a_gpu_is_refused():
-    with pytest.raises(ValueError, match=r"FSDP was asked for, and there is no GPU.*zero3\.json"):
+    with pytest.raises(ValueError, match=r"FSDP was requested, and there is no GPU.*zero3\.json"):
         check_ranks(world_size=1, fsdp=True, device_type="cpu")
     check_ranks(world_size=1, fsdp=True, device_type="cuda")
 

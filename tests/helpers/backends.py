@@ -318,7 +318,7 @@ def loaded_after_options(name, folder):
 
 
 def mistakes(name, folder):
-    """What is said of a second training, a model of another trainer, and other engines."""
+    """What is said of a second training, a model of another trainer, and other backends."""
     said = {}
     with engine(name) as of_engine:
         trainer = sampler(folder, of_engine, max_steps=1)

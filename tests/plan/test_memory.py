@@ -140,7 +140,7 @@ def counted():
     return rows
 
 
-@pytest.mark.engines
+@pytest.mark.backends
 @pytest.mark.parametrize("method", ["ZeRO-2", "ZeRO-3"])
 def test_two_ranks_hold_and_send_what_the_plan_says(method, counted):
     held, update, sampling, sent, sent_for_sampling = counted[method]
@@ -151,7 +151,7 @@ def test_two_ranks_hold_and_send_what_the_plan_says(method, counted):
     assert sent_for_sampling[1] == pytest.approx(sent_for_sampling[0], rel=0.02)
 
 
-@pytest.mark.engines
+@pytest.mark.backends
 @pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("precision", ["bf16", "autocast", "float32"])
 def test_a_token_has_the_activations_that_the_plan_says(precision, checkpointing, counted):

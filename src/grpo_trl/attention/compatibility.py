@@ -20,7 +20,7 @@ SPY = "grpo_trl_spy"
 
 
 def incompatibility(model: Any) -> str | None:
-    """Why the model cannot be scored packed, as far as its configuration says; None if it says nothing."""
+    """Return why the model cannot attend over packed rows, as far as its configuration says; None if it says nothing."""
     name = type(causal_lm(model)).__name__
     config: Any = causal_lm(model).config.get_text_config()
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):

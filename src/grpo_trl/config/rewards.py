@@ -18,7 +18,7 @@ class RewardOptions:
         default=None, metadata={"help": "Seconds that a call of a reward function may take. Needs reward_workers."}
     )
     reward_retries: int = field(
-        default=0, metadata={"help": "How often a call of a reward function that failed is made anew as it is."}
+        default=0, metadata={"help": "How many times a failed reward call is retried unchanged."}
     )
     reward_memory_limit: float = field(
         default=4.0, metadata={"help": "GiB of memory that a process of reward_workers may take (on Linux)."}
@@ -26,8 +26,8 @@ class RewardOptions:
     on_reward_error: Literal["exclude", "raise"] = field(
         default="exclude",
         metadata={
-            "help": "What becomes of a completion that a reward function fails on: it has no reward and no advantage "
-            "('exclude'), or the run is saved and stops ('raise').",
+            "help": "What happens to a completion whose reward call fails: it gets no reward and no advantage "
+            "('exclude'), or the run saves and stops ('raise').",
         },
     )
     max_reward_failure_rate: float = field(

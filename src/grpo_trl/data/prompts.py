@@ -1,9 +1,4 @@
-"""Prompts: how a row becomes tokens, which rows fit, and which rows each generation batch has.
-
-Words: a generation batch is the groups of one generation round over all ranks; a micro-step is one item of Trainer's
-    accumulation
-loop, `per_device_train_batch_size` completions per rank.
-"""
+"""Prompts: how a row becomes tokens, and which rows fit."""
 
 import hashlib
 import math

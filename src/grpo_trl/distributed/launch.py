@@ -59,53 +59,68 @@ def check_launcher(deepspeed: Any, environment: Mapping[str, str]) -> None:
         )
 
 
+ALONE = "If that is what you want, set WORLD_SIZE=1 in the environment."
+
+
 def check_ranks(world_size: int, fsdp: bool = False, device_type: str = "cpu") -> None:
-    """Refuse ranks that would train something else than what was asked for, and warn of processes that may.
+    """Refuse ranks that would train something other than what was requested, and warn of processes that may.
 
     Args:
-        world_size: Ranks that the trainer believes in.
-        fsdp: Whether FSDP was asked for.
-        device_type: What the weights lie on.
+        world_size: Ranks that the trainer sees.
+        fsdp: Whether FSDP was requested.
+        device_type: Where the weights are.
 
     Raises:
-        ValueError: A launcher that started several processes, and other ones than the trainer sees; or FSDP without a GPU
+        ValueError: A launcher started several processes, and other ones than the trainer sees; or FSDP without a GPU
             (which would be DDP).
     """
     if fsdp and device_type == "cpu":
         raise ValueError(
-            "FSDP was asked for, and there is no GPU: the run would silently be a DDP one. Leave fsdp away, or use ZeRO "
+            "FSDP was requested, and there is no GPU: the run would silently use DDP. Drop fsdp, or use ZeRO "
             "(ds_configs/zero3.json), which shards on CPUs too."
         )
-    name = next((name for name in SIZES if name in os.environ), None)
-    launched = int(os.environ[name]) if name else 1
-    command = (
-        f"`torchrun --nproc_per_node GPUS {_script()} ...` (on several machines once on each, with --nnodes, "
-        "--rdzv_backend c10d and --rdzv_endpoint)"
-    )
-    alone = "If that is what you want, set WORLD_SIZE=1 in the environment."
-    if launched not in (1, world_size):
-        remedy = f"Start it with {command}, deepspeed or accelerate. {alone}"
-        if name == "WORLD_SIZE" and "LOCAL_RANK" in os.environ:
-            remedy = (
-                "On a machine without GPU pass use_cpu=True (`--use_cpu true`). If that is what you want, start them "
-                "without a launcher."
-            )
-        elif name == "WORLD_SIZE":
-            remedy = f"LOCAL_RANK is not set. {remedy}"
-        raise ValueError(
-            f"The launcher started {name}={launched} processes and the trainer sees world_size={world_size}: those that do "
-            f"not see each other would train apart. {remedy}"
+    launcher = next((name for name in SIZES if name in os.environ), None)
+    if launcher is not None:
+        _check_launched(launcher, int(os.environ[launcher]), world_size)
+    elif world_size == 1:
+        _warn_of_tasks()
+
+
+def _check_launched(name: str, launched: int, world_size: int) -> None:
+    if launched in (1, world_size):
+        return
+    remedy = f"Start it with {_torchrun()}, deepspeed or accelerate. {ALONE}"
+    if name == "WORLD_SIZE" and "LOCAL_RANK" in os.environ:
+        remedy = (
+            "On a machine without GPU pass use_cpu=True (`--use_cpu true`). If that is what you want, start them "
+            "without a launcher."
         )
+    elif name == "WORLD_SIZE":
+        remedy = f"LOCAL_RANK is not set. {remedy}"
+    raise ValueError(
+        f"The launcher started {name}={launched} processes and the trainer sees world_size={world_size}: those that do "
+        f"not see each other would train separately. {remedy}"
+    )
+
+
+def _warn_of_tasks() -> None:
     in_terminal = "SLURM_PTY_PORT" in os.environ  # of `srun --pty`, where other tasks are idle
     tasks = int(os.environ.get(TASKS, "1"))
-    if world_size == 1 and tasks > 1 and not name and not in_terminal:
+    if tasks > 1 and not in_terminal:
         logger.warning(
             "srun started %s=%d tasks, and this one trains alone. To train as ranks of one run, have srun start %s. %s",
             TASKS,
             tasks,
-            command,
-            alone,
+            _torchrun(),
+            ALONE,
         )
+
+
+def _torchrun() -> str:
+    return (
+        f"`torchrun --nproc_per_node GPUS {_script()} ...` (on several machines once on each, with --nnodes, "
+        "--rdzv_backend c10d and --rdzv_endpoint)"
+    )
 
 
 def check_devices(n_gpu: int) -> None:

@@ -1,4 +1,4 @@
-"""What an engine does to models: where their weights lie, in which precision, and when ranks have them whole."""
+"""What a backend (DeepSpeed, FSDP) does to models: where their weights are, in which precision, when they are gathered."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,21 +17,21 @@ from ..logging import get_logger
 logger = get_logger(__name__)
 
 BACKEND_MARK = "_grpo_trl_has_engine"
-"""An attribute of models that DeepSpeed has wrapped, and changed for good."""
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""An attribute of models that DeepSpeed has wrapped, which changes them for good."""
+MIXED_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """By accelerate's names."""
 GATHERED_AT_ONCE = 2**28
 """Bytes of weights that one collective gathers, unless a single weight has more."""
 
 
 def check_backend_config(config: Any) -> None:
-    """Say where a DeepSpeed configuration overrules the options.
+    """Warn where a DeepSpeed configuration overrides options.
 
     Args:
         config: `transformers.integrations.HfDeepSpeedConfig`.
 
     Raises:
-        ValueError: It says otherwise than an option of the same meaning.
+        ValueError: It contradicts an option of the same meaning.
     """
     if mismatches := getattr(config, "mismatches", None):
         found = "; ".join(mismatch.removeprefix("- ") for mismatch in mismatches)
@@ -42,7 +42,7 @@ def check_backend_config(config: Any) -> None:
 
 
 def start_backend(device_type: str) -> None:
-    """Have DeepSpeed know the ranks before a model is loaded, which ZeRO-3 shards while it is loaded."""
+    """Tell DeepSpeed about the ranks before a model is loaded, since ZeRO-3 shards models as they are loaded."""
     if is_deepspeed_zero3_enabled():
         import deepspeed
 
@@ -52,7 +52,7 @@ def start_backend(device_type: str) -> None:
 
 @contextlib.contextmanager
 def loading_whole() -> Iterator[None]:
-    """Inside, `from_pretrained` loads whole models, also where ZeRO-3 is configured, which shards them otherwise."""
+    """Let `from_pretrained` load unsharded models inside, even where ZeRO-3 is configured."""
     configured = deepspeed_integration._hf_deepspeed_config_weak_ref  # there is no other way to ask for it
     deepspeed_integration.unset_hf_deepspeed_config()
     try:
@@ -62,10 +62,10 @@ def loading_whole() -> Iterator[None]:
 
 
 def check_sharding(model: nn.Module, world_size: int) -> None:
-    """Say what it costs that a model was loaded before ZeRO-3 could shard it.
+    """Warn of the cost of a model that was loaded before ZeRO-3 could shard it.
 
     Raises:
-        ValueError: It was sharded while it was loaded, and the run has no ZeRO-3; or it is that of another engine.
+        ValueError: It was sharded as it was loaded, and the run has no ZeRO-3; or DeepSpeed has wrapped it already.
     """
     if hasattr(model, BACKEND_MARK):
         raise ValueError(
@@ -76,7 +76,7 @@ def check_sharding(model: nn.Module, world_size: int) -> None:
     sharded = any(hasattr(parameter, "ds_id") for parameter in parameters)
     if sharded and not is_deepspeed_zero3_enabled():
         raise ValueError(
-            "The model was loaded while ZeRO-3 was configured, so that its weights lie in shards, and this run has no "
+            "The model was loaded while ZeRO-3 was configured, so its weights are sharded, and this run has no "
             "ZeRO-3. Pass deepspeed=... with stage 3 to GRPOConfig, or load the model before ZeRO-3 is configured."
         )
     quantized = getattr(model, "is_quantized", False)  # which from_pretrained never shards
@@ -91,29 +91,29 @@ def check_sharding(model: nn.Module, world_size: int) -> None:
 
 
 def check_whole(model: nn.Module, name: str) -> None:
-    """Refuse a model that each rank calls by itself, and whose forward would wait for other ranks.
+    """Refuse a sharded model that each rank calls by itself: its forward would wait for other ranks.
 
     Raises:
         ValueError: It was sharded while it was loaded; `name` says what it is.
     """
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
-            f"{name} was loaded while ZeRO-3 was configured, so that its weights lie in shards; each rank needs it whole. "
+            f"{name} was loaded while ZeRO-3 was configured, so its weights are sharded; each rank needs all of it. "
             "Pass its path, or load it before GRPOConfig(deepspeed=...) is made."
         )
 
 
 def backend_of(accelerator: Any) -> str:
-    """What shards a run, and what its checkpoints look like: "ZeRO-3", "FSDP", or "none"."""
+    """Return what shards a run, and so the form of its checkpoints: "ZeRO-3", "FSDP", or "none"."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "none"
 
 
 def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
-    """A model that is only evaluated, as the engine has the policy; but sharded under ZeRO-3 alone, and whole elsewhere."""
+    """Prepare a model that is only evaluated as the backend does the policy, but shard it under ZeRO-3 only."""
     if not is_deepspeed_zero3_enabled():
-        half = HALF.get(accelerator.mixed_precision)
+        half = MIXED_DTYPES.get(accelerator.mixed_precision)
         if half and accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             for parameter in model.parameters():  # as they cast the policy, whose buffers they leave
                 if parameter.is_floating_point():
@@ -125,20 +125,20 @@ def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
 
 
 def move_to_device(model: nn.Module, device: torch.device, gathers: bool) -> None:
-    """Make a model ready to write completions that no engine has placed yet, because training has not begun.
+    """Move a model to its device for sampling before training, when no backend has placed it yet.
 
     Args:
         model: Not wrapped.
         device: Of this rank.
-        gathers: Whether sampling gathers weights that lie in shards.
+        gathers: Whether sampling gathers sharded weights.
 
     Raises:
-        ValueError: Weights are in shards, and nothing gathers them.
+        ValueError: Weights are sharded, and nothing gathers them.
     """
     if not gathers and any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
-            "evaluate() before train() cannot work with ds3_gather_for_generation=False: layers are gathered by an engine, "
-            "which training starts. Set it to True, or set eval_on_start=True instead of calling evaluate()."
+            "evaluate() before train() cannot work with ds3_gather_for_generation=False: DeepSpeed gathers layers, "
+            "and training starts it. Set it to True, or set eval_on_start=True instead of calling evaluate()."
         )
     parameter = next(model.parameters())
     if not isinstance(parameter, DTensor) and parameter.device != device:
@@ -146,7 +146,7 @@ def move_to_device(model: nn.Module, device: torch.device, gathers: bool) -> Non
 
 
 class GatheredWeights:
-    """Weights that ZeRO-3 shards, whole on every rank for a while. Inside, forwards are no collectives.
+    """Gathers weights that ZeRO-3 shards on every rank for a while. Inside, forwards are no collectives.
 
     They are gathered a few at a time, so that the peak is all weights and what the collective of one group needs besides.
     """

@@ -111,7 +111,7 @@ class LogprobEvaluator:
         """`work` on the ones with a gradient of this rank's `completions` of an optimizer step.
 
         `num_completions` are those of the whole step on all ranks, which its loss is divided by. Where memory runs out,
-        `undo` is called, and `work` anew on smaller micro-batches.
+        `undo` is called, and `work` runs again on smaller micro-batches.
 
         Raises:
             DoesNotFit: Memory runs out, and micro-batches cannot be smaller.

@@ -175,31 +175,46 @@ def _tokens(completions: Sequence[Completion]) -> int:
 
 
 def _cut_packed(completions: Sequence[Completion], count: int, max_tokens: int | None) -> list[list[int]]:
-    """Whole groups in `count` micro-batches, or in as many as `max_tokens` needs; split where they must be."""
-
-    def size(indices: Sequence[int]) -> int:
-        return _tokens([completions[i] for i in indices])
-
-    def split(chunk: list[int], parts: int) -> list[list[int]]:
-        return _balanced([[i] for i in chunk], parts, lambda indices: sum(len(completions[i].inputs) for i in indices))
-
+    """Put whole groups into `count` micro-batches, or into as many as `max_tokens` needs; split them where necessary."""
     groups = group_by_prompt(completions)
     if max_tokens is None:
-        parts = [1] * len(groups)
-        while sum(parts) < count:
-            splittable = [g for g, group in enumerate(groups) if parts[g] < len(group)]
-            parts[max(splittable, key=lambda g: size(groups[g]) / parts[g])] += 1
-        return _balanced(
-            [chunk for group, n in zip(groups, parts, strict=True) for chunk in split(group, n)], count, size
-        )
-    chunks = []
-    for group in groups:
-        cuts = (split(group, parts) for parts in range(1, len(group) + 1))
-        chunks += next((cut for cut in cuts if max(map(size, cut)) <= max_tokens), [[i] for i in group])
+        return _balanced(_split_into(completions, groups, count), count, lambda i: _tokens_of(completions, i))
+    chunks = [chunk for group in groups for chunk in _fitting(completions, group, max_tokens)]
+
+    def size(indices: Sequence[int]) -> int:
+        return _tokens_of(completions, indices)
+
     limit = max(max_tokens, *map(size, chunks))  # one completion may be too large by itself
     fewest = math.ceil(sum(map(size, chunks)) / limit)
-    cuts = (_balanced(chunks, parts, size) for parts in range(fewest, len(chunks) + 1))
+    cuts = (_balanced(chunks, number, size) for number in range(fewest, len(chunks) + 1))
     return next(cut for cut in cuts if max(map(size, cut)) <= limit)
+
+
+def _split_into(completions: Sequence[Completion], groups: list[list[int]], count: int) -> list[list[int]]:
+    """Split the largest groups until there are at least `count` chunks."""
+    sizes = [_tokens_of(completions, group) for group in groups]
+    parts = [1] * len(groups)
+    for _ in range(count - len(groups)):
+        splittable = [g for g, group in enumerate(groups) if parts[g] < len(group)]
+        parts[max(splittable, key=lambda g: sizes[g] / parts[g])] += 1
+    return [chunk for group, n in zip(groups, parts, strict=True) for chunk in _split(completions, group, n)]
+
+
+def _fitting(completions: Sequence[Completion], group: list[int], max_tokens: int) -> list[list[int]]:
+    """Split a group into the fewest chunks of at most `max_tokens`; into single completions where none fit."""
+    for parts in range(1, len(group) + 1):
+        chunks = _split(completions, group, parts)
+        if max(_tokens_of(completions, chunk) for chunk in chunks) <= max_tokens:
+            return chunks
+    return [[i] for i in group]
+
+
+def _split(completions: Sequence[Completion], group: list[int], parts: int) -> list[list[int]]:
+    return _balanced([[i] for i in group], parts, lambda indices: sum(len(completions[i].inputs) for i in indices))
+
+
+def _tokens_of(completions: Sequence[Completion], indices: Sequence[int]) -> int:
+    return _tokens([completions[i] for i in indices])
 
 
 def _cut_padded(completions: Sequence[Completion], count: int, max_tokens: int | None) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Whether a model's completions can be scored packed, with their prompt shared."""
+"""Compares packed logprobs with padded ones."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,7 +24,8 @@ def packed_mismatch(
 ) -> str | None:
     """Why packed scores of the model cannot be used, by comparing them with padded ones; None if they agree.
 
-    Two completions are scored both ways; then packed once more in training mode, to see whether dropout is in the way.
+    Logprobs of two completions are computed both ways; then packed once more in training mode, where dropout would
+    show.
 
     Args:
         model: As in `compute_logprobs`.

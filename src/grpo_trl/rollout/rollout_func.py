@@ -39,32 +39,18 @@ class RolloutFuncEngine:
         self.interruptible = interruptible
 
     def rollout(self, request: RolloutRequest) -> Rollout:
+        """Call the function and check what it returns.
+
+        Raises:
+            ValueError: The function returned something else than documented.
+        """
         group = request.num_generations
         prompts = [copy.deepcopy(prompt) for prompt in request.prompts for _ in range(group)]  # its own to change
         with self.interruptible():
             output = self.rollout_func(prompts, self.trainer)
-        missing = [key for key in REQUIRED if key not in output]
-        if missing:
-            raise ValueError(f"rollout_func returned no {', '.join(missing)}; it must return {', '.join(REQUIRED)}.")
-        columns = {key: value for key, value in output.items() if key not in (*REQUIRED, MASK)}
-        for key, value in output.items():
-            scalar = isinstance(value, str) or not hasattr(value, "__len__")
-            if scalar and key in columns:
-                columns[key] = [value] * len(prompts)
-            elif value is not None and (scalar or len(value) != len(prompts)):
-                got = type(value).__name__ if scalar else f"{len(value)} entries"
-                raise ValueError(
-                    f"rollout_func returned {key!r} with {got} for {len(prompts)} prompts; it gets every prompt "
-                    f"num_generations={group} times in a row and must return one entry for each."
-                )
+        columns = _columns(output, len(prompts), group)
         completions = [self._completion(output, row) for row in range(len(prompts))]
-        for row in range(0, len(prompts), group):
-            if any(c.prompt_ids != completions[row].prompt_ids for c in completions[row : row + group]):
-                raise ValueError(
-                    f"rollout_func returned different prompt_ids for the {group} completions of one prompt (rows {row} "
-                    f"to {row + group - 1}); a group shares its prompt. Put what differs into completion_ids and mark it "
-                    f"in {MASK!r}."
-                )
+        _check_groups(completions, group)
         return Rollout(completions, columns)
 
     def _completion(self, output: dict[str, Any], row: int) -> Completion:
@@ -86,3 +72,36 @@ class RolloutFuncEngine:
             ended=bool(ids) and ids[-1] in self.eos_token_ids,
             sampler_logps=None if logps is None else [float(x) for x in logps],
         )
+
+
+def _columns(output: dict[str, Any], rows: int, group: int) -> dict[str, list[Any]]:
+    """Return the further columns; a value that is not a list is repeated in each row."""
+    missing = [key for key in REQUIRED if key not in output]
+    if missing:
+        raise ValueError(f"rollout_func returned no {', '.join(missing)}; it must return {', '.join(REQUIRED)}.")
+    columns = {}
+    for key, value in output.items():
+        is_column = key not in (*REQUIRED, MASK)
+        is_scalar = isinstance(value, str) or not hasattr(value, "__len__")
+        if is_column and is_scalar:
+            columns[key] = [value] * rows
+            continue
+        if value is not None and (is_scalar or len(value) != rows):
+            got = type(value).__name__ if is_scalar else f"{len(value)} entries"
+            raise ValueError(
+                f"rollout_func returned {key!r} with {got} for {rows} prompts; it gets every prompt "
+                f"num_generations={group} times in a row and must return one entry for each."
+            )
+        if is_column:
+            columns[key] = value
+    return columns
+
+
+def _check_groups(completions: list[Completion], group: int) -> None:
+    for row in range(0, len(completions), group):
+        if any(c.prompt_ids != completions[row].prompt_ids for c in completions[row : row + group]):
+            raise ValueError(
+                f"rollout_func returned different prompt_ids for the {group} completions of one prompt (rows {row} "
+                f"to {row + group - 1}); a group shares its prompt. Put what differs into completion_ids and mark it "
+                f"in {MASK!r}."
+            )

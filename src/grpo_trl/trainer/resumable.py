@@ -1,4 +1,4 @@
-"""A Trainer that a signal can stop and that goes on where it stopped: which checkpoint, when, and whole."""
+"""A Trainer that a signal can stop and that resumes exactly: which checkpoint, when, and complete."""
 
 import shutil
 from pathlib import Path
