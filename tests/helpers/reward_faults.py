@@ -25,11 +25,6 @@ def hang(text):
         time.sleep(60)
 
 
-def spin(text):
-    while True:
-        pass
-
-
 def leave(text):
     sys.exit(3)
 
@@ -73,7 +68,6 @@ FAULTS = {
     for function in (
         throw,
         hang,
-        spin,
         leave,
         vanish,
         segfault,
@@ -105,12 +99,6 @@ def wrong_count(completions, change):
 
 def wrong_type(completions):
     return 1.0 if any("x" in text for text in completions) else lengths(completions)
-
-
-def list_of_tensors(completions):
-    import torch
-
-    return [torch.tensor(value) for value in lengths(completions)]
 
 
 def only_alone(completions):

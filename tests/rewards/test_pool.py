@@ -17,8 +17,6 @@ from ..helpers import reward_faults as faults
 
 
 MEMORY = 256 * 1024**2
-ENDING = ["hang", "vanish", "segfault", "fork_and_vanish"]
-RAISING = ["throw", "leave", "unpicklable"]
 
 
 @pytest.fixture
@@ -58,7 +56,7 @@ def check_fault(make_rewards, fault, batch, bad, **options):
     check(rewards(batch), batch, bad)
 
 
-@pytest.mark.parametrize("fault", [*RAISING, *ENDING, "shut_the_connection"])
+@pytest.mark.parametrize("fault", ["throw", "unpicklable", "hang", "vanish"])  # further ones: test_worker.py
 def test_a_fault_in_one_of_a_hundred_completions(make_rewards, fault):
     # Time runs out for functions that hang only; the others must be found to have ended without it.
     timeout = 0.3 if fault == "hang" else None
@@ -113,11 +111,6 @@ def test_a_mistake_of_a_function_without_weight_stops_nothing(make_rewards, work
     assert table.total_B.tolist() == [1.0, 2.0, 3.0, 4.0]
 
 
-def test_tensors_are_rewards(make_rewards):
-    batch = make_batch()
-    check(make_rewards([faults.list_of_tensors, faults.lengths], workers=1)(batch), batch, ())
-
-
 def test_the_failing_completion_is_named_with_the_workers_traceback(make_rewards, caplog):
     make_rewards(functools.partial(faults.faulty, fault="throw"))(make_batch(8, {5}))
     [record] = caplog.records
@@ -126,7 +119,7 @@ def test_the_failing_completion_is_named_with_the_workers_traceback(make_rewards
     assert 'raise KeyError(f"no {text}")' in record.message
 
 
-@pytest.mark.parametrize("fault", ["throw", "hang", "vanish"])
+@pytest.mark.parametrize("fault", ["throw", "vanish"])
 def test_raise_stops_with_the_function_and_the_completion(make_rewards, fault):
     function = functools.partial(faults.faulty, fault=fault)
     rewards = make_rewards([function, faults.lengths], timeout=0.4, on_error="raise")

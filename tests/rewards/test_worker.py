@@ -85,7 +85,6 @@ def test_an_exception_leaves_the_process_running(worker):
     "fault, error, message",
     [
         ("hang", CallTimedOut, "no reply after 0.3 seconds"),
-        ("spin", CallTimedOut, "no reply after 0.3 seconds"),
         ("vanish", WorkerDied, "exited with code 3"),
         ("segfault", WorkerDied, "ended by SIGSEGV"),
         ("shut_the_connection", WorkerDied, "closed its connection"),
