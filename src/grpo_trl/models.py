@@ -2,13 +2,16 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -16,7 +19,8 @@ from .logprobs.head import enable_logprobs
 from .model_utils import causal_lm
 
 
-REF_ADAPTER = "ref"
+PEFT_PREFIX = "base_model.model."
+"""Before the names of an adapter's weights in its file."""
 
 
 def load_policy(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict[str, Any]) -> Any:
@@ -121,6 +125,18 @@ def add_adapter(model: Any, peft_config: PeftConfig | None) -> Any:
     return get_peft_model(model, peft_config)
 
 
+def has_injected_adapter(model: Any) -> bool:
+    """Whether the model carries an adapter that `model.add_adapter` of transformers made, without a `PeftModel`."""
+    return isinstance(model, PreTrainedModel) and getattr(model, "_hf_peft_config_loaded", False)
+
+
+def load_injected_adapter(model: Any, folder: Path) -> None:
+    """Load the weights that `model.save_pretrained` wrote of an adapter that `model.add_adapter` made."""
+    saved = load_file(folder / SAFETENSORS_WEIGHTS_NAME)
+    own = {name.removeprefix(PEFT_PREFIX): value for name, value in saved.items()}
+    set_peft_model_state_dict(model, own, adapter_name=model.active_adapters()[0])
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of `model` to 0, the rate that attention layers keep as a number included."""
     disable_dropout_in_model(model)
@@ -130,31 +146,38 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 class Reference:
-    """The frozen policy that the KL term measures against.
+    """The policy at the start of the run, frozen, that the KL term measures against.
 
     - full fine-tuning: a frozen copy;
-    - a new adapter: the base weights, by switching the adapter off;
-    - an adapter that was trained before: a frozen copy of that adapter.
+    - a new LoRA adapter that changes nothing yet: the base weights, by switching the adapter off;
+    - any other adapter, new or continued: a copy of what is trained, which takes its place while the reference is
+      evaluated. It is not part of the model, so nothing that saves the model saves it.
 
     Args:
         policy: The policy before it is trained, with its adapter.
         new_adapter: Whether the adapter was made for this run.
         reload: Loads the policy as it was at first, for one that ZeRO-3 has sharded, which cannot be copied.
         moves: Whether its weights will follow the policy (`sync_ref_model`), so that a checkpoint saves them.
+        unsharded: Inside, the parameters it is given can be read and written as a whole.
 
     Raises:
-        ValueError: It moves, and the policy has an adapter; the adapter trains biases of the model under it, which the
-            reference would share; or it is a prompt that was trained before, which cannot be copied; or the policy is
-            sharded, with nothing to reload it from.
+        ValueError: It moves, and the policy has an adapter; or the policy is sharded, with nothing to reload it from.
     """
 
     def __init__(
-        self, policy: Any, new_adapter: bool, reload: Callable[[], nn.Module] | None = None, moves: bool = False
+        self,
+        policy: Any,
+        new_adapter: bool,
+        reload: Callable[[], nn.Module] | None = None,
+        moves: bool = False,
+        unsharded: Callable[[list[nn.Parameter]], AbstractContextManager[Any]] = nullcontext,
     ):
         self.model: nn.Module | None = None
         self.moves = moves
         self._policy = policy
-        self._adapter: str | None = None
+        self._unsharded = unsharded
+        self._start: dict[str, Tensor] = {}
+        """What is trained of an adapter, as it was at the start; empty where it is enough to switch the adapter off."""
         if not isinstance(policy, PeftModel):
             self.model = _copy(policy, reload).requires_grad_(False).eval()
             return
@@ -163,30 +186,34 @@ class Reference:
                 "sync_ref_model=True needs a copy of all weights, which an adapter does not have; set "
                 "sync_ref_model=False, or train without LoRA."
             )
-        config = policy.peft_config[policy.active_adapter]
-        if (bias := getattr(config, "bias", "none")) != "none":
-            raise ValueError(
-                f"The adapter has bias={bias!r}: it trains biases of the model under it, which the reference would share. "
-                "Set bias='none' in peft_config, or beta=0.0 to train without a reference."
-            )
-        if not new_adapter and config.is_prompt_learning:
-            raise ValueError(
-                f"The adapter is a trained prompt ({config.peft_type}), of which no reference can be kept; set beta=0.0."
-            )
-        if not new_adapter:
-            self._adapter = _freeze_adapter(policy)
+        if not (new_adapter and _starts_as_the_base(policy)):
+            trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+            with unsharded(list(trained.values())):
+                self._start = {name: p.detach().clone() for name, p in trained.items()}
+
+    @property
+    def replaces_parameters(self) -> bool:
+        """Whether parameters of the policy are exchanged while the reference is evaluated."""
+        return bool(self._start)
 
     @contextmanager
     def evaluating(self, wrapped_policy: nn.Module) -> Iterator[nn.Module]:
-        """The model to call; the policy's adapter is switched inside and back after."""
+        """Yield the model to call. The policy's adapter is switched or exchanged inside, and back after."""
         if self.model is not None:
             yield self.model
-        elif self._adapter is None:
+        elif not self._start:
             with self._policy.disable_adapter():
                 yield wrapped_policy
         else:
-            with _adapter(self._policy, self._adapter):
+            parameters = dict(self._policy.named_parameters())
+            trained = [parameters[name] for name in self._start]
+            with self._unsharded(trained):
+                now = [p.detach().clone() for p in trained]
+            try:
+                self._write(trained, list(self._start.values()))
                 yield wrapped_policy
+            finally:
+                self._write(trained, now)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights of a reference that moves; others follow from the policy at the start of the run."""
@@ -196,15 +223,21 @@ class Reference:
         if self.moves:
             causal_lm(self.model).load_state_dict(state)
 
-    @contextmanager
-    def left_out(self) -> Iterator[None]:
-        """Inside, the policy has no second adapter that would be saved with it."""
-        config = None if self._adapter is None else self._policy.peft_config.pop(self._adapter)
-        try:
-            yield
-        finally:
-            if config is not None:
-                self._policy.peft_config[self._adapter] = config
+    def _write(self, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+        with torch.no_grad(), self._unsharded(parameters):
+            for parameter, value in zip(parameters, values, strict=True):
+                if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+                    value = distribute_tensor(
+                        value.to(parameter.device), parameter.device_mesh, list(parameter.placements)
+                    )
+                parameter.data.copy_(value)
+
+
+def _starts_as_the_base(policy: PeftModel) -> bool:
+    """Whether a new adapter leaves the policy what the base is, and trains nothing of the base."""
+    config: Any = policy.peft_config[policy.active_adapter]
+    same = getattr(config, "init_lora_weights", None) in (True, "gaussian")
+    return bool(config.peft_type == PeftType.LORA and same and config.bias == "none")
 
 
 def _copy(policy: nn.Module, reload: Callable[[], nn.Module] | None) -> nn.Module:
@@ -218,42 +251,3 @@ def _copy(policy: nn.Module, reload: Callable[[], nn.Module] | None) -> nn.Modul
     model = reload()
     enable_logprobs(model)
     return model
-
-
-@contextmanager
-def _adapter(policy: PeftModel, name: str) -> Iterator[None]:
-    """Another adapter inside; the active one, and what is trainable, as they were after."""
-    active = policy.active_adapter
-    with _trainable_as_it_was(policy):
-        try:
-            policy.set_adapter(name)
-            yield
-        finally:
-            policy.set_adapter(active)
-
-
-@contextmanager
-def _trainable_as_it_was(policy: PeftModel) -> Iterator[None]:
-    """peft makes the parameters of an adapter trainable when it is added or made active."""
-    trainable = {parameter: parameter.requires_grad for parameter in policy.parameters()}
-    try:
-        yield
-    finally:
-        for parameter, requires_grad in trainable.items():
-            parameter.requires_grad_(requires_grad)
-
-
-def _freeze_adapter(policy: PeftModel) -> str:
-    """Copy the active adapter to one that is never trained; its name."""
-    active = policy.active_adapter
-    if REF_ADAPTER not in policy.peft_config:
-        with _trainable_as_it_was(policy):
-            policy.add_adapter(REF_ADAPTER, policy.peft_config[active])
-    parameters = dict(policy.named_parameters())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parts = name.split(".")
-            if REF_ADAPTER in parts:
-                parameter.copy_(parameters[".".join(active if part == REF_ADAPTER else part for part in parts)])
-                parameter.requires_grad_(False)
-    return REF_ADAPTER

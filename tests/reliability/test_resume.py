@@ -1,5 +1,6 @@
 """A run that was interrupted ends as the run that was not: weights, optimizer, completions and metrics, bit for bit."""
 
+import dataclasses
 import json
 import os
 import random
@@ -15,11 +16,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
-from grpo_trl.reliability.checkpoints import last_checkpoint
+from grpo_trl.reliability.checkpoints import Manifest, last_checkpoint, write_manifest
 from grpo_trl.reliability.run_state import RunState
 from grpo_trl.reliability.signals import EXIT_CODE
 from tests.helpers.models import make_model, make_tokenizer
-from tests.helpers.training import completions_of, weights
+from tests.helpers.training import completions_of, sampling_trainer, weights
 
 
 PROMPTS = ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]
@@ -252,6 +253,60 @@ def test_a_signal_right_after_a_save_does_not_save_again(tmp_path):
 # ---- Folders ----
 
 
+def test_a_damaged_checkpoint_is_passed_over_or_refused_by_the_name_of_its_file(tmp_path, caplog):
+    uninterrupted = end_of(run(tmp_path, max_steps=3))
+    (tmp_path / "checkpoint-3" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match=r"checkpoint-3' lacks optimizer\.pt"):
+        run(tmp_path, str(tmp_path / "checkpoint-3"), max_steps=3)
+    assert_same(end_of(run(tmp_path, True, max_steps=3)), uninterrupted)
+    assert "checkpoint-3 lacks optimizer.pt; it is passed over" in caplog.text
+
+
+def test_a_new_run_in_an_old_folder_keeps_its_own_and_is_the_one_that_is_resumed(tmp_path, caplog):
+    run(tmp_path, max_steps=4, save_total_limit=2)
+    assert "another run" not in caplog.text
+    new = run(tmp_path, max_steps=3, save_total_limit=2, learning_rate=0.02)
+    assert re.search(r"holds checkpoints of another run \(checkpoint-3, checkpoint-4\)", caplog.text)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-3", "checkpoint-3.earlier", "checkpoint-4"]
+    resumed = run(tmp_path, True, max_steps=3, save_total_limit=2, learning_rate=0.02)
+    assert all(torch.equal(value, weights(resumed.model)[name]) for name, value in weights(new.model).items())
+
+
+def test_the_folder_of_checkpoints_is_refused_with_those_in_it(tmp_path):
+    run(tmp_path, max_steps=2)
+    with pytest.raises(ValueError, match=r"folder of checkpoints \(checkpoint-1, checkpoint-2\); pass True"):
+        run(tmp_path, str(tmp_path))
+
+
+def test_a_run_that_ends_before_its_checkpoint_says_that_nothing_is_left(tmp_path, caplog):
+    run(tmp_path, max_steps=3)
+    assert run(tmp_path, True, max_steps=2).state.global_step == 3
+    assert "of step 3 and the run ends at step 2: nothing is left to do" in caplog.text
+
+
+def test_what_resumes_with_other_options_names_those_that_have_an_effect(tmp_path, caplog):
+    run(tmp_path, max_steps=2)
+    run(tmp_path, True, max_steps=3, epsilon=0.3, learning_rate=0.5)
+    (line,) = [record.message for record in caplog.records if "other options" in record.message]
+    taken, kept = line.split("kept as they were: ")
+    assert re.findall(r"(\w+)=", taken) == ["max_steps", "epsilon"]
+    assert kept == "learning_rate=0.01 (given: 0.5)."
+
+
+def test_an_adapter_that_transformers_has_added_is_resumed(tmp_path):
+    def added(folder, resume=None):
+        torch.manual_seed(0)
+        model = make_model()
+        model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+        trainer = sampling_trainer(folder, 16, model=model, save_steps=1)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    uninterrupted = added(tmp_path / "whole")
+    resumed = added(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
+    assert all(torch.equal(value, weights(resumed.model)[n]) for n, value in weights(uninterrupted.model).items())
+
+
 def test_true_takes_the_last_checkpoint_and_starts_anew_where_there_is_none(tmp_path, caplog):
     fresh = run(tmp_path, True)
     assert "starts anew" in caplog.text
@@ -330,7 +385,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     with pytest.raises(ValueError, match="completions of a micro-step: 16 then, 8 now"):
         run(tmp_path, checkpoint, num_iterations=2, per_device_train_batch_size=8)
     (tmp_path / "checkpoint-3" / "grpo_state_0.pt").unlink()
-    with pytest.raises(ValueError, match=r"has no grpo_state_0.pt"):
+    with pytest.raises(ValueError, match=r"lacks grpo_state_0.pt"):
         run(tmp_path, checkpoint, num_iterations=2)
 
 
@@ -339,10 +394,10 @@ def test_another_number_of_ranks_may_go_on_between_windows_alone(step, tmp_path)
     """Two ranks' shares, as one process reads them."""
     trainer = run(tmp_path, num_iterations=2, max_steps=step, logging_steps=100)
     folder = tmp_path / f"checkpoint-{step}"
-    state = RunState.load(folder, 0)
-    state.world_size = 2
+    state = dataclasses.replace(RunState.load(folder, 0), world_size=2)
     for rank in range(2):
         state.save(folder, rank)
+    write_manifest(folder, Manifest.read(folder).run, step, resumable=True)
     read = make_trainer(tmp_path, num_iterations=2)
     if step == 3:
         with pytest.raises(ValueError, match=r"inside generation batch 1.*2 ranks; there are 1 now"):
@@ -405,7 +460,7 @@ def test_other_prompts_or_another_seed_are_another_run(tmp_path, monkeypatch):
     checkpoint = str(tmp_path / "checkpoint-1")
     with pytest.raises(ValueError, match=r"seed of sampling: 42 then, 7 now"):
         run(tmp_path, checkpoint, seed=7, data_seed=42)
-    monkeypatch.setattr("tests.test_resume.PROMPTS", [*PROMPTS[:-1], "other"])
+    monkeypatch.setattr(f"{__name__}.PROMPTS", [*PROMPTS[:-1], "other"])
     with pytest.raises(ValueError, match=r"\(prompts: "):
         run(tmp_path, checkpoint)
 

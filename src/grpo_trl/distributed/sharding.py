@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
@@ -108,6 +108,29 @@ def backend_of(accelerator: Any) -> str:
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
     return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "none"
+
+
+def unsharded(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    """Inside, parameters that ZeRO-3 shards are whole; what is written to them on every rank stays. A collective there."""
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not sharded:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return cast("contextlib.AbstractContextManager[Any]", deepspeed.zero.GatheredParameters(sharded, modifier_rank=0))
+
+
+def check_exchangeable(exchanged: bool, accelerator: Any) -> None:
+    """Refuse to exchange parameters that FSDP's first version has flattened, where `exchanged`.
+
+    Raises:
+        ValueError: They are to be exchanged, and cannot be.
+    """
+    if exchanged and backend_of(accelerator) == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version == 1:
+        raise ValueError(
+            "beta > 0 with an adapter that does not start as the base model needs fsdp_version=2 in fsdp_config, or ZeRO: "
+            "the first version of FSDP flattens the adapter's weights."
+        )
 
 
 def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:

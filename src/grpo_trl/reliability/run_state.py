@@ -13,6 +13,17 @@ from ..types import Completion, GenerationBatch, Ranks
 
 ON_FIRST_RANK = ("reference",)
 """Parts whose state is the same on all ranks, and is saved once."""
+FROM_CHECKPOINT = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("logging_steps", "save_steps", "eval_steps"),
+)
+"""Options that a resumed run takes from its checkpoint, as Trainer does: the optimizer's state and its own have them."""
+PER_PROCESS = (
+    *("output_dir", "run_name", "report_to", "logging_dir", "disable_tqdm", "local_rank", "resume_from_checkpoint"),
+    *("log_level", "log_level_replica", "project", "hub_token", "hub_model_id", "push_to_hub", "do_train", "do_eval"),
+    *("log_completions", "num_completions_to_print", "log_unique_prompts", "reward_workers", "trackio_space_id"),
+)
+"""Options that say where and how a process reports, and not what it trains."""
 
 
 class Stateful(Protocol):
@@ -29,6 +40,8 @@ class RunState:
 
     run: dict[str, Any]
     """See `fingerprint`."""
+    options: dict[str, Any]
+    """See `training_options`."""
     world_size: int
     generation_batch: GenerationBatch | None
     """None where the next optimizer step begins a new one."""
@@ -51,8 +64,7 @@ class RunState:
         path = _file(folder, rank)
         if not path.exists():
             raise ValueError(
-                f"resume_from_checkpoint={str(folder)!r} has no {path.name}: it was saved with save_only_model=True, or by "
-                "another trainer. To start from its weights, pass it as model."
+                f"resume_from_checkpoint={str(folder)!r} has no {path.name}. To start from its weights, pass it as model."
             )
         values = torch.load(path, map_location="cpu", weights_only=True)
         batch = values.pop("generation_batch")
@@ -89,6 +101,24 @@ def resumed_state(folder: Path, ranks: Ranks, expected: dict[str, Any]) -> RunSt
     for other in range(first.world_size if ranks.rank == 0 else 0):
         metrics.load_state_dict(RunState.load(folder, other).parts["metrics"])
     return replace(first, parts=first.parts | {"metrics": metrics.state_dict()})
+
+
+def training_options(args: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run trains with, in plain types, from all options by name."""
+    return {name: _plain(value) for name, value in args.items() if name not in PER_PROCESS}
+
+
+def changed_options(old: dict[str, Any], new: dict[str, Any]) -> str | None:
+    """Describe which options of a resumed run are not those of its checkpoint, and which have an effect; None if all are.
+
+    >>> changed_options({"beta": 0.1, "learning_rate": 1e-6}, {"beta": 0.2, "learning_rate": 1e-5})
+    'in effect from here on: beta=0.2 (before: 0.1); kept as they were: learning_rate=1e-06 (given: 1e-05)'
+    """
+    changed = [name for name in old if name in new and old[name] != new[name]]
+    taken = [f"{name}={new[name]!r} (before: {old[name]!r})" for name in changed if name not in FROM_CHECKPOINT]
+    kept = [f"{name}={old[name]!r} (given: {new[name]!r})" for name in changed if name in FROM_CHECKPOINT]
+    parts = {"in effect from here on": taken, "kept as they were": kept}
+    return "; ".join(f"{title}: {', '.join(names)}" for title, names in parts.items() if names) or None
 
 
 def _check_run(folder: Path, saved: RunState, ranks: Ranks, expected: dict[str, Any]) -> None:

@@ -16,7 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from ..config import GRPOConfig
 from ..data.prompts import CONTEXT, PromptLimit, PromptSet
 from ..data.schedule import Schedule
-from ..distributed.sharding import check_sharding, check_whole, loading_whole, prepare_frozen
+from ..distributed.sharding import (
+    check_exchangeable,
+    check_sharding,
+    check_whole,
+    loading_whole,
+    prepare_frozen,
+    unsharded,
+)
 from ..logprobs.evaluator import LogprobEvaluator
 from ..logprobs.head import enable_logprobs
 from ..logprobs.packing import Packer
@@ -53,7 +60,8 @@ def make_reference(
     if not args.beta:
         return None
     reload = partial(load_policy, model, args.init_kwargs) if isinstance(model, str) else None
-    reference = Reference(policy, new_adapter, reload, moves=args.sync_ref_model)
+    reference = Reference(policy, new_adapter, reload, moves=args.sync_ref_model, unsharded=unsharded)
+    check_exchangeable(reference.replaces_parameters, accelerator)
     if reference.model is not None:
         reference.model = prepare_frozen(reference.model, accelerator)
     return reference

@@ -1,6 +1,8 @@
 """A Trainer that a signal can stop and that resumes exactly: which checkpoint, when, and complete."""
 
+import contextlib
 import shutil
+import uuid
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +18,19 @@ from ..distributed.sharding import BACKEND_MARK
 from ..errors import RunStopped, StopRequested
 from ..logging import get_logger
 from ..logprobs.evaluator import DoesNotFit
-from ..reliability.checkpoints import UNFINISHED, finish_checkpoint, last_checkpoint, rotate_checkpoints
-from ..reliability.run_state import RunState, Stateful, resumed_state
+from ..models import has_injected_adapter, load_injected_adapter
+from ..reliability.checkpoints import (
+    UNFINISHED,
+    Manifest,
+    fault_of,
+    finish_checkpoint,
+    last_checkpoint,
+    locked,
+    rotate_checkpoints,
+    warn_of_another_run,
+    write_manifest,
+)
+from ..reliability.run_state import RunState, Stateful, changed_options, resumed_state, training_options
 from ..reliability.signals import EXIT_CODE, StopSignals
 from ..reliability.watchdog import Watchdog
 from ..types import GenerationBatch
@@ -46,6 +59,8 @@ class ResumableTrainer(Trainer):
         """Where a checkpoint is being written."""
         self._saved: Path | None = None
         """The last checkpoint that was written or resumed from."""
+        self._run = ""
+        """Identifies the run in its checkpoints."""
 
     def _parts(self) -> dict[str, Stateful]:
         """Return the parts of the run whose state a checkpoint saves, by name."""
@@ -95,9 +110,12 @@ class ResumableTrainer(Trainer):
             )
         if self.args.world_size > 1 and self.args.save_strategy != SaveStrategy.NO:
             check_shared(Path(str(self.args.output_dir)), self._ranks)
-        folder = self._folder_to_resume(resume_from_checkpoint)
-        self._resumed = None if folder is None else resumed_state(folder, self._ranks, self._fingerprint())
-        self._saved = folder
+        with contextlib.ExitStack() as stack:
+            run_on_all_ranks(lambda: stack.enter_context(self._output_dir_locked()), self._ranks)
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        folder = self._start_or_resume(resume_from_checkpoint)
         if self.is_deepspeed_enabled:
             setattr(self.model, BACKEND_MARK, True)
         with self._signals.listening():
@@ -123,13 +141,63 @@ class ResumableTrainer(Trainer):
         run_on_all_ranks(self._signals.check, self._ranks)
         self._check_boundary()
 
-    def _folder_to_resume(self, given: str | bool | None) -> Path | None:
+    def _output_dir_locked(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other runs out of `output_dir` while this one saves there."""
+        saves = self._ranks.rank == 0 and self.args.save_strategy != SaveStrategy.NO
+        return locked(Path(str(self.args.output_dir))) if saves else contextlib.nullcontext()
+
+    def _start_or_resume(self, given: str | bool | None) -> Path | None:
+        """Find the checkpoint to resume from and read this rank's state of it; None where the run starts anew."""
+        on_first = self._ranks.rank == 0
+        found = run_on_all_ranks(lambda: self._choose_checkpoint(given) if on_first else None, self._ranks)
+        folder, self._run = self._ranks.gather([found])[0]
+        self._resumed = None if folder is None else resumed_state(folder, self._ranks, self._fingerprint())
+        self._saved = folder
+        if self._resumed is not None:
+            changes = changed_options(self._resumed.options, training_options(self.args.to_dict()))
+            if changes:
+                logger.warning("The run resumes with other options; %s.", changes)
+        return folder
+
+    def _choose_checkpoint(self, given: str | bool | None) -> tuple[Path | None, str]:
+        """Return the folder to resume from, None for a new run, and what identifies the run.
+
+        Raises:
+            ValueError: The checkpoint that was given cannot be resumed from.
+        """
+        output_dir = Path(str(self.args.output_dir))
+        if isinstance(given, str) and (fault := fault_of(Path(given))):
+            raise ValueError(
+                f"resume_from_checkpoint={given!r} {fault}. To start a new run from the weights of a checkpoint, pass its "
+                "path as model."
+            )
+        folder = last_checkpoint(output_dir) if given is True else Path(given) if given else None
+        manifest = None if folder is None else Manifest.read(folder)
+        if manifest is not None:
+            return folder, manifest.run
         if given is True:
-            folder = last_checkpoint(Path(str(self.args.output_dir)))
-            if folder is None:
-                logger.warning("%s holds no checkpoint to resume from; the run starts anew.", self.args.output_dir)
-            return folder
-        return Path(given) if given else None
+            logger.warning("%s holds no checkpoint to resume from; the run starts anew.", output_dir)
+        if self.args.save_strategy != SaveStrategy.NO:
+            warn_of_another_run(output_dir)
+        return None, uuid.uuid4().hex[:12]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """As `transformers.Trainer`, and for an adapter that `model.add_adapter` made."""
+        if has_injected_adapter(self.model):
+            load_injected_adapter(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer`; called when the state of a resumed run is known, before its first step."""
+        if self.state.global_step >= max_steps:
+            logger.warning(
+                "The checkpoint is of step %d and the run ends at step %d: nothing is left to do. Raise max_steps or "
+                "num_train_epochs to train further.",
+                self.state.global_step,
+                max_steps,
+            )
+        return super()._prepare_for_training(max_steps, *args, **kwargs)
 
     def _save_boundary(self) -> str:
         """Save what the last optimizer step left, all that a resumed run needs, unless that has been done; a word on it."""
@@ -177,12 +245,15 @@ class ResumableTrainer(Trainer):
             if not self.args.save_only_model:
                 parts = {name: part.state_dict() for name, part in self._parts().items()}
                 batch = self._generation_batch_in_use()
-                state = RunState(self._fingerprint(), self.args.world_size, batch, parts)
+                options = training_options(self.args.to_dict())
+                state = RunState(self._fingerprint(), options, self.args.world_size, batch, parts)
                 state.save(unfinished, self._ranks.rank)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                write_manifest(unfinished, self._run, self.state.global_step, not self.args.save_only_model)
                 finish_checkpoint(unfinished, final)
-                rotate_checkpoints(final.parent, self.args.save_total_limit, self.state.best_model_checkpoint)
+                best = self.state.best_model_checkpoint
+                rotate_checkpoints(final.parent, self._run, self.args.save_total_limit, best)
                 shutil.rmtree(unfinished.parent, ignore_errors=True)
             self.accelerator.wait_for_everyone()
         if not self.args.save_only_model:

@@ -413,11 +413,6 @@ class GRPOTrainer(ResumableTrainer):
         return grad_norm
 
     # ---- What survives ----
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `ResumableTrainer.save_model`; of a continued adapter, without the copy that is its reference."""
-        with nullcontext() if self._reference is None else self._reference.left_out():
-            super().save_model(output_dir, _internal_call)
-
     def _parts(self) -> dict[str, Stateful]:
         parts: dict[str, Stateful | None] = {
             "metrics": self._metrics,
