@@ -108,6 +108,16 @@ def test_std_does_not_cancel_far_from_zero():
     assert (Std.of(values[:1]) + Std.of(values[1:])).value == pytest.approx(np.std([0, 1, 2, 3], ddof=1), rel=1e-9)
 
 
+@pytest.mark.parametrize("size", [1e-100, 1e200, 1e307])
+def test_deviations_of_values_of_any_size_do_not_overflow(size):
+    values = size * torch.tensor([0.0, 1.0, -2.0, 3.0, 1.0], dtype=torch.float64)
+    expected = size * np.std([0, 1, -2, 3, 1], ddof=1)
+    for split in range(6):
+        assert (Std.of(values[:split]) + Std.of(values[split:])).value == pytest.approx(expected, rel=1e-9)
+    assert Std.of(1.7e308 * torch.tensor([1.0, -1.0]).double()).value > 1e308
+    (Std.of(torch.tensor([1.7e308]).double()) + Std.of(torch.tensor([-1.7e308]).double())).value  # noqa: B018 - no error
+
+
 def test_metrics_hold_no_graph():
     values = torch.ones(2, requires_grad=True)
     everywhere = torch.ones(2, dtype=torch.bool)

@@ -127,7 +127,8 @@ class Std:
 
     count: float
     mean: float
-    squares: float
+    norm: float
+    """Root of the sum of squared deviations, which overflows later than the sum."""
 
     @classmethod
     def of(cls, values: Tensor) -> Std:
@@ -136,7 +137,10 @@ class Std:
         values = values[~values.isnan()]
         if not len(values):
             return cls(0.0, 0.0, 0.0)
-        return cls(len(values), float(values.mean()), float((values - values.mean()).square().sum()))
+        largest = float(values.abs().max())
+        unit = 2.0 ** (math.frexp(largest)[1] - 1) if largest > 2.0**500 else 1.0  # a power of 2, which rounds nothing
+        mean = (values / unit).mean()
+        return cls(len(values), float(mean * unit), float((values / unit - mean).norm() * unit))
 
     def __add__(self, other: Std) -> Std:
         count = self.count + other.count
@@ -146,7 +150,7 @@ class Std:
         return Std(
             count,
             self.mean + delta * other.count / count,
-            self.squares + other.squares + delta**2 * self.count * other.count / count,
+            math.hypot(self.norm, other.norm, delta * math.sqrt(self.count * other.count / count)),
         )
 
     def on_cpu(self) -> Std:
@@ -154,7 +158,7 @@ class Std:
 
     @property
     def value(self) -> float | None:
-        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else None
+        return self.norm / math.sqrt(self.count - 1) if self.count > 1 else None
 
 
 @dataclass(frozen=True)
