@@ -1,9 +1,10 @@
 # Everything is set up in .venv on the first use. PYTHON=python3.12 make ... takes another interpreter.
 PYTHON ?= python3
 VENV ?= .venv
+DOCS = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29"
 BIN = $(VENV)/bin
 
-.PHONY: quickstart test coverage lint slow sandbox backends soak quickstarts
+.PHONY: docs quickstart test coverage lint slow sandbox backends soak quickstarts
 
 quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
@@ -28,6 +29,11 @@ sandbox: $(VENV)/ready ## hostile programs and answers against the ready rewards
 backends: $(VENV)/ready ## DDP, FSDP2 and DeepSpeed on two CPU processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,qlora]"
 	$(BIN)/python -m pytest -m backends --durations=15 tests/distributed tests/plan/test_memory.py
+
+docs: ## the site of the documentation, in site/; warnings are errors
+	$(PYTHON) -m venv $(VENV)-docs
+	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
 
 soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour
 	$(BIN)/python -m tests.helpers.soak --kills 200

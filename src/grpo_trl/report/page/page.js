@@ -254,9 +254,12 @@ byId("theme").addEventListener("click", () => {
   redraw();
 });
 overview();
-curves();
 completions();
 evaluations();
 plans();
 setup();
 root.dataset.ready = "true";
+setTimeout(() => {  // the library of the charts takes a while to compile, and the page is shown before
+  document.body.append(make("script", { text: byId("plotly").textContent }));
+  curves();
+}, 50);
