@@ -29,6 +29,7 @@ def refusal(**options) -> str:
 # ---- Defaults ----
 OWN_OPTIONS = {
     "loss_level",
+    "kl_estimator",
     "max_rows_in_flight",
     "max_tokens_per_micro_batch",
     "prompt_overflow",
@@ -37,6 +38,10 @@ OWN_OPTIONS = {
     *("max_reward_failure_rate", "max_nonfinite_steps", "dead_run_patience", "on_dead_run", "phase_warning_seconds"),
 }
 OTHER_DEFAULTS = {
+    "loss_type": (None, "dapo"),  # loss_level is the first choice, and its default is GRPO's own paper
+    "importance_sampling_level": (None, "token"),  # as in the paper of loss_type
+    "router_aux_loss_coef": (0.0, None),  # no such term in the published objectives, and it costs a forward
+    "use_bias_correction_kl": (False, True),  # as in DeepSeekMath's Eq. (4)
     "ddp_broadcast_buffers": (False, None),  # a forward that is made anew must wait for nobody
     "gradient_checkpointing": (None, True),  # resolved to True; transformers renames the option
     "logging_nan_inf_filter": (False, True),  # a loss that is not finite must be seen
@@ -212,11 +217,25 @@ def test_a_prompt_that_is_trained_on_leaves_room_for_its_completion_in_a_piece(c
     assert (limit.max_length, limit.limited_by) == expected
 
 
+@pytest.mark.parametrize("value, word", [(True, "group"), (False, "none"), ("True", "group"), ("batch", "batch")])
+def test_scale_rewards_is_a_word_or_yes_or_no(value, word):
+    assert make_config(scale_rewards=value).scale_rewards == word
+
+
+def test_options_of_the_objective_are_checked_together_when_the_configuration_is_made():
+    message = refusal(loss_level="sequence", loss_type="dapo")
+    assert "does not go with loss_type='dapo'" in message
+    assert "beta=-1.0 cannot work" in refusal(beta=-1.0)
+
+
 @pytest.mark.parametrize(
     "name, choices",
     [
         ("loss_level", {"token", "sequence"}),
         ("scale_rewards", {"group", "batch", "none"}),
+        ("loss_type", {"grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "vespo"}),
+        ("kl_estimator", {"k1", "k2", "k3"}),
+        ("multi_objective_aggregation", {"sum_then_normalize", "normalize_then_sum"}),
         ("prompt_overflow", {"error", "drop", "truncate_left"}),
     ],
 )

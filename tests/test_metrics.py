@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from grpo_trl.logprobs.compute import TokenLogprobs
 from grpo_trl.logprobs.packing import Packer
 from grpo_trl.metrics import Max, Mean, Metric, MetricLog, Min, Quantile, Std
-from grpo_trl.objective import grpo_loss, make_objective
+from grpo_trl.objective import ObjectiveOptions, grpo_loss, make_objective
 from grpo_trl.trainer.loss_metrics import loss_metrics
 from grpo_trl.types import Completion
 
@@ -200,15 +200,15 @@ def make_metrics(loss_level: str, old=True, ref=True, sampler=True, rows=(0, 1, 
         )
         for i in rows
     ]
-    micro_batch = Packer(batch_size=3, max_tokens=None, pad_token_id=0).micro_batch(completions, num_completions=3)
+    micro_batch = Packer(batch_size=3, max_tokens=None, pad_token_id=0).micro_batch(completions, divisor=3)
     width = micro_batch.mask_BT.shape[1]
     scores = TokenLogprobs(LOGPS[list(rows), :width], ENTROPY[list(rows), :width])
     output = grpo_loss(
         scores.logps_BT,
         scores.logps_BT if micro_batch.old_logps_BT is None else micro_batch.old_logps_BT,
-        micro_batch.advantages_B,
+        micro_batch.advantages_BU,
         micro_batch.mask_BT,
-        objective=make_objective(loss_level, epsilon=0.2, epsilon_high=0.3, beta=0.1 if ref else 0.0),
+        objective=make_objective(ObjectiveOptions(loss_level=loss_level, epsilon_high=0.3, beta=0.1 if ref else 0.0)),
         ref_logps_BT=micro_batch.ref_logps_BT,
     )
     metrics = loss_metrics(output, scores, micro_batch)

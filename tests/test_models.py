@@ -10,7 +10,14 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM, Qwen2ForCausalLM
 
-from grpo_trl.models import Reference, add_adapter, context_length, eos_token_ids, load_policy, load_tokenizer
+from grpo_trl.models import (
+    Reference,
+    add_adapter,
+    context_length,
+    eos_token_ids,
+    load_policy,
+    load_tokenizer,
+)
 from tests.helpers.models import SIZES, make_model, make_tokenizer
 
 

@@ -1,6 +1,7 @@
 """Policy, adapter and reference: loading, freezing, checking."""
 
 import copy
+import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -143,6 +145,35 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - mypy takes every attribute for a tensor
+
+
+def compute_head_in_float32(model: Any) -> None:
+    """Keep and compute the language modeling head in float32, under mixed precision too.
+
+    Source: MiniMax-M1, arXiv 2506.13585; ScaleRL, arXiv 2510.13786.
+
+    Raises:
+        ValueError: The head shares its weights with the embedding, or carries an adapter.
+    """
+    lm = causal_lm(model)
+    head = lm.get_output_embeddings()
+    if lm.config.get_text_config().tie_word_embeddings:
+        raise ValueError(
+            "cast_lm_head_to_fp32=True needs a head with weights of its own, and this model's are those of its embedding "
+            "(tie_word_embeddings=True); set cast_lm_head_to_fp32=False, or dtype='float32' in model_init_kwargs."
+        )
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"cast_lm_head_to_fp32=True needs a linear head without an adapter, and this is a {type(head).__name__}; leave "
+            "it out of the adapter's target_modules, or set cast_lm_head_to_fp32=False."
+        )
+
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return linear(hidden.float(), self.weight.float(), bias)
+
+    head.float().__dict__["forward"] = types.MethodType(forward, head)
 
 
 class Reference:

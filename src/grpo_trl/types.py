@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .attention.layout import Layout
+from .objective import Counts
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,19 @@ class Completion:
     sampler_logps: list[float] | None = None
     """Logprobs (nats) of the model at the sampling temperature as the sampler computed them, one per token. They
     describe the sampler, not the old policy."""
-    advantage: float = 0.0
+    advantage: float | list[float] = 0.0
+    """Of the completion, or one for each token."""
     old_logps: Tensor | None = None
     """Logprobs under the policy that sampled, computed by the trainer, of shape (len(ids),); None on policy."""
     ref_logps: Tensor | None = None
     """Logprobs under the reference, of shape (len(ids),); None without a reference."""
+    mask_policy: list[bool] | None = None
+    """True for tokens that the policy term is restricted to by `top_entropy_quantile`; None for all."""
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether some advantage is not 0."""
+        return any(self.advantage) if isinstance(self.advantage, list) else bool(self.advantage)
 
     @property
     def inputs(self) -> list[int]:
@@ -59,6 +68,8 @@ class GenerationBatch:
     """The completions of each optimizer step that the generation batch lasts."""
     table: dict[str, list[Any]]
     """What `log_completions` shows of the completions sampled on this rank, by column."""
+    counts: Sequence[Counts]
+    """What each mini-batch holds over all ranks."""
     tokens: int
     """Of the generation batch on all ranks, each prompt counted with each of its completions."""
 
@@ -68,8 +79,8 @@ class MiniBatch:
     """This rank's completions of one optimizer step."""
 
     completions: Sequence[Completion]
-    num_completions: int
-    """Of the whole optimizer step on all ranks."""
+    counts: Counts
+    """What the mini-batch holds over all ranks."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +97,23 @@ class MicroBatch:
     """None: each row counts from 0."""
     layout: Layout | None
     """Which tokens attend to which in a packed row; None where rows are padded."""
+    uses_RS: Tensor
+    """How many completions use each token: 1 for their own, all of the group for its prompt, 0 for padding; float32."""
     positions_M: Tensor
     """The positions, row after row, whose outputs predict the trained tokens."""
     targets_M: Tensor
     """The trained tokens, in the order of `mask_BT`."""
     mask_BT: Tensor
     """True for trained tokens."""
-    advantages_B: Tensor
+    advantages_BU: Tensor
+    """Of shape (B, 1), or (B, T) where some completion has one for each token."""
     old_logps_BT: Tensor | None
     ref_logps_BT: Tensor | None
     sampler_logps_BT: Tensor | None
-    num_completions: int
-    """Completions of the whole optimizer step on all ranks: what the loss is divided by."""
+    mask_policy_BT: Tensor | None
+    """True for tokens that the policy term is restricted to; None for all."""
+    divisor: float
+    """What the loss is divided by: the same number in every micro-batch of an optimizer step, on all ranks."""
 
 
 def _only_this_rank(values: list[Any]) -> list[Any]:

@@ -45,6 +45,20 @@ CASES = {
         "completions": 8,
     },
     "scaled by the batch": {"scale_rewards": "batch"},
+    "per token, high entropy, adaptive bonus": {
+        "loss_type": "dapo",
+        "top_entropy_quantile": 0.5,
+        "use_adaptive_entropy": True,
+        "entropy_coef_delta": 0.1,
+        "entropy_target": 10.0,
+        "max_steps": 2,
+    },
+    "luspo and GDPO": {
+        "loss_type": "luspo",
+        "multi_objective_aggregation": "normalize_then_sum",
+        "max_tokens_per_micro_batch": 16,
+    },
+    "vespo, far off policy": {"loss_type": "vespo", "num_iterations": 2, "off_policy_mask_threshold": 0.1, "beta": 0.1},
     "accumulation": {"gradient_accumulation_steps": 4, "completions": 4},
     "padded": {"shared_prefix": False, "beta": 0.1},
     "another number of micro-batches on each rank": {

@@ -43,7 +43,17 @@ def score(score):
     return score
 
 
-def train(model, prompts, *, reward_funcs=score, rollout_func=injected, peft_config=None, callbacks=None, **options):
+def train(
+    model,
+    prompts,
+    *,
+    reward_funcs=score,
+    rollout_func=injected,
+    peft_config=None,
+    callbacks=None,
+    advantage_func=None,
+    **options,
+):
     """Train with plain SGD at a constant rate; returns the trainer."""
     defaults = {
         "optim": "sgd",
@@ -72,6 +82,7 @@ def train(model, prompts, *, reward_funcs=score, rollout_func=injected, peft_con
         peft_config=peft_config,
         rollout_func=rollout_func,
         callbacks=callbacks,
+        advantage_func=advantage_func,
     )
     trainer.train()
     return trainer

@@ -5,7 +5,7 @@ from torch import nn
 from grpo_trl.logprobs.compute import compute_completion_logprobs, compute_logprobs
 from grpo_trl.logprobs.head import enable_logprobs
 from grpo_trl.logprobs.packing import Packer
-from grpo_trl.objective import grpo_loss, make_objective
+from grpo_trl.objective import ObjectiveOptions, grpo_loss, make_objective
 from grpo_trl.types import Completion
 from tests.helpers.models import ARCHITECTURES, make_model
 
@@ -37,7 +37,7 @@ def make_packer(shared_prefix=True, batch_size=8, max_tokens=None, pad_token_id=
 
 
 def micro_batch_of(made, shared_prefix, pad_token_id=0):
-    return make_packer(shared_prefix, pad_token_id=pad_token_id).micro_batch(made, num_completions=len(made))
+    return make_packer(shared_prefix, pad_token_id=pad_token_id).micro_batch(made, divisor=float(len(made)))
 
 
 def make_evaluator(architecture="qwen2", **changes):
@@ -52,7 +52,7 @@ def alone(model, completion, temperature=1.0):
     logits = model(torch.tensor([prompt + ids])).logits[0].double() / temperature
     logps = logits[len(prompt) - 1 : len(prompt) - 1 + len(ids)].log_softmax(-1)
     mask = torch.tensor(completion.mask, dtype=torch.bool)
-    return logps[range(len(ids)), ids] * mask, -(logps.exp() * logps).sum(-1).detach() * mask
+    return logps[range(len(ids)), ids] * mask, -(logps.exp() * logps).sum(-1) * mask
 
 
 def assert_close(actual, expected):
@@ -72,7 +72,7 @@ def test_padding_and_neighbours_change_nothing(shared_prefix, architecture, temp
         logps, entropy = alone(model, completion, temperature)
         length = len(completion.ids)
         assert_close(scores.logps_BT[row, :length], logps)
-        assert_close(scores.entropy_BT[row, :length], entropy)
+        assert_close(scores.entropy_BT[row, :length], entropy.detach())
         assert (scores.logps_BT[row, length:] == 0).all()
         assert (scores.entropy_BT[row, length:] == 0).all()
 
@@ -120,9 +120,9 @@ def test_a_piece_without_tokens_has_no_loss_and_gives_every_parameter_a_gradient
     loss = grpo_loss(
         scores.logps_BT,
         scores.logps_BT.detach(),
-        micro_batch.advantages_B,
+        micro_batch.advantages_BU,
         micro_batch.mask_BT,
-        objective=make_objective("token", epsilon=0.2),
+        objective=make_objective(ObjectiveOptions()),
     ).loss
     loss.backward()
     assert loss == 0
@@ -134,6 +134,16 @@ def test_entropy_has_no_gradient_and_logps_have(shared_prefix):
     scores = compute_logprobs(make_evaluator(), micro_batch_of(completions(), shared_prefix), 1.0)
     assert scores.logps_BT.requires_grad
     assert not scores.entropy_BT.requires_grad
+
+
+@PACKED
+def test_entropy_has_its_gradient_where_it_is_asked_for(shared_prefix):
+    model, made = make_evaluator().double(), completions() + MASKED
+    entropy_BT = compute_logprobs(model, micro_batch_of(made, shared_prefix), 0.7, entropy_gradient=True).entropy_BT
+    actual = torch.autograd.grad(entropy_BT.sum(), list(model.parameters()))
+    plain = sum(alone(model, completion, 0.7)[1].sum() for completion in made)
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 class Wrapper(nn.Module):

@@ -46,26 +46,24 @@ def computed_by(model, run):
     return sizes
 
 
-def micro_batches_of(evaluator, completions, num_completions=4):
-    return evaluator.in_micro_batches(
-        completions, num_completions, work=lambda micro_batches: micro_batches, undo=lambda: None
-    )
+def micro_batches_of(evaluator, completions, divisor=4):
+    return evaluator.in_micro_batches(completions, divisor, work=lambda micro_batches: micro_batches, undo=lambda: None)
 
 
 def test_completions_without_advantage_count_and_are_not_computed():
     evaluator, _ = make_evaluator()
-    (micro_batch,) = micro_batches_of(evaluator, GROUP + FLAT, num_completions=12)
-    assert micro_batch.num_completions == 12
-    assert micro_batch.advantages_B.tolist() == [1.0, -1.0]
+    (micro_batch,) = micro_batches_of(evaluator, GROUP + FLAT, divisor=12)
+    assert micro_batch.divisor == 12
+    assert micro_batch.advantages_BU.flatten().tolist() == [1.0, -1.0]
     assert micro_batch.input_ids_RS.tolist() == [[5, 6, 7, 8]]  # no last token: it predicts nothing
 
 
 def test_the_kl_term_needs_all_of_them_but_those_without_a_trained_token():
     evaluator, _ = make_evaluator(needs_all=True)
     untrained = [Completion([5], [], []), Completion([5], [7], [False])]
-    (micro_batch,) = micro_batches_of(evaluator, GROUP + FLAT + untrained, num_completions=6)
-    assert len(micro_batch.advantages_B) == 4
-    assert micro_batch.num_completions == 6
+    (micro_batch,) = micro_batches_of(evaluator, GROUP + FLAT + untrained, divisor=6)
+    assert len(micro_batch.advantages_BU) == 4
+    assert micro_batch.divisor == 6
 
 
 def test_without_signal_one_forward_of_one_token_is_left():

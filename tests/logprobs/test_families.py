@@ -63,9 +63,7 @@ def add_lora(model):
 
 def evaluate(model, completions, shared_prefix):
     """TokenLogprobs, and the gradient of a weighted sum of them by parameter."""
-    micro_batch = replace(PACKER, shared_prefix=shared_prefix).micro_batch(
-        completions, num_completions=len(completions)
-    )
+    micro_batch = replace(PACKER, shared_prefix=shared_prefix).micro_batch(completions, divisor=float(len(completions)))
     assert (micro_batch.layout is not None) == shared_prefix
     model.zero_grad()
     with serve_shared_prefix(model) if shared_prefix else nullcontext():

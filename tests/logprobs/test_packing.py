@@ -355,30 +355,30 @@ def test_under_a_limit_ranks_agree_once_on_the_largest_number(shared_prefix, len
 
 def cut_in_step(packer, completions, number, asked, own):
     """Cut in two ways, both of which tell the others `own` once and make `number` micro-batches."""
-    for cut in (packer.cut, lambda completions: packer.micro_batches(completions, num_completions=5)):
+    for cut in (packer.cut, lambda completions: packer.micro_batches(completions, divisor=5)):
         asked.clear()
         assert len(cut(completions)) == number
         assert asked == [own]
     cut = packer.cut(completions)
     assert sorted(i for indices in cut for i in indices) == list(range(len(completions)))
-    micro_batches = packer.micro_batches(completions, num_completions=5)
+    micro_batches = packer.micro_batches(completions, divisor=5)
     assert [len(micro_batch.mask_BT) for micro_batch in micro_batches] == [len(indices) for indices in cut]
-    assert [micro_batch.num_completions for micro_batch in micro_batches] == [5] * len(cut)
+    assert [micro_batch.divisor for micro_batch in micro_batches] == [5] * len(cut)
     return cut
 
 
 @PACKED
 def test_a_piece_without_completions_is_one_token_to_read(shared_prefix):
     packer = Packer(4, None, pad_token_id=7, shared_prefix=shared_prefix)
-    (micro_batch,) = packer.micro_batches([], num_completions=3)
+    (micro_batch,) = packer.micro_batches([], divisor=3)
     assert micro_batch.input_ids_RS.tolist() == [[7]]
     assert (micro_batch.layout is not None) == (micro_batch.position_ids_RS is not None) == shared_prefix
     if shared_prefix:
         assert (micro_batch.layout, micro_batch.position_ids_RS.tolist()) == (Layout.of([(1, [0])]), [[0]])
-    assert micro_batch.mask_BT.shape[0] == micro_batch.advantages_B.shape[0] == 0
+    assert micro_batch.mask_BT.shape[0] == micro_batch.advantages_BU.shape[0] == 0
     assert (micro_batch.positions_M.shape, micro_batch.targets_M.shape) == ((0,), (0,))
     assert (micro_batch.positions_M.dtype, micro_batch.targets_M.dtype) == (torch.long, torch.long)
-    assert micro_batch.num_completions == 3
+    assert micro_batch.divisor == 3
 
 
 # ---- Pieces ----
@@ -421,9 +421,7 @@ def tensors_by_loops(completions, shared_prefix, pad_token_id):
 @SETTINGS
 def test_a_piece_holds_what_a_slow_reading_finds(shared_prefix, completions):
     completions = grouped(completions) if shared_prefix else completions
-    micro_batch = Packer(1, None, pad_token_id=7, shared_prefix=shared_prefix).micro_batch(
-        completions, num_completions=9
-    )
+    micro_batch = Packer(1, None, pad_token_id=7, shared_prefix=shared_prefix).micro_batch(completions, divisor=9)
     assert {
         "input_ids": micro_batch.input_ids_RS.tolist(),
         "positions": None if micro_batch.position_ids_RS is None else micro_batch.position_ids_RS.tolist(),
@@ -433,7 +431,7 @@ def test_a_piece_holds_what_a_slow_reading_finds(shared_prefix, completions):
     } == tensors_by_loops(completions, shared_prefix, pad_token_id=7)
     assert micro_batch.input_ids_RS.dtype == micro_batch.positions_M.dtype == micro_batch.targets_M.dtype == torch.long
     assert micro_batch.mask_BT.dtype == torch.bool
-    assert micro_batch.num_completions == 9
+    assert micro_batch.divisor == 9
     if shared_prefix:
         lengths = Counter()
         branches: dict[tuple, list[int]] = {}
@@ -472,9 +470,9 @@ def test_a_piece_keeps_the_advantages_in_the_order_of_its_completions(shared_pre
     completions = [Completion([i // 2], [5] * i, [True] * i, advantage=i / 4) for i in range(6)]
     packer = make_packer(shared_prefix, batch_size=2)
     for indices, micro_batch in zip(packer.cut(completions), packer.micro_batches(completions, 6), strict=True):
-        assert micro_batch.advantages_B.tolist() == [i / 4 for i in indices]
+        assert micro_batch.advantages_BU.flatten().tolist() == [i / 4 for i in indices]
         assert micro_batch.mask_BT.sum(1).tolist() == indices
-        assert micro_batch.advantages_B.dtype == torch.float32
+        assert micro_batch.advantages_BU.dtype == torch.float32
 
 
 @PACKED
@@ -486,13 +484,13 @@ def test_a_piece_has_optional_tensors_only_where_every_completion_does(shared_pr
 
     packer = make_packer(shared_prefix)
     both = [completion([2], [-1.0]), completion([2, 3], [-1.5, -2.0]), completion([], [])]
-    micro_batch = packer.micro_batch(both, num_completions=7)
+    micro_batch = packer.micro_batch(both, divisor=7)
     values = getattr(micro_batch, name + "_BT")
     assert values.tolist() == [[-1.0, 0.0], [-1.5, -2.0], [0.0, 0.0]]
     assert values.dtype == torch.float32
     others = {"old_logps_BT", "ref_logps_BT", "sampler_logps_BT"} - {name + "_BT"}
     assert [getattr(micro_batch, other) for other in others] == [None, None]
-    assert micro_batch.num_completions == 7
+    assert micro_batch.divisor == 7
     assert getattr(packer.micro_batch([both[0], completion([2], None)], 2), name + "_BT") is None
 
 
@@ -504,5 +502,5 @@ def test_all_tensors_of_a_piece_are_on_its_device(shared_prefix):
         [completion], 1
     ):
         tensors = {name: value for name, value in vars(micro_batch).items() if name.rpartition("_")[2].isupper()}
-        assert set(tensors) == set(vars(micro_batch)) - {"layout", "num_completions"}
+        assert set(tensors) == set(vars(micro_batch)) - {"layout", "divisor"}
         assert {t.device.type for t in tensors.values() if t is not None} == {"meta"}

@@ -3,10 +3,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from grpo_trl.objective.advantages import group_advantages
+from grpo_trl.objective import gdpo_advantages, group_advantages, normalized_sums
 from tests.helpers import oracle
 
 
@@ -103,8 +103,43 @@ def test_order_within_the_group_does_not_matter():
     torch.testing.assert_close(group_advantages(rewards)[:, order], group_advantages(rewards[:, order]))
 
 
+def gdpo(groups, weights):
+    """GDPO as its paper writes it: groups of completions, each a list of one reward per function or None."""
+    sums = []
+    for group in groups:
+        compared = [oracle.advantages([rewards[f] for rewards in group]) for f in range(len(weights))]
+        for i, rewards in enumerate(group):
+            known = any(r is not None for r in rewards)
+            sums.append(math.fsum(w * a[i] for w, a in zip(weights, compared, strict=True)) if known else None)
+    known = [s for s in sums if s is not None]
+    mean = math.fsum(known) / len(known)
+    deviation = math.sqrt(math.fsum((s - mean) ** 2 for s in known) / (len(known) - 1))
+    return [0.0 if s is None else (s - mean) / (deviation + 1e-4) for s in sums]
+
+
+@given(st.lists(st.lists(st.tuples(REWARD, REWARD), min_size=4, max_size=4), min_size=2, max_size=4))
+def test_gdpo_compares_each_reward_within_its_group_and_scales_over_the_batch(groups):
+    assume(sum(any(r is not None for r in rewards) for group in groups for rewards in group) > 1)
+    rewards = torch.stack([tensor(group) for group in groups])
+    sums = normalized_sums(rewards, torch.tensor([0.5, 2.0]))
+    first = gdpo_advantages(sums[:1], sums)  # what a rank that holds the first group gets
+    expected = torch.tensor(gdpo(groups, [0.5, 2.0]), dtype=torch.float64).view(len(groups), 4)
+    torch.testing.assert_close(gdpo_advantages(sums, sums), expected, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(first, expected[:1], rtol=1e-7, atol=1e-7)
+
+
+def test_gdpo_tells_completions_apart_whose_rewards_have_the_same_sum():
+    rewards = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]])
+    assert (group_advantages(rewards.sum(-1)) == 0).all()
+    sums = normalized_sums(rewards, torch.tensor([1.0, 2.0]))
+    assert gdpo_advantages(sums, sums)[0, 1] > 0 > gdpo_advantages(sums, sums)[0, 0]
+
+
+def test_gdpo_of_equal_rewards_is_exactly_zero():
+    sums = normalized_sums(torch.full((2, 4, 2), 0.7), torch.tensor([1.0, 1.0]))
+    assert (gdpo_advantages(sums, torch.cat([sums.flatten(), torch.tensor([1.0, -1.0])])) == 0).all()
+
+
 def test_errors_name_the_option():
-    with pytest.raises(ValueError, match=r"scale_rewards='std'.*'group', 'batch', 'none'"):
-        group_advantages(torch.zeros(1, 2), "std")
     with pytest.raises(ValueError, match="batch_rewards"):
         group_advantages(torch.zeros(1, 2), "batch")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_trl.objective import Counts, grpo_loss, make_objective
+from grpo_trl.objective import Counts, ObjectiveOptions, grpo_loss, make_objective
 from grpo_trl.objective.ratios import exp_tangent
 from tests.helpers import oracle
 
@@ -46,9 +46,9 @@ def run(level, lists, advantages, beta=0.0, width=None, dtype=torch.float64, **o
     output = grpo_loss(
         logps,
         pad(lists["old"], width, dtype=dtype),
-        torch.tensor(advantages, dtype=torch.float64),
+        torch.tensor(advantages, dtype=torch.float64).unsqueeze(1),
         mask,
-        objective=make_objective(level, beta=beta, **(CLIP | options)),
+        objective=make_objective(ObjectiveOptions(loss_level=level, beta=beta, **(CLIP | options))),
         ref_logps_BT=pad(lists["ref"], width, dtype=dtype) if beta else None,
     )
     output.loss.backward()
@@ -153,7 +153,7 @@ def test_an_empty_completion_contributes_nothing(level):
     assert with_empty.signal_B[0] == 0
     assert not with_empty.mask_BU[0].any()
     assert not with_empty.kl.mask_BK[0].any()
-    assert not (with_empty.tail_BU | with_empty.clipped_low_BU | with_empty.clipped_high_BU)[0].any()
+    assert not (with_empty.tail_BU | with_empty.clipped.low_BU | with_empty.clipped.high_BU)[0].any()
 
 
 @LEVEL
@@ -162,9 +162,9 @@ def test_tokens_outside_the_mask_are_as_if_absent(level):
     lists, advantages = make_batch([4])
     mask = torch.tensor([[True, False, True, True]])
     logps = pad(lists["logps"]).requires_grad_()
-    objective = make_objective(level, beta=0.1, **CLIP)
+    objective = make_objective(ObjectiveOptions(loss_level=level, beta=0.1, **CLIP))
     old, ref = pad(lists["old"]), pad(lists["ref"])
-    output = grpo_loss(logps, old, torch.tensor(advantages), mask, objective=objective, ref_logps_BT=ref)
+    output = grpo_loss(logps, old, torch.tensor(advantages).unsqueeze(1), mask, objective=objective, ref_logps_BT=ref)
     kept = {name: [[row[i] for i in (0, 2, 3)] for row in rows] for name, rows in lists.items()}
     expected, _ = oracle.grpo(level, kept["logps"], kept["old"], advantages, 0.2, 0.28, 0.1, kept["ref"])
     assert output.loss.item() == pytest.approx(expected, rel=1e-6)
@@ -176,8 +176,8 @@ def test_clipping_is_counted_where_it_takes_the_gradient(level):
     ratios, advantages = [-1.0, -1.0, 1.0, 1.0, 0.1], [1.0, -1.0, 1.0, -1.0, 1.0]
     lists = {"logps": [[r] for r in ratios], "old": [[0.0]] * 5, "ref": [[0.0]] * 5}
     output, gradient = run(level, lists, advantages)
-    assert output.clipped_low_BU.flatten().tolist() == [False, True, False, False, False]
-    assert output.clipped_high_BU.flatten().tolist() == [False, False, True, False, False]
+    assert output.clipped.low_BU.flatten().tolist() == [False, True, False, False, False]
+    assert output.clipped.high_BU.flatten().tolist() == [False, False, True, False, False]
     assert [row[0] == 0 for row in gradient] == [False, True, True, False, False]
 
 
@@ -209,20 +209,19 @@ def test_exp_is_untouched_up_to_twenty_and_its_tangent_above(dtype):
     assert slope.tolist() == pytest.approx([oracle.exp_slope(v) for v in x.tolist()], rel=1e-5)
 
 
-def test_errors_name_the_option():
+def test_a_missing_reference_is_an_error_that_names_beta():
     one = torch.zeros(1, 1)
     mask = torch.ones(1, 1, dtype=torch.bool)
-    with pytest.raises(ValueError, match=r"loss_level='paper'.*'token' or 'sequence'"):
-        make_objective("paper", **CLIP)
     with pytest.raises(ValueError, match=r"beta=0\.1 needs ref_logps_BT"):
-        grpo_loss(one, one, torch.zeros(1), mask, objective=make_objective("token", beta=0.1, **CLIP))
+        grpo_loss(one, one, torch.zeros(1, 1), mask, objective=make_objective(ObjectiveOptions(beta=0.1)))
 
 
 def test_epsilon_high_is_epsilon_by_default():
-    assert make_objective("token", epsilon=0.1) == make_objective("token", epsilon=0.1, epsilon_high=0.1)
+    alone, both = ObjectiveOptions(epsilon=0.1), ObjectiveOptions(epsilon=0.1, epsilon_high=0.1)
+    assert make_objective(alone) == make_objective(both)
 
 
 @LEVEL
 def test_both_levels_divide_by_the_completions_of_the_mini_batch(level):
-    divisor = make_objective(level, **CLIP).aggregation.divisor
-    assert divisor(Counts(completions=12) + Counts(completions=4)) == 16.0
+    divisor = make_objective(ObjectiveOptions(loss_level=level)).aggregation.divisor
+    assert divisor(Counts(12, 100, 120) + Counts(4, 9, 40)) == 16.0

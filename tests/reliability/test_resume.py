@@ -39,6 +39,14 @@ CASES = {
         "num_iterations": 2,
     },
     "generation batches shorter than a step": {"steps_per_generation": 1, "gradient_accumulation_steps": 2},
+    "adaptive entropy bonus": {
+        "loss_type": "dapo",
+        "use_adaptive_entropy": True,
+        "entropy_coef_delta": 0.05,
+        "entropy_target": 10.0,
+        "top_entropy_quantile": 0.5,
+        "num_iterations": 2,
+    },
     "logged every third step": {"logging_steps": 3, "num_iterations": 2},
     "the reference moves": {
         "beta": 0.5,

@@ -3,11 +3,12 @@
 import math
 from dataclasses import fields
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..distributed.launch import fsdp_was_asked_for
+from ..objective import make_objective
 
 
 def check_options(args: Any) -> None:
@@ -19,6 +20,8 @@ def check_options(args: Any) -> None:
     _check_choices(args)
     _check_ranges(args)
     _check_combinations(args)
+    args.check_objective()
+    make_objective(args)  # raises where options do not go together
 
 
 def check_dicts(args: Any) -> None:
@@ -36,11 +39,18 @@ def check_dicts(args: Any) -> None:
 def _check_choices(args: Any) -> None:
     """Check the options whose type is a Literal."""
     hints = get_type_hints(type(args))
-    choices = {f.name: get_args(hints[f.name]) for f in fields(args) if get_origin(hints[f.name]) is Literal}
+    choices = {f.name: _choices(hints[f.name]) for f in fields(args) if _choices(hints[f.name])}
     choices["shared_prefix"] = ("auto", True, False)
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
             raise ValueError(f"{name}={getattr(args, name)!r} is unknown; use one of {', '.join(map(repr, allowed))}.")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """List the values of a Literal, and None if it is optional; nothing for other types."""
+    parts = get_args(hint) if get_origin(hint) is Union else (hint,)
+    literals = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    return (*literals, *([None] if NoneType in parts else [])) if literals else ()
 
 
 def _check_combinations(args: Any) -> None:
@@ -107,9 +117,6 @@ def _check_ranges(args: Any) -> None:
     check("min_p", args.min_p is None or 0 <= args.min_p <= 1, "it must be between 0 and 1")
     check("max_rows_in_flight", args.max_rows_in_flight is None or args.max_rows_in_flight >= 1, "use at least 1")
     check("repetition_penalty", args.repetition_penalty > 0, "it must be above 0; 1.0 changes nothing")
-    check("beta", 0 <= args.beta < math.inf, "it must be 0 or more, e.g. 0.04")
-    check("epsilon", 0 < args.epsilon < 1, "it must be between 0 and 1, e.g. 0.2")
-    check("epsilon_high", args.epsilon_high is None or args.epsilon_high > 0, "it must be above 0, e.g. 0.28")
     check("num_generations_eval", args.eval_generations >= 1, "use at least 1")
     check("ref_model_sync_steps", args.ref_model_sync_steps >= 1, "use at least 1")
     check("ref_model_mixup_alpha", 0 <= args.ref_model_mixup_alpha <= 1, "it must be between 0 and 1")

@@ -12,13 +12,13 @@ from transformers import TrainingArguments
 from ..data.geometry import Geometry
 from ..distributed.launch import check_bf16, check_launcher, gpu_has_bf16
 from ..distributed.sharding import check_backend_config, start_backend
+from ..objective import ObjectiveOptions
 from .batches import BatchOptions
 from .checks import check_dicts, check_options
 from .evaluation import EvaluationOptions
 from .inherited import check_inherited
 from .model import ModelOptions
 from .names import TodaysNames, current_model_kwargs
-from .objective import ObjectiveOptions
 from .reliability import ReliabilityOptions
 from .rewards import RewardOptions
 from .rollout import RolloutOptions

@@ -79,7 +79,6 @@ RETIRED = {
 
 _CONTINUOUS = "remove it: completions are decoded continuously in any case, max_rows_in_flight at a time"
 _VLLM = "remove it: this version samples in the training process"
-_OBJECTIVE = "remove it: this version has the objectives of loss_level='token' and 'sequence'"
 
 NOT_HERE = {
     "cache_implementation": Absent(
@@ -120,32 +119,6 @@ ENGINES_NOT_HERE = {
     "vllm_tensor_parallel_size": 1,
 }
 NOT_HERE |= {name: Absent((value,), _VLLM) for name, value in ENGINES_NOT_HERE.items()}
-
-OBJECTIVES_NOT_HERE = {
-    "cast_lm_head_to_fp32": False,
-    "delta": None,
-    "entropy_coef": 0.0,
-    "entropy_coef_delta": 0.005,
-    "entropy_coef_max": 1.0,
-    "entropy_coef_min": 0.0,
-    "entropy_target": 0.2,
-    "importance_sampling_level": "token",
-    "loss_type": "grpo",
-    "mask_truncated_completions": False,
-    "multi_objective_aggregation": "sum_then_normalize",
-    "off_policy_mask_threshold": None,
-    "router_aux_loss_coef": None,
-    "sapo_temperature_neg": 1.05,
-    "sapo_temperature_pos": 1.0,
-    "top_entropy_quantile": 1.0,
-    "use_adaptive_entropy": False,
-    "use_bias_correction_kl": False,
-    "vespo_k_neg": 3.0,
-    "vespo_k_pos": 2.0,
-    "vespo_lambda_neg": 2.0,
-    "vespo_lambda_pos": 3.0,
-}
-NOT_HERE |= {name: Absent((value,), _OBJECTIVE) for name, value in OBJECTIVES_NOT_HERE.items()}
 
 
 class TodaysNames(type):

@@ -8,6 +8,9 @@ from typing import Literal
 class RewardOptions:
     """Rewards."""
 
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward function. Default: all 1."}
+    )
     reward_workers: int = field(
         default=0,
         metadata={

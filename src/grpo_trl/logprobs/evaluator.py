@@ -5,12 +5,12 @@ from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..attention.compatibility import incompatibility
 from ..logging import EVERY_RANK, get_logger
 from ..types import Completion, MicroBatch, Ranks
-from .compute import compute_completion_logprobs
+from .compute import compute_completion_entropies, compute_completion_logprobs, compute_router_load
 from .packing import Packer
 from .verify import packed_mismatch
 
@@ -36,7 +36,7 @@ class LogprobEvaluator:
         shared_prefix: The option: `"auto"`, True or False.
         temperature: The sampling temperature.
         mixed_precision: Whether the policy computes in half precision, whatever its weights are.
-        needs_all: Whether completions without an advantage have a gradient too, as the KL term gives them.
+        needs_all: Whether completions without an advantage have a gradient too, from a KL term or an entropy bonus.
         ranks: Decide together.
         recovers: Whether this rank may make other micro-batches than it began with when memory runs out. It may not
             where other ranks wait for it in a forward.
@@ -93,31 +93,43 @@ class LogprobEvaluator:
     def with_logps(self, model: nn.Module, completions: Sequence[Completion], name: str) -> list[Completion]:
         """`completions`, the ones with a gradient with their log-probabilities under `model` in the field `name`."""
         trained = self.with_gradient(completions)
-        logps = iter(
-            self._in_memory(trained, lambda: compute_completion_logprobs(model, trained, self.packer, self.temperature))
-        )
+        logps = iter(self._evaluate(compute_completion_logprobs, model, trained))
         return [
             replace(c, **cast("dict[str, Any]", {name: next(logps)})) if self.has_gradient(c) else c
             for c in completions
         ]
 
+    def entropies(self, model: nn.Module, completions: Sequence[Completion]) -> list[Tensor]:
+        """Return the entropies (nats) of each completion's tokens under `model`, whether it has a gradient or not."""
+        return self._evaluate(compute_completion_entropies, model, completions)
+
+    def router_load(self, model: nn.Module, completions: Sequence[Completion]) -> Tensor:
+        """Add up the load of a mixture's experts over the completions of this rank that have a gradient."""
+        trained = self.with_gradient(completions)
+        return self._in_memory(trained, lambda: compute_router_load(model, trained, self.packer, self.temperature))
+
+    def _evaluate(
+        self, function: Callable[..., list[Tensor]], model: nn.Module, completions: Sequence[Completion]
+    ) -> list[Tensor]:
+        return self._in_memory(completions, lambda: function(model, completions, self.packer, self.temperature))
+
     def in_micro_batches(
         self,
         completions: Sequence[Completion],
-        num_completions: int,
+        divisor: float,
         work: Callable[[list[MicroBatch]], Result],
         undo: Callable[[], None],
     ) -> Result:
         """`work` on the ones with a gradient of this rank's `completions` of an optimizer step.
 
-        `num_completions` are those of the whole step on all ranks, which its loss is divided by. Where memory runs out,
-        `undo` is called, and `work` runs again on smaller micro-batches.
+        `divisor` is what the loss of the whole step on all ranks is divided by. Where memory runs out, `undo` is called,
+        and `work` runs again on smaller micro-batches.
 
         Raises:
             DoesNotFit: Memory runs out, and micro-batches cannot be smaller.
         """
         trained = self.with_gradient(completions)
-        return self._in_memory(trained, lambda: work(self.packer.micro_batches(trained, num_completions)), undo)
+        return self._in_memory(trained, lambda: work(self.packer.micro_batches(trained, divisor)), undo)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to make the same micro-batches."""
@@ -180,7 +192,7 @@ class LogprobEvaluator:
 
     def has_gradient(self, completion: Completion) -> bool:
         """Whether it has a gradient."""
-        return any(completion.mask) and bool(completion.advantage or self._needs_all)
+        return any(completion.mask) and (completion.has_signal or self._needs_all)
 
     def _pad_if(self, reason: str | None) -> None:
         """Pad from now on if some rank has a reason to."""

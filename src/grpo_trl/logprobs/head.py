@@ -6,7 +6,8 @@ entropy of the positions asked for, and what follows the backbone is the model's
 backbone's output at a time. So the logits of one slice are all that is ever held, forward or backward, and the work
 lies inside forward, where ZeRO gathers weights and DDP and autocast wrap.
 
-Axes: R rows, S tokens of a row, D hidden size, M positions asked for, K positions of a slice, V vocabulary.
+Axes: R rows, S tokens of a row, N = R*S, D hidden size, M positions asked for, K positions of a slice, V vocabulary, E
+experts.
 """
 
 import contextlib
@@ -41,13 +42,18 @@ class LogprobRequest:
     targets_M: Tensor
     temperature: float
     row_length: int
+    entropy_gradient: bool = False
+    """Whether entropies have a gradient."""
+    router_weights_N: Tensor | None = None
+    """How often each token of the rows counts in the load of a mixture's experts; None: the load is not computed."""
 
 
 def enable_logprobs(model: Any) -> None:
     """Let the forward of the language model in `model` take the keyword `logprob_request`; all else stays as it is.
 
-    With it forward returns (log-probabilities (nats) with gradient, detached entropy (nats)), each of shape (M,). Called
-    before the model is wrapped. A model that has it already is left alone.
+    With it forward returns log-probabilities (nats) with gradient and entropies (nats), which are detached unless the
+    request asks for their gradient, each of shape (M,), and if it is asked for the load of the experts, of shape (2, E).
+    Called before the model is wrapped. A model that has it already is left alone.
 
     Raises:
         TypeError: The model is no transformers.PreTrainedModel, or has no backbone or head of its own.
@@ -73,14 +79,15 @@ def enable_logprobs(model: Any) -> None:
     lm.forward = types.MethodType(forward, lm)
 
 
-def _compute(lm: Any, request: LogprobRequest, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    output = lm.base_model(*args, **kwargs)
+def _compute(lm: Any, request: LogprobRequest, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    weights_N = request.router_weights_N
+    output = lm.base_model(*args, **kwargs | ({} if weights_N is None else {"output_router_logits": True}))
     hidden_MD = output.last_hidden_state[:, -request.row_length :].flatten(0, 1)[request.positions_M]
     head = lm.get_output_embeddings()
     head_forward = head.forward
 
     def slice_logprobs(hidden_KD: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
-        return _token_logprobs(_logits(lm, head_forward, output, hidden_KD), targets_K, request.temperature)
+        return _token_logprobs(_logits(lm, head_forward, output, hidden_KD), targets_K, request)
 
     def logprobs_by_slice(hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
         size = max(1, len(hidden_MD)) if _gathers_inside(head) else SLICE
@@ -91,7 +98,22 @@ def _compute(lm: Any, request: LogprobRequest, *args: Any, **kwargs: Any) -> tup
 
     # One call of the head for all slices: ZeRO-3 gathers its weights once, and as often on every rank
     with _replaced(head.__dict__, "forward", logprobs_by_slice):
-        return head(hidden_MD)
+        logps_M, entropy_M = head(hidden_MD)
+    return logps_M, entropy_M, *([] if weights_N is None else [_router_load(lm, output.router_logits, weights_N)])
+
+
+def _router_load(lm: Any, router_logits: tuple[Tensor, ...], weights_N: Tensor) -> Tensor:
+    """Add up, over layers and tokens, how often each expert is chosen and the probability it is given; shape (2, E).
+
+    Source: Switch Transformer, arXiv 2101.03961, Eq. (5) and (6).
+    """
+    loads = []
+    for logits_NE in router_logits:
+        probs_NE = logits_NE.float().softmax(-1)
+        chosen_NK = probs_NE.topk(lm.config.get_text_config().num_experts_per_tok).indices
+        counts_NE = torch.zeros_like(probs_NE).scatter_(1, chosen_NK, 1.0)
+        loads.append(torch.stack([weights_N @ counts_NE, weights_N @ probs_NE]))
+    return torch.stack(loads).sum(0)
 
 
 def _gathers_inside(head: nn.Module) -> bool:
@@ -99,10 +121,11 @@ def _gathers_inside(head: nn.Module) -> bool:
     return any(True for _ in head.children()) and any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
-def _token_logprobs(logits_KV: Tensor, targets_K: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    log_probs_KV = (logits_KV if temperature == 1 else logits_KV / temperature).log_softmax(-1)
+def _token_logprobs(logits_KV: Tensor, targets_K: Tensor, request: LogprobRequest) -> tuple[Tensor, Tensor]:
+    log_probs_KV = (logits_KV if request.temperature == 1 else logits_KV / request.temperature).log_softmax(-1)
     logps_K = -nll_loss(log_probs_KV, targets_K, reduction="none")
-    with torch.no_grad():  # last, where a recomputation in the backward pass stops short of it
+    # Last, where a recomputation in the backward pass stops short of it if it has no gradient
+    with contextlib.nullcontext() if request.entropy_gradient else torch.no_grad():
         bounded_KV = log_probs_KV.clamp(min=torch.finfo(log_probs_KV.dtype).min)  # 0 * -inf would be NaN
         entropy_K = -torch.linalg.vecdot(log_probs_KV.exp(), bounded_KV)
     return logps_K, entropy_K

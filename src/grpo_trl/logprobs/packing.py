@@ -43,11 +43,9 @@ class Packer:
     gather: Callable[[int], list[int]] = lambda number: [number]
     """From this rank's number to those of all ranks that cut together. Called once per cut."""
 
-    def micro_batches(self, completions: Sequence[Completion], num_completions: int) -> list[MicroBatch]:
-        """At least one micro-batch; `num_completions` are those of the whole optimizer step on all ranks."""
-        return [
-            self.micro_batch([completions[i] for i in indices], num_completions) for indices in self.cut(completions)
-        ]
+    def micro_batches(self, completions: Sequence[Completion], divisor: float) -> list[MicroBatch]:
+        """Build at least one micro-batch; `divisor` is that of the whole optimizer step's loss."""
+        return [self.micro_batch([completions[i] for i in indices], divisor) for indices in self.cut(completions)]
 
     def cut(self, completions: Sequence[Completion]) -> list[list[int]]:
         """Indices of the completions of each micro-batch; the same number of micro-batches on every rank, at least one."""
@@ -81,8 +79,8 @@ class Packer:
         cut = _cut_packed if self.shared_prefix else _cut_padded
         return cut(completions, min(number, len(completions)), self.max_tokens) if completions else []
 
-    def micro_batch(self, completions: Sequence[Completion], num_completions: int) -> MicroBatch:
-        """One micro-batch of `completions`, which may be none."""
+    def micro_batch(self, completions: Sequence[Completion], divisor: float = 1.0) -> MicroBatch:
+        """Build one micro-batch of `completions`, which may be none."""
         present = completions or [Completion([self.pad_token_id], [], [])]
         rows = _packed_rows(present) if self.shared_prefix else _padded_rows(present, self.pad_token_id)
         places = rows.places[: len(completions)]
@@ -91,24 +89,26 @@ class Packer:
         targets = [torch.tensor(c.ids, dtype=torch.long)[mask] for c, mask in zip(completions, masks, strict=True)]
         width = max([1, *(len(c.ids) for c in completions)])
 
-        def optional(name: str) -> Tensor | None:
+        def optional(name: str, dtype: torch.dtype = torch.float32) -> Tensor | None:
             values = [getattr(c, name) for c in completions]
             if any(v is None for v in values):
                 return None
-            return _right_pad(values, width, torch.float32).to(self.device)
+            return _right_pad(values, width, dtype).to(self.device)
 
         return MicroBatch(
             input_ids_RS=rows.input_ids_RS.to(self.device),
             position_ids_RS=None if rows.position_ids_RS is None else rows.position_ids_RS.to(self.device),
             layout=rows.layout,
+            uses_RS=(rows.uses_RS if completions else torch.zeros_like(rows.uses_RS)).to(self.device),
             positions_M=_joined(positions).to(self.device),
             targets_M=_joined(targets).to(self.device),
             mask_BT=_right_pad(masks, width, torch.bool).to(self.device),
-            advantages_B=torch.tensor([c.advantage for c in completions], dtype=torch.float32, device=self.device),
+            advantages_BU=_advantages(completions, width).to(self.device),
             old_logps_BT=optional("old_logps"),
             ref_logps_BT=optional("ref_logps"),
             sampler_logps_BT=optional("sampler_logps"),
-            num_completions=num_completions,
+            mask_policy_BT=optional("mask_policy", torch.bool),
+            divisor=divisor,
         )
 
 
@@ -131,6 +131,7 @@ class _Rows:
     """The tokens of a micro-batch, and where each completion stands in them."""
 
     input_ids_RS: Tensor
+    uses_RS: Tensor
     position_ids_RS: Tensor | None
     layout: Layout | None
     places: list[_Place]
@@ -149,7 +150,10 @@ def _packed_rows(completions: Sequence[Completion]) -> _Rows:
         for branch, i in zip(packed.branches, group, strict=True)
     }
     in_order = [places[i] for i in range(len(completions))]
-    return _Rows(torch.tensor([tokens]), torch.tensor([layout.positions]), layout, in_order)
+    uses = [n for p, bs in zip(prompts, branches, strict=True) for n in [len(bs)] * len(p) + [1] * sum(map(len, bs))]
+    return _Rows(
+        torch.tensor([tokens]), torch.tensor([uses]).float(), torch.tensor([layout.positions]), layout, in_order
+    )
 
 
 def _padded_rows(completions: Sequence[Completion], pad_token_id: int) -> _Rows:
@@ -157,7 +161,8 @@ def _padded_rows(completions: Sequence[Completion], pad_token_id: int) -> _Rows:
     width = max(map(len, rows))
     starts = [r * width + len(c.prompt_ids) for r, c in enumerate(completions)]
     places = [_Place(start - 1, start, len(c.ids)) for start, c in zip(starts, completions, strict=True)]
-    return _Rows(_right_pad(rows, width, torch.long, pad_token_id), None, None, places)
+    uses_RS = _right_pad([[1.0] * len(row) for row in rows], width, torch.float32)
+    return _Rows(_right_pad(rows, width, torch.long, pad_token_id), uses_RS, None, None, places)
 
 
 def group_by_prompt(completions: Sequence[Completion]) -> list[list[int]]:
@@ -248,6 +253,15 @@ def _balanced(chunks: Sequence[list[int]], count: int, size: Callable[[list[int]
         unions[place] += chunk
         heapq.heappush(heap, (total + size(chunk), members + len(chunk), place))  # chunks may have no tokens
     return [sorted(union) for union in unions if union]
+
+
+def _advantages(completions: Sequence[Completion], width: int) -> Tensor:
+    """Return one advantage per completion, or per token where some completion has that."""
+    advantages = [c.advantage for c in completions]
+    if not any(isinstance(advantage, list) for advantage in advantages):
+        return torch.tensor(advantages, dtype=torch.float32).unsqueeze(1)
+    rows = [a if isinstance(a, list) else [a] * len(c.ids) for a, c in zip(advantages, completions, strict=True)]
+    return _right_pad(rows, width, torch.float32)
 
 
 def _joined(values: list[Tensor]) -> Tensor:

@@ -1,10 +1,12 @@
 """Rewards to advantages.
 
-Axes: P prompts (groups), G completions per prompt.
+Axes: P prompts (groups), G completions per prompt, F reward functions.
 """
 
 import torch
 from torch import Tensor
+
+from .options import ScaleRewards
 
 
 STD_EPSILON = 1e-4
@@ -13,10 +15,10 @@ STD_EPSILON = 1e-4
 LARGEST = 2.0**500
 """Of this size, as many rewards as there may be can be squared and added up in float64."""
 
-SCALES = ("group", "batch", "none")
 
-
-def group_advantages(rewards_PG: Tensor, scale_rewards: str = "group", batch_rewards: Tensor | None = None) -> Tensor:
+def group_advantages(
+    rewards_PG: Tensor, scale_rewards: ScaleRewards = "group", batch_rewards: Tensor | None = None
+) -> Tensor:
     """Compute how much better each completion is than its group.
 
         A_i = (r_i - mean(r)) / (std(r) + 1e-4)
@@ -38,10 +40,8 @@ def group_advantages(rewards_PG: Tensor, scale_rewards: str = "group", batch_rew
         Advantages of shape (P, G), float64. An empty input gives an empty result.
 
     Raises:
-        ValueError: `scale_rewards` is not one of the three, or `"batch"` came without `batch_rewards`.
+        ValueError: `"batch"` came without `batch_rewards`.
     """
-    if scale_rewards not in SCALES:
-        raise ValueError(f"scale_rewards={scale_rewards!r} is unknown; use one of {', '.join(map(repr, SCALES))}.")
     rewards_PG = rewards_PG.double()
     mask_PG = ~rewards_PG.isnan()
     mask_signal_P1 = _largest(rewards_PG) > _largest(-rewards_PG).neg()
@@ -63,6 +63,42 @@ def group_advantages(rewards_PG: Tensor, scale_rewards: str = "group", batch_rew
     else:
         advantages_PG = centered_PG * unit_P1
     return torch.where(mask_signal_P1 & mask_PG, advantages_PG, 0.0)
+
+
+def normalized_sums(rewards_PGF: Tensor, weights_F: Tensor) -> Tensor:
+    """Compare each reward within its group, then add them up: the first half of GDPO.
+
+        s_i = sum_f weight_f A_if,    A_if as in `group_advantages` of reward f
+
+    Args:
+        rewards_PGF: Rewards of shape (P, G, F), any float dtype, NaN where a function gave none.
+        weights_F: One weight per reward function.
+
+    Returns:
+        Sums of shape (P, G), float64, NaN where no function gave a reward. Their mean over a group is 0.
+    """
+    compared_PGF = torch.stack([group_advantages(rewards_PG) for rewards_PG in rewards_PGF.unbind(-1)], -1)
+    sums_PG = compared_PGF @ weights_F.double()
+    return sums_PG.masked_fill(rewards_PGF.isnan().all(-1), torch.nan)
+
+
+def gdpo_advantages(sums_PG: Tensor, batch_sums: Tensor) -> Tensor:
+    """Scale the sums by their deviation over the generation batch: the second half of GDPO.
+
+        A_i = s_i / (std(s) + 1e-4)
+
+    The mean of the sums is 0 in each group. Source: GDPO, arXiv 2601.05242.
+
+    Args:
+        sums_PG: Sums of shape (P, G), as `normalized_sums` returns them.
+        batch_sums: Those of the whole generation batch on all ranks, any shape.
+
+    Returns:
+        Advantages of shape (P, G), float64; 0 for a completion without a reward.
+    """
+    known = batch_sums.double()[~batch_sums.isnan()]
+    std = known.std() if len(known) > 1 else torch.zeros((), dtype=torch.float64)
+    return (sums_PG.double() / (std + STD_EPSILON)).nan_to_num(nan=0.0)
 
 
 def _unit(largest: Tensor) -> Tensor:

@@ -43,8 +43,20 @@ def sequence(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
     return token(values_BT, mask_BT).sum(1, keepdim=True)
 
 
-RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"token": token, "sequence": sequence}
-"""Name of a unit -> (values of tokens, mask) to values of units."""
+def sequence_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Average over each completion's tokens, of shape (B, 1): the log-ratio of the geometric mean of token ratios.
+
+    Source: GSPO, arXiv 2507.18071, Eq. (7).
+    """
+    return sequence(values_BT, mask_BT) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+
+
+RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "token": token,
+    "sequence": sequence,
+    "sequence_mean": sequence_mean,
+}
+"""Name -> (values of tokens, mask) to values of units."""
 
 
 def unit_mask(values_BU: Tensor, mask_BT: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ class RankSummary:
 
     tokens: int
     """Of prompts and completions, as `RewardedRollout.num_tokens` counts them."""
+    trained_tokens: list[int]
+    """Of each mini-batch."""
     rewards: list[float]
     """Of each completion; NaN where undefined."""
     groups_with_signal: int

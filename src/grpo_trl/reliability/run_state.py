@@ -8,6 +8,7 @@ import torch
 
 from ..data.schedule import Schedule
 from ..metrics import MetricLog
+from ..objective import Counts
 from ..types import Completion, GenerationBatch, Ranks
 
 
@@ -72,6 +73,7 @@ class RunState:
             batch["mini_batches"] = [
                 [Completion(**completion) for completion in mini_batch] for mini_batch in batch["mini_batches"]
             ]
+            batch["counts"] = [Counts(**counts) for counts in batch["counts"]]
             batch = GenerationBatch(**batch)
         return cls(generation_batch=batch, **values)
 
@@ -163,6 +165,7 @@ def _plain_generation_batch(generation_batch: GenerationBatch) -> dict[str, Any]
             [dict(vars(completion)) for completion in mini_batch] for mini_batch in generation_batch.mini_batches
         ],
         "table": {name: [_plain(value) for value in values] for name, values in generation_batch.table.items()},
+        "counts": [vars(counts) for counts in generation_batch.counts],
         "tokens": generation_batch.tokens,
     }
 

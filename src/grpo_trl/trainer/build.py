@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import GRPOConfig
@@ -27,11 +27,14 @@ from ..distributed.sharding import (
 from ..logprobs.evaluator import LogprobEvaluator
 from ..logprobs.head import enable_logprobs
 from ..logprobs.packing import Packer
-from ..models import Reference, add_adapter, load_policy, load_tokenizer
+from ..models import Reference, add_adapter, compute_head_in_float32, load_policy, load_tokenizer
 from ..rewards import Rewards
 from ..rollout.base import SamplingOptions
 from ..rollout.group.engine import GroupEngine
 from ..types import Ranks
+from .advantages import AdvantageFunc, FunctionRule, GdpoRule, GroupRule
+from .generation import Advantages, RewardedRollout
+from .router import router_coefficient
 
 
 def make_ranks(args: GRPOConfig) -> Ranks:
@@ -47,6 +50,8 @@ def make_policy(
     tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
     check_sharding(policy, args.world_size)
     policy = add_adapter(policy, peft_config)
+    if args.cast_lm_head_to_fp32:
+        compute_head_in_float32(policy)
     enable_logprobs(policy)
     if isinstance(policy, PeftModel) and args.gradient_checkpointing:
         policy.enable_input_require_grads()
@@ -59,12 +64,20 @@ def make_reference(
     """Freeze the policy as it is before training; None without a KL term. `model` is the trainer's argument."""
     if not args.beta:
         return None
-    reload = partial(load_policy, model, args.init_kwargs) if isinstance(model, str) else None
+    reload = partial(_load_again, model, args) if isinstance(model, str) else None
     reference = Reference(policy, new_adapter, reload, moves=args.sync_ref_model, unsharded=unsharded)
     check_exchangeable(reference.replaces_parameters, accelerator)
     if reference.model is not None:
         reference.model = prepare_frozen(reference.model, accelerator)
     return reference
+
+
+def _load_again(path: str, args: GRPOConfig) -> nn.Module:
+    """Load the policy as it was at first."""
+    policy = load_policy(path, args.init_kwargs)
+    if args.cast_lm_head_to_fp32:
+        compute_head_in_float32(policy)
+    return policy
 
 
 def make_rewards(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -> Rewards:
@@ -149,6 +162,19 @@ def make_schedule(args: GRPOConfig, num_prompts: int) -> Schedule:
     return schedule
 
 
+def make_advantages(
+    args: GRPOConfig, weights_F: Tensor, func: AdvantageFunc | None
+) -> Callable[[RewardedRollout, Tensor], Advantages]:
+    """Choose how completions get their advantages; `weights_F` are those of the reward functions."""
+    if func is not None:
+        return FunctionRule(func, make_ranks(args))
+    rules: dict[str, Callable[[RewardedRollout, Tensor], Advantages]] = {
+        "sum_then_normalize": GroupRule(args.scale_rewards),
+        "normalize_then_sum": GdpoRule(weights_F, make_ranks(args)),
+    }
+    return rules[args.multi_objective_aggregation]
+
+
 def make_evaluator(
     model: Any, tokenizer: PreTrainedTokenizerBase, args: GRPOConfig, waits_in_forward: bool
 ) -> LogprobEvaluator:
@@ -167,7 +193,7 @@ def make_evaluator(
         shared_prefix=args.shared_prefix,
         temperature=args.temperature,
         mixed_precision=args.half_precision,
-        needs_all=args.beta > 0,
+        needs_all=args.beta > 0 or args.has_entropy_bonus or router_coefficient(args.router_aux_loss_coef, model) != 0,
         ranks=make_ranks(args),
         recovers=not waits_in_forward,
     )

@@ -20,7 +20,7 @@ from ..distributed.load_balance import Balancer
 from ..logprobs.evaluator import LogprobEvaluator
 from ..metrics import Max, Mean, Metric, MetricLog, Min, Quantile, Std, Sum
 from ..models import Reference
-from ..objective.advantages import group_advantages
+from ..objective import Counts
 from ..reliability.guards import RankSummary
 from ..rewards import RewardBatch, Rewards, RewardTable
 from ..rollout.base import RolloutEngine, RolloutRequest
@@ -30,6 +30,9 @@ from ..types import Completion, GenerationBatch, Prompt, Ranks
 
 TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "step_time", "kl", "entropy")
 """What the log contains besides the metrics of a rollout."""
+
+Advantages = Sequence[float | list[float]]
+"""One entry per completion: a number, or one number for each of its tokens."""
 
 TABLE_COLUMNS = ("step", "group", "prompt", "completion", "advantage")
 """Columns of the completions table besides the rewards."""
@@ -208,7 +211,10 @@ class GenerationBatchBuilder:
         evaluator: Computes logprobs.
         balancer: Assigns the work to ranks.
         reference: The frozen policy; None without a KL term.
-        scale_rewards: See `group_advantages`.
+        advantages: From the rewarded rollout and the rewards of the whole generation batch (NaN where undefined) to one
+            advantage per completion. A collective.
+        max_completion_length: Of a completion, in tokens.
+        mask_truncated: Whether completions that were cut off are not trained on.
         seed: Of the run.
         ranks: Of the run.
         check: Sees the summaries of all ranks; may raise `RunStopped`.
@@ -221,7 +227,9 @@ class GenerationBatchBuilder:
     evaluator: LogprobEvaluator
     balancer: Balancer
     reference: Reference | None
-    scale_rewards: str
+    advantages: Callable[[RewardedRollout, Tensor], Advantages]
+    max_completion_length: int
+    mask_truncated: bool
     seed: int
     ranks: Ranks
     check: Callable[[Sequence[RankSummary]], None]
@@ -235,13 +243,14 @@ class GenerationBatchBuilder:
         """
         log = MetricLog()
         sampled = run_on_all_ranks(lambda: self._sample(index, trainer_state, log), self.ranks)
-        summaries = self.ranks.gather([summarize(sampled)])
+        size = self.schedule.batch_size * self.schedule.micro_steps_per_mini_batch
+        summaries = self.ranks.gather([summarize(sampled, size)])
         self.check(summaries)
-        advantages = self._advantages(sampled, summaries).flatten().tolist()
+        rewards = torch.tensor([reward for summary in summaries for reward in summary.rewards], dtype=torch.float64)
+        advantages = self.advantages(sampled, rewards)
         completions = [replace(c, advantage=a) for c, a in zip(sampled.completions, advantages, strict=True)]
         with log.timed("time/scoring"), self.phase("computing logprobs of the old policy and the reference"):
             self.evaluator.compare(policy, completions)
-            size = self.schedule.batch_size * self.schedule.micro_steps_per_mini_batch
             mini_batches = [completions[start : start + size] for start in range(0, len(completions), size)]
             mini_batches = self.balancer.balance(
                 mini_batches, self.evaluator.has_gradient, self.evaluator.packer.group_size
@@ -249,7 +258,8 @@ class GenerationBatchBuilder:
             mini_batches = self._with_logps(mini_batches, policy)
         metrics.drain(log)
         tokens = sum(summary.tokens for summary in summaries)
-        return GenerationBatch(index, mini_batches, sampled.table() | {"advantage": advantages}, tokens)
+        table = sampled.table() | {"advantage": [_mean(advantage) for advantage in advantages]}
+        return GenerationBatch(index, mini_batches, table, self._counts(summaries, size), tokens)
 
     def _sample(self, index: int, trainer_state: Any, log: MetricLog) -> RewardedRollout:
         prompts = self.prompts.prompts(self.schedule.rows(index, self.ranks.rank))
@@ -257,7 +267,10 @@ class GenerationBatchBuilder:
         sampled = self.runner.run(prompts, self.schedule.num_generations, seed, trainer_state, log)
         log.add_all(sampled.metrics())
         sampled.table()  # raises here, where all ranks hear of it, what it would raise later
-        return sampled
+        if not self.mask_truncated:
+            return sampled
+        untrained = [c if c.ended else replace(c, mask=[False] * len(c.mask)) for c in sampled.completions]
+        return replace(sampled, completions=untrained)
 
     def _with_logps(self, mini_batches: list[list[Completion]], policy: nn.Module) -> list[list[Completion]]:
         completions = [completion for mini_batch in mini_batches for completion in mini_batch]
@@ -269,17 +282,27 @@ class GenerationBatchBuilder:
         in_order = iter(completions)
         return [list(itertools.islice(in_order, len(mini_batch))) for mini_batch in mini_batches]
 
-    def _advantages(self, sampled: RewardedRollout, summaries: Sequence[RankSummary]) -> Tensor:
-        """Return advantages by group, of shape (P, G)."""
-        rewards = torch.tensor([reward for summary in summaries for reward in summary.rewards], dtype=torch.float64)
-        return group_advantages(sampled.total_PG, self.scale_rewards, rewards)
+    def _counts(self, summaries: Sequence[RankSummary], size: int) -> list[Counts]:
+        """Count what each mini-batch holds over all ranks, given its completions on one."""
+        completions = size * self.ranks.world_size
+        return [
+            Counts(completions, sum(tokens_of_ranks), completions * self.max_completion_length)
+            for tokens_of_ranks in zip(*(summary.trained_tokens for summary in summaries), strict=True)
+        ]
 
 
-def summarize(sampled: RewardedRollout) -> RankSummary:
-    """Collect what a rank tells the others about what it has sampled."""
+def _mean(advantage: float | list[float]) -> float:
+    """The advantage that the table of completions shows."""
+    return sum(advantage) / max(len(advantage), 1) if isinstance(advantage, list) else advantage
+
+
+def summarize(sampled: RewardedRollout, mini_batch: int) -> RankSummary:
+    """Collect what a rank tells the others about what it has sampled, in mini-batches of so many completions."""
     rewards = sampled.rewards
+    tokens = [sum(c.mask) for c in sampled.completions]
     return RankSummary(
         tokens=sampled.num_tokens,
+        trained_tokens=[sum(tokens[start : start + mini_batch]) for start in range(0, len(tokens), mini_batch)],
         rewards=rewards.total_B.tolist(),
         groups_with_signal=int(sampled.has_signal_P.sum()),
         ended=sum(c.ended for c in sampled.completions),

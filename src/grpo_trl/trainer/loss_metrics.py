@@ -1,8 +1,10 @@
 """Metrics of a micro-batch's loss."""
 
+from torch import Tensor
+
 from ..logprobs.compute import TokenLogprobs
 from ..metrics import Max, Mean, Metric, Min
-from ..objective import LossOutput
+from ..objective import Clipped, LossOutput
 from ..types import MicroBatch
 
 
@@ -16,19 +18,29 @@ def loss_metrics(output: LossOutput, logprobs: TokenLogprobs, micro_batch: Micro
     metrics: dict[str, Metric] = {
         "policy_signal": Mean.of(output.signal_B),
         "entropy": Mean.of(logprobs.entropy_BT, micro_batch.mask_BT),
-        "clip_ratio/region_mean": Mean.of((output.clipped_low_BU | output.clipped_high_BU).float(), mask_BU),
     }
-    units_B = mask_BU.sum(1)
-    for side, clipped_BU, extreme in (("low", output.clipped_low_BU, Min), ("high", output.clipped_high_BU, Max)):
-        share_B = clipped_BU.sum(1).float() / units_B.clamp(min=1)
-        metrics[f"clip_ratio/{side}_mean"] = Mean.of(clipped_BU.float(), mask_BU)
-        metrics[f"clip_ratio/{side}_{extreme.__name__.lower()}"] = extreme.of(share_B, units_B > 0)
+    metrics |= {name: Mean.of(values_BU, mask_BU) for name, values_BU in output.means.items()}
+    if output.clipped is not None:
+        metrics |= _clip_metrics(output.clipped, mask_BU)
     tail = Mean.of(output.tail_BU.float(), mask_BU)
     if output.kl is not None:
         metrics["kl"] = Mean.of(output.kl.kl_BK, output.kl.mask_BK)
         tail += Mean.of(output.kl.tail_BK.float(), output.kl.mask_BK)
     metrics["log_ratio_tail"] = tail
     return metrics | _sampler_metrics(logprobs, micro_batch)
+
+
+def _clip_metrics(clipped: Clipped, mask_BU: Tensor) -> dict[str, Metric]:
+    """Count the units that are clipped, over all and within each completion."""
+    metrics: dict[str, Metric] = {
+        "clip_ratio/region_mean": Mean.of((clipped.low_BU | clipped.high_BU).float(), mask_BU)
+    }
+    units_B = mask_BU.sum(1)
+    for side, clipped_BU, extreme in (("low", clipped.low_BU, Min), ("high", clipped.high_BU, Max)):
+        share_B = clipped_BU.sum(1).float() / units_B.clamp(min=1)
+        metrics[f"clip_ratio/{side}_mean"] = Mean.of(clipped_BU.float(), mask_BU)
+        metrics[f"clip_ratio/{side}_{extreme.__name__.lower()}"] = extreme.of(share_B, units_B > 0)
+    return metrics
 
 
 def _sampler_metrics(logprobs: TokenLogprobs, micro_batch: MicroBatch) -> dict[str, Metric]:

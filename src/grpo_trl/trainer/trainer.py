@@ -54,7 +54,9 @@ from ..report import append_objective, merge_tables
 from ..rollout.base import RolloutEngine
 from ..rollout.rollout_func import RolloutFuncEngine
 from ..types import Completion, GenerationBatch, MicroBatch, MiniBatch
+from .advantages import AdvantageFunc
 from .build import (
+    make_advantages,
     make_engine,
     make_evaluator,
     make_policy,
@@ -64,11 +66,13 @@ from .build import (
     make_rewards,
     make_schedule,
 )
+from .entropy import EntropyControl
 from .evaluation import evaluate_prompts
 from .generation import GenerationBatchBuilder, RolloutRunner, reward_columns
 from .loss_metrics import loss_metrics
 from .recording import LiveView, RunRecorder, make_plan, shows_live_view, tolerate_reporting
 from .resumable import ResumableTrainer
+from .router import RouterBalance, router_coefficient
 from .timing import StepTimer
 
 
@@ -95,6 +99,9 @@ class GRPOTrainer(ResumableTrainer):
         rollout_func: Writes the completions instead of the trainer: `rollout_func(prompts, trainer)` gets every prompt
             `num_generations` times in a row and returns a dict of `"prompt_ids"`, `"completion_ids"`, `"logprobs"` and
             further columns for the rewards, with one entry per row.
+        advantage_func: Computes advantages instead of the trainer: `advantage_func(rewards_per_func, group)` gets the
+            rewards of a group's completions, of shape (completions, functions), NaN where a function gave none, and
+            their `RewardedGroup`; it returns one number, or a list with one number per token, for each completion.
 
     Raises:
         ValueError: An option, a dataset, a model or the launch cannot work; the message names what would.
@@ -118,6 +125,7 @@ class GRPOTrainer(ResumableTrainer):
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         peft_config: PeftConfig | None = None,
         rollout_func: Callable[[list[Any], Any], dict[str, Any]] | None = None,
+        advantage_func: AdvantageFunc | None = None,
     ):
         args = GRPOConfig() if args is None else args
         check_ranks(args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
@@ -142,11 +150,9 @@ class GRPOTrainer(ResumableTrainer):
             disable_dropout(self.model)
         self.model.add_model_tags(["grpo_trl", "grpo"])
 
-        self._objective = make_objective(
-            args.loss_level, epsilon=args.epsilon, epsilon_high=args.epsilon_high, beta=args.beta
-        )
+        self._objective = make_objective(args)
         self._metrics, self._step_metrics, self._step_flos = MetricLog(), MetricLog(), 0.0
-        self._step_loss = torch.zeros((), device=args.device)
+        self._step_loss = self._step_entropy = torch.zeros((), device=args.device)
         self._generation_batch: GenerationBatch | None = None
         self._gathered = GatheredWeights()
         self._timer = StepTimer(self._metrics)
@@ -166,7 +172,10 @@ class GRPOTrainer(ResumableTrainer):
             phase=self._watchdog.phase,
             interruptible=self._signals.interruptible,
         )
-        self._prepare_prompts(own_prompts=rollout_func is None)
+        self._entropy = EntropyControl(args, self._evaluator, self._ranks)
+        coefficient = router_coefficient(args.router_aux_loss_coef, self.model)
+        self._router = RouterBalance(coefficient, self._evaluator, self._ranks)
+        self._prepare_prompts(own_prompts=rollout_func is None, advantage_func=advantage_func)
         self._record()
         set_seed(args.seed, device_specific=True)  # dropout differs between ranks
 
@@ -176,7 +185,7 @@ class GRPOTrainer(ResumableTrainer):
         """Whether ranks wait for each other in every forward and backward, so that they must make equally many."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
-    def _prepare_prompts(self, own_prompts: bool) -> None:
+    def _prepare_prompts(self, own_prompts: bool, advantage_func: AdvantageFunc | None) -> None:
         """Render and check all prompts. With a rollout_func, which may change them, the model's context is no limit."""
         context = context_length(self.model) if own_prompts else None
         self._eval_limit = make_prompt_limit(self.args, context)
@@ -194,7 +203,9 @@ class GRPOTrainer(ResumableTrainer):
             evaluator=self._evaluator,
             balancer=Balancer(self._ranks, partial(exchange, device=self.args.device)),
             reference=self._reference,
-            scale_rewards=self.args.scale_rewards,
+            advantages=make_advantages(self.args, self._runner.rewards.weights_F, advantage_func),
+            max_completion_length=self.args.max_completion_length,
+            mask_truncated=self.args.mask_truncated_completions,
             seed=self.args.seed,
             ranks=self._ranks,
             check=self._check_generation_batch,
@@ -309,6 +320,7 @@ class GRPOTrainer(ResumableTrainer):
     def _next_mini_batch(self, micro_steps: int) -> MiniBatch:
         assert self._schedule is not None
         completions: list[Completion] = []
+        counts = Counts(0, 0, 0)
         batch, log, tokens, dead_run = self._generation_batch, MetricLog(), 0, self._dead_run.state_dict()
         for ref in self._schedule.mini_batches(self.state.global_step, micro_steps):
             if batch is None or batch.index != ref.generation:
@@ -319,10 +331,11 @@ class GRPOTrainer(ResumableTrainer):
                     raise
                 tokens += batch.tokens
             completions += batch.mini_batches[ref.mini_batch]
+            counts += batch.counts[ref.mini_batch]
         self._generation_batch = batch
         self._metrics.drain(log)
         self.state.num_input_tokens_seen += tokens
-        return MiniBatch(completions, micro_steps * self.args.per_device_train_batch_size * self.args.world_size)
+        return MiniBatch(completions, counts)
 
     def _check_generation_batch(self, summaries: Sequence[RankSummary]) -> None:
         check_failures(summaries, self.args.max_reward_failure_rate)
@@ -335,17 +348,21 @@ class GRPOTrainer(ResumableTrainer):
         """Run forward and backward of a mini-batch, micro-batch by micro-batch; return the sum of the losses."""
         if inputs is None:
             return torch.zeros((), device=self.args.device)
+        divisor = self._objective.aggregation.divisor(inputs.counts)
         with self._watchdog.phase("the update"):
-            loss = self._evaluator.in_micro_batches(
-                inputs.completions,
-                inputs.num_completions,
-                partial(self._forward_backward, model),
-                undo=model.zero_grad,
-            )
+            completions = self._entropy.prepare(model, inputs, divisor)
+            self._router.prepare(model, completions)
+            forward_backward = partial(self._forward_backward, model)
+            loss = self._evaluator.in_micro_batches(completions, divisor, forward_backward, undo=model.zero_grad)
+            self._entropy.finish(self._step_entropy)
         self._metrics.drain(self._step_metrics)
         self._metrics.add("loss", Mean.of(loss))
         set_aside = len(inputs.completions) - len(self._evaluator.with_gradient(inputs.completions))
         self._metrics.add("policy_signal", Mean(0.0, set_aside))
+        if self._entropy.has_bonus:
+            self._metrics.add("entropy_coef", Mean(self._entropy.coefficient))
+        if self._router.active:
+            self._metrics.add("aux_loss", Mean(self._router.value))
         self._step_loss = loss
         return loss
 
@@ -355,9 +372,9 @@ class GRPOTrainer(ResumableTrainer):
         Backends that shard weights or gradients synchronize in each micro-batch, and never hold whole gradients longer.
         """
         self._step_metrics, self._step_flos = MetricLog(), 0.0
-        loss = torch.zeros((), device=self.args.device)
+        self._step_entropy = loss = torch.zeros((), device=self.args.device)
         if self.args.world_size > 1 and not self._waits_in_forward:
-            micro_batches = [*micro_batches, self._evaluator.packer.micro_batch([], micro_batches[0].num_completions)]
+            micro_batches = [*micro_batches, self._evaluator.packer.micro_batch([], micro_batches[0].divisor)]
         for number, micro_batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             self.accelerator.gradient_state._set_sync_gradients(last)
@@ -374,18 +391,29 @@ class GRPOTrainer(ResumableTrainer):
         self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor:
         """Return the micro-batch's share of the loss; its gradient averages over ranks, as DDP and ZeRO do."""
-        logprobs = compute_logprobs(model, inputs, self.args.temperature)
+        logprobs = compute_logprobs(
+            model,
+            inputs,
+            self.args.temperature,
+            entropy_gradient=self._entropy.has_bonus,
+            router_load=self._router.active,
+        )
         output = grpo_loss(
             logprobs.logps_BT,
             logprobs.logps_BT.detach() if inputs.old_logps_BT is None else inputs.old_logps_BT,
-            inputs.advantages_B,
+            inputs.advantages_BU,
             inputs.mask_BT,
             objective=self._objective,
             ref_logps_BT=inputs.ref_logps_BT,
+            sampler_logps_BT=inputs.sampler_logps_BT,
+            mask_policy_BT=inputs.mask_policy_BT,
+            entropy_BT=logprobs.entropy_BT,
+            entropy_weight=self._entropy.weight,
         )
         self._step_metrics.add_all(loss_metrics(output, logprobs, inputs))
-        divisor = self._objective.aggregation.divisor(Counts(inputs.num_completions))
-        return output.loss * self.args.world_size / divisor
+        self._step_entropy = self._step_entropy + output.entropy
+        loss = output.loss / inputs.divisor + self._router.loss(logprobs.router_load_2E)
+        return loss * self.args.world_size
 
     def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:  # type: ignore[override]
         return inputs  # on the device already, in the precision that it needs
@@ -417,6 +445,7 @@ class GRPOTrainer(ResumableTrainer):
         parts: dict[str, Stateful | None] = {
             "metrics": self._metrics,
             "logprobs": self._evaluator,
+            "entropy": self._entropy,
             "dead_run": self._dead_run,
             "nonfinite": self._nonfinite,
             "reference": self._reference,
@@ -505,7 +534,7 @@ class GRPOTrainer(ResumableTrainer):
         """Trainer's model card, with the objective and its papers."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            append_objective(Path(str(self.args.output_dir)) / "README.md", self.args.loss_level)
+            append_objective(Path(str(self.args.output_dir)) / "README.md", self.args)
 
 
 def _only(batch: list[Any]) -> Any:
