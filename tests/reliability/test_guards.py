@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from grpo_trl.distributed.collectives import run_on_all_ranks
 from grpo_trl.errors import RunStopped, StopRequested
+from grpo_trl.reliability.guards import warn_of_drift
 from grpo_trl.reliability.run_state import RunState
 from grpo_trl.reliability.signals import StopSignals
 from grpo_trl.reliability.watchdog import Watchdog
@@ -403,3 +404,13 @@ def test_a_run_in_a_thread_does_not_listen():
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+@pytest.mark.parametrize(
+    "difference, warns", [(None, False), (0.0, False), (0.05, False), (0.051, True), (math.nan, False)]
+)
+def test_a_sampler_that_drifts_from_the_trainer_is_warned_of(caplog, difference, warns):
+    metrics = {} if difference is None else {"sampling/sampling_logp_difference/mean": difference}
+    warn_of_drift(metrics, 0.05)
+    lines = [record.getMessage() for record in caplog.records]
+    assert ["0.051 nats on average, where rounding explains 0.05" in line for line in lines] == [True] * warns

@@ -6,6 +6,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.generation.logits_process import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from grpo_trl.rollout import inverse_cdf as inversion
 from grpo_trl.rollout import processors, sampling
 from grpo_trl.rollout.base import SamplingOptions
 from grpo_trl.rollout.processors import History
@@ -192,6 +193,19 @@ def test_no_float_is_summed_in_a_scan_and_no_vocabulary_sorted(settings):
         sample(sampler, random_logits(4), [0.5] * 4)
     assert {dtype for name, dtype in calls if name == "cumsum"} == {torch.long}
     assert not {name for name, _ in calls} & {"sort", "argsort", "multinomial"}
+
+
+def test_a_sampler_that_cannot_be_compiled_samples_all_the_same(monkeypatch, caplog):
+    def broken(*args):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda function: broken)
+    on_gpu = inversion._on_device.__wrapped__("cuda")
+    logits, noise = random_logits(5), torch.rand(5, dtype=torch.float64)
+    for _ in range(2):
+        assert all(map(torch.equal, on_gpu(logits, noise), inversion._sample_from_all(logits, noise)))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "no compiler" in line
 
 
 # ---- Narrowing ----

@@ -1,7 +1,7 @@
 """What a run looks out for: rewards that fail, groups that teach nothing, updates that are not finite."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,6 +48,19 @@ def check_failures(summaries: Sequence[RankSummary], max_rate: float) -> None:
                 f"(max_reward_failure_rate={max_rate}); the log has its first traceback. Repair it and resume, or raise "
                 "max_reward_failure_rate."
             )
+
+
+def warn_of_drift(metrics: Mapping[str, float], allowed: float) -> None:
+    """Log a warning where the sampler's logprobs differ from the trainer's by more than `allowed` nats on average."""
+    difference = metrics.get("sampling/sampling_logp_difference/mean")
+    if difference is not None and difference > allowed:
+        logger.warning(
+            "The sampler's logprobs differ from the trainer's by %.2g nats on average, where rounding explains %.2g "
+            "(sampling/sampling_logp_difference/mean): completions come from another distribution than the one that is "
+            "trained, which biases the gradient.",
+            difference,
+            allowed,
+        )
 
 
 class DeadRun:

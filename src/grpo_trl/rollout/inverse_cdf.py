@@ -13,11 +13,18 @@ Source: the sorting-free rejection sampling of FlashInfer (flashinfer.ai/2025/03
 Axes: R rows, V vocabulary, N blocks, K tokens of a block.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..logging import get_logger
+from .base import ran_out_of_memory
+
+
+logger = get_logger(__name__)
 
 NOISE_BITS = 52
 """Resolution of the noise, see `seeds.uniforms`."""
@@ -81,6 +88,8 @@ def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> t
         The tokens; and the log-sum-exp of each row's logits before narrowing, in float64. It is not finite where the logits
         allow no sample.
     """
+    if not narrowing.narrows:
+        return _on_device(logits_RV.device.type)(logits_RV, noise_R)
     weights = Weights.of(logits_RV)
     lse_R = weights.logsumexp(weights.weights_RNK.sum((1, 2)))
     if 0 < narrowing.top_k < logits_RV.shape[1]:
@@ -94,6 +103,34 @@ def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> t
     if narrowing.top_p < 1:
         _resample_outside(weights, tokens_R, noise_R, nucleus_R)
     return tokens_R, lse_R
+
+
+def _sample_from_all(logits_RV: Tensor, noise_R: Tensor) -> tuple[Tensor, Tensor]:
+    """As `sample_tokens`, without narrowing."""
+    weights = Weights.of(logits_RV)
+    tokens_R, total_R = _invert(weights.weights_RNK, noise_R)
+    return tokens_R, weights.logsumexp(total_R)
+
+
+@functools.cache
+def _on_device(device_type: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Compiled on a GPU, where eager launches would read the logits eight times; as it is where it cannot be."""
+    if device_type != "cuda":
+        return _sample_from_all
+    compiled = torch.compile(_sample_from_all)
+
+    def sample(logits_RV: Tensor, noise_R: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal compiled
+        try:
+            return compiled(logits_RV, noise_R)
+        except Exception as error:  # whatever a compiler that is missing or broken raises
+            if ran_out_of_memory(error) or compiled is _sample_from_all:
+                raise
+            logger.warning("The sampler cannot be compiled, and takes longer: %s", error)
+            compiled = _sample_from_all
+            return sample(logits_RV, noise_R)
+
+    return sample
 
 
 def _without(weights: Weights, left_out: Tensor) -> Weights:

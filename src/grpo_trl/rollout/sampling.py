@@ -43,7 +43,7 @@ SERVED_KWARGS = frozenset(
 )
 """The further options of transformers.GenerationConfig that `Sampler` gives their meaning."""
 
-ELEMENTS_AT_A_TIME = {"cpu": 2**19, "cuda": 2**24}
+ELEMENTS_AT_A_TIME = {"cpu": 2**19, "cuda": 2**26}
 """Logits that are sampled from at a time: on a CPU they stay in its cache, on a GPU they bound the memory."""
 
 

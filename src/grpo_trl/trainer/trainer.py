@@ -43,12 +43,13 @@ from ..distributed.launch import check_devices, check_one_backend, check_ranks, 
 from ..distributed.load_balance import Balancer
 from ..distributed.sharding import GatheredWeights, backend_of, move_to_device
 from ..logprobs.compute import compute_logprobs
+from ..logprobs.verify import tolerance
 from ..metrics import Mean, MetricLog, Sum
 from ..model_utils import evaluation_mode
 from ..models import context_length, disable_dropout, eos_token_ids
 from ..objective import Counts, grpo_loss, make_objective
 from ..plan import RunPlan
-from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures
+from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures, warn_of_drift
 from ..reliability.run_state import Stateful, fingerprint
 from ..report import append_objective, merge_tables
 from ..rollout.base import RolloutEngine
@@ -470,6 +471,7 @@ class GRPOTrainer(ResumableTrainer):
         training = "loss" in logs
         if training:
             logs = logs | self._metrics.reduce(self._ranks.gather) | {"num_tokens": self.state.num_input_tokens_seen}
+            warn_of_drift(logs, tolerance(self.model, self.args.half_precision))
         super().log(logs, start_time)
         if training and self._generation_batch is not None:
             table = self._generation_batch.table

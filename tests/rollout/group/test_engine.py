@@ -27,6 +27,12 @@ EVERY_MODEL = pytest.mark.parametrize("family, changes", MODELS.values(), ids=MO
 GREEDY = {"generation_kwargs": {"do_sample": False}}
 
 
+@pytest.fixture(autouse=True)
+def brief_comparison(monkeypatch):
+    """Of few tokens at each engine's first rollout, but where it is what is tested."""
+    monkeypatch.setattr(group, "TOKENS", 4)
+
+
 def make_options(**changes) -> SamplingOptions:
     defaults = {"max_completion_length": 10, "pad_token_id": PAD, "eos_token_ids": ENDS}
     return SamplingOptions(**(defaults | changes))
@@ -617,6 +623,7 @@ def raise_(error):
 @pytest.fixture
 def compared(monkeypatch):
     """Arguments and result of each comparison."""
+    monkeypatch.setattr(group, "TOKENS", comparison.TOKENS)
     seen, compare = [], group.compare
 
     def spy(model, completions, *args):

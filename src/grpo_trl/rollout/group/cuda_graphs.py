@@ -99,6 +99,8 @@ class RecordedSteps:
     record: Callable[[Call], Call]
     refused: bool = False
     _recorded: dict[tuple[int, ...], tuple[Step, Call]] = field(default_factory=dict)
+    _group: int = 1
+    """Most rows of a prompt so far: as rows end, further recordings would gain nothing."""
     _logits: Tensor | None = None
     """Where every recording leaves its logits, of shape (slots, V)."""
 
@@ -139,6 +141,7 @@ class RecordedSteps:
         rows = min(_rounded(len(step.tokens_R)), cache.max_rows)
         prompts, group = step.rows_NG.shape
         prompts = min(_rounded(prompts), cache.max_prompts)
+        self._group = max(self._group, _rounded(group))
 
         def pad(values: Tensor, size: int) -> Tensor:
             return torch.nn.functional.pad(values, (0, size - len(values)))
@@ -148,7 +151,7 @@ class RecordedSteps:
             tokens_R=pad(step.tokens_R, rows),
             positions_R=pad(step.positions_R, rows),
             lengths_R=pad(step.lengths_R, rows),
-            rows_NG=torch.nn.functional.pad(step.rows_NG, (0, _rounded(group) - group, 0, prompts - len(step.rows_NG))),
+            rows_NG=torch.nn.functional.pad(step.rows_NG, (0, self._group - group, 0, prompts - len(step.rows_NG))),
             prompt_R=pad(step.prompt_R, rows),
             place_R=pad(step.place_R, rows),
             row_R=torch.arange(rows, device=step.row_R.device),  # a further row writes where no row is
