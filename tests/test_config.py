@@ -268,7 +268,7 @@ def test_an_unknown_choice_is_refused_with_those_that_work(name, choices):
         ("temperature", math.nan),
         ("top_p", 0.0),
         ("top_p", 1.1),
-        ("top_k", -1),
+        ("top_k", -2),
         ("min_p", -0.1),
         ("min_p", 1.1),
         ("repetition_penalty", 0.0),

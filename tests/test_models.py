@@ -8,7 +8,17 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from grpo_trl.models import (
     Reference,
@@ -52,9 +62,44 @@ def test_a_wrong_path_is_an_error_that_names_it_and_asks_for_a_local_model(path)
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-def test_model_init_kwargs_with_a_loaded_model_are_refused(adapted):
-    with pytest.raises(ValueError, match=r"model_init_kwargs=\{'dtype': 'bfloat16'\} has no effect"):
-        load_policy(make_adapted() if adapted else make_model(), {"dtype": "bfloat16"})
+def test_model_init_kwargs_with_a_loaded_model_are_said_to_have_no_effect(adapted, caplog):
+    model = make_adapted() if adapted else make_model()
+    assert load_policy(model, {"dtype": "bfloat16"}) is model
+    assert "loaded already, and dtype of model_init_kwargs has no effect" in caplog.text
+
+
+def test_arguments_that_from_pretrained_does_not_take_are_named(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"causal language model with model_init_kwargs=.*'dtypo'"):
+        load_policy(str(tmp_path), {"dtypo": "bfloat16"})
+
+
+TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8}
+
+
+def other_kinds() -> dict[str, nn.Module]:
+    bert = BertConfig(**TINY)
+    t5 = T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=8)
+    return {
+        "an encoder and a decoder": T5ForConditionalGeneration(t5),
+        "no head that predicts tokens": AutoModelForSequenceClassification.from_config(make_model().config),
+        "no head that predicts": make_model().model,
+        "no left-to-right attention": BertForMaskedLM(bert),
+        "no left-to-right": BertLMHeadModel(bert),
+    }
+
+
+@pytest.mark.parametrize("has", other_kinds())
+def test_models_of_other_kinds_are_refused_with_the_class_that_works(has):
+    with pytest.raises(TypeError, match=rf"has {has}.*; pass a causal language model.*AutoModelForCausalLM"):
+        load_policy(other_kinds()[has], {})
+
+
+@pytest.mark.parametrize("kind", ["an encoder and a decoder", "no left-to-right attention"])
+def test_a_path_with_a_model_of_another_kind_is_refused(tmp_path, kind):
+    other_kinds()[kind].save_pretrained(tmp_path)
+    with pytest.raises((TypeError, ValueError), match="causal language model"):
+        load_policy(str(tmp_path), {})
 
 
 @pytest.mark.parametrize("wrong", [None, 3, nn.Linear(2, 2)])
@@ -94,12 +139,38 @@ def test_what_is_no_tokenizer_is_refused_by_its_type(model):
         load_tokenizer("tokenizer", model, trust_remote_code=False)
 
 
-@pytest.mark.parametrize("token", ["eos_token", "pad_token"])
-def test_a_tokenizer_without_end_or_padding_is_refused_with_how_to_set_it(model, token):
+def test_a_tokenizer_without_end_is_refused_with_how_to_set_it(model):
     tokenizer = make_tokenizer()
-    setattr(tokenizer, token, None)
-    with pytest.raises(ValueError, match=rf"{token}=None.*set it, e\.g\. tokenizer\.{token} = "):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"eos_token=None.*set it, e\.g\. tokenizer\.eos_token = "):
         load_tokenizer(tokenizer, model, trust_remote_code=False)
+
+
+def test_a_missing_pad_token_is_the_end_token_with_a_line(model, caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    assert load_tokenizer(tokenizer, model, trust_remote_code=False).pad_token == "<eos>"
+    assert "its end token '<eos>' pads" in caplog.text
+
+
+@pytest.mark.parametrize("token", ["pad_token", "eos_token", "bos_token"])
+def test_a_special_token_without_an_embedding_is_refused_with_both_sizes(model, token):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({token: "[NEW]"})
+    size = len(tokenizer)
+    with pytest.raises(
+        ValueError, match=rf"{token} '\[NEW\]' is token {size - 1}.* 43 .*resize_token_embeddings\({size}\)"
+    ):
+        load_tokenizer(tokenizer, make_model(vocab_size=43), trust_remote_code=False)
+    resized = make_model(vocab_size=43)
+    resized.resize_token_embeddings(size)
+    assert load_tokenizer(tokenizer, resized, trust_remote_code=False) is tokenizer
+
+
+def test_tokens_that_are_never_used_need_no_embedding(model):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"[{i}]" for i in range(60)])
+    assert load_tokenizer(tokenizer, model, trust_remote_code=False) is tokenizer
 
 
 @pytest.mark.parametrize("declared, expected", [(None, (1,)), (1, (1,)), (2, (1, 2)), ([4, 1, 2], (1, 4, 2))])

@@ -15,58 +15,91 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl.trainer.utils import disable_dropout_in_model
 
+from .logging import get_logger
 from .logprobs.head import enable_logprobs
 from .model_utils import causal_lm
 
+
+logger = get_logger(__name__)
 
 PEFT_PREFIX = "base_model.model."
 """Before the names of an adapter's weights in its file."""
 
 
 def load_policy(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dict[str, Any]) -> Any:
-    """The policy: `model` itself, or what `from_pretrained` makes of a path or hub name (float32 unless told).
+    """Return the policy: `model` itself, or what `from_pretrained` makes of a path or hub name (float32 unless told).
 
     Raises:
-        TypeError: `model` is neither.
-        ValueError: `model_init_kwargs` came with a model that is loaded already.
+        TypeError: `model` is neither, or no causal language model.
+        ValueError: `from_pretrained` does not take `model_init_kwargs`, or the path holds another kind of model.
         OSError: No model at the path, and no hub that has it.
     """
     if isinstance(model, str):
-        settings = {"dtype": "float32"} | model_init_kwargs
-        if Path(model).is_dir() and not (Path(model) / "config.json").exists():
-            if (Path(model) / "adapter_config.json").exists():
-                raise OSError(
-                    f"model={model!r} is an adapter. To continue it, pass PeftModel.from_pretrained(base, {model!r}, "
-                    "is_trainable=True), base being the model under it."
-                )
-            raise OSError(f"model={model!r} is a folder without config.json; pass the path of a local model.")
-        try:
-            return AutoModelForCausalLM.from_pretrained(model, **settings)
-        except OSError as error:
-            raise OSError(
-                f"model={model!r} could not be loaded: it is no folder with a model, and no hub answers with one. Pass the "
-                f"path of a local model. ({error})"
-            ) from error
-    if model_init_kwargs:
-        raise ValueError(
-            f"model_init_kwargs={model_init_kwargs} has no effect on a model that is loaded already; pass its path as "
-            "model, or give these arguments to from_pretrained yourself."
-        )
-    if not isinstance(model, (PreTrainedModel, PeftModel)):
+        model = _load(model, {"dtype": "float32"} | model_init_kwargs)
+    elif not isinstance(model, (PreTrainedModel, PeftModel)):
         raise TypeError(f"model is a {type(model).__name__}; pass a path, a PreTrainedModel or a PeftModel.")
+    elif model_init_kwargs:
+        names = " and ".join(model_init_kwargs)
+        logger.warning("The model is loaded already, and %s of model_init_kwargs has no effect on it.", names)
+    _check_causal(causal_lm(model))
     return model
 
 
+def _load(path: str, settings: dict[str, Any]) -> Any:
+    if Path(path).is_dir() and not (Path(path) / "config.json").exists():
+        if (Path(path) / "adapter_config.json").exists():
+            raise OSError(
+                f"model={path!r} is an adapter. To continue it, pass PeftModel.from_pretrained(base, {path!r}, "
+                "is_trainable=True), base being the model under it."
+            )
+        raise OSError(f"model={path!r} is a folder without config.json; pass the path of a local model.")
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **settings)
+    except OSError as error:
+        raise OSError(
+            f"model={path!r} could not be loaded: it is no folder with a model, and no hub answers with one. Pass the "
+            f"path of a local model. ({error})"
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"model={path!r} could not be loaded as a causal language model with model_init_kwargs={settings}: {error}"
+        ) from error
+
+
+def _check_causal(lm: PreTrainedModel) -> None:
+    """Refuse a model that does not predict the next token from those before it.
+
+    Raises:
+        TypeError: It is another kind of model.
+    """
+    config = lm.config
+    bidirectional = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    kinds = {
+        "an encoder and a decoder": getattr(config, "is_encoder_decoder", False),
+        "no head that predicts tokens": lm.get_output_embeddings() is None,
+        "no left-to-right attention": bidirectional or not lm.can_generate(),
+    }
+    for kind, found in kinds.items():
+        if found:
+            raise TypeError(
+                f"model is a {type(lm).__name__}, which has {kind}; pass a causal language model, such as "
+                "AutoModelForCausalLM.from_pretrained(path)."
+            )
+
+
 def load_tokenizer(
-    processing_class: PreTrainedTokenizerBase | None, model: Any, trust_remote_code: bool
+    processing_class: PreTrainedTokenizerBase | None, model: Any, trust_remote_code: bool, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer: the one given, or the one that lies beside the model.
+    """Return the tokenizer: the one given, or the one beside the model, at `revision` of its repository.
+
+    A missing pad token is set to the end token.
 
     Raises:
         TypeError: `processing_class` is not a tokenizer.
-        ValueError: It has no pad or no eos token, or no tokenizer lies beside the model.
+        ValueError: It has no eos token, or no tokenizer lies beside the model, or the model has no row for its tokens.
     """
     if processing_class is None:
         path = model.config._name_or_path
@@ -74,21 +107,37 @@ def load_tokenizer(
             raise ValueError(
                 "processing_class=None, and the model does not know where it was loaded from; pass a tokenizer."
             )
-        processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        at = {} if revision is None else {"revision": revision}
+        processing_class = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, **at)
         if len(processing_class) <= len(processing_class.all_special_ids):  # made up where there are no files
             raise ValueError(f"processing_class=None, and no tokenizer lies beside the model in {path}; pass one.")
     if not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise TypeError(f"processing_class is a {type(processing_class).__name__}; pass a tokenizer.")
+        inner = " its .tokenizer" if hasattr(processing_class, "tokenizer") else " a tokenizer"
+        raise TypeError(f"processing_class is a {type(processing_class).__name__}; pass{inner}.")
     if processing_class.eos_token_id is None:
         raise ValueError(
             "The tokenizer has eos_token=None, so that no completion could end; set it, e.g. tokenizer.eos_token = '</s>'."
         )
     if processing_class.pad_token_id is None:
-        raise ValueError(
-            "The tokenizer has pad_token=None; set it, e.g. tokenizer.pad_token = tokenizer.eos_token (padding is never "
-            "trained on)."
-        )
+        processing_class.pad_token = processing_class.eos_token
+        logger.warning("The tokenizer has no pad token; its end token %r pads.", processing_class.eos_token)
+    _check_special_tokens(processing_class, num_embeddings(model))
     return processing_class
+
+
+def num_embeddings(model: Any) -> int | None:
+    """Return the number of tokens that the model has an embedding for; None where it does not say."""
+    return getattr(model.get_input_embeddings(), "num_embeddings", None)
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, size: int | None) -> None:
+    for name in ("pad_token", "eos_token", "bos_token"):
+        token_id = getattr(tokenizer, f"{name}_id")
+        if size is not None and token_id is not None and token_id >= size:
+            raise ValueError(
+                f"The tokenizer's {name} {getattr(tokenizer, name)!r} is token {token_id}, and the model has "
+                f"embeddings for {size} tokens; call model.resize_token_embeddings({len(tokenizer)})."
+            )
 
 
 def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

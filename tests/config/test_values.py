@@ -54,6 +54,10 @@ def test_none_switches_off(name):
     assert getattr(make_config(**{name: None}), name) == OFF[name]
 
 
+def test_top_k_is_off_as_vllm_says_it_too():
+    assert make_config(top_k=-1).top_k == make_config(generation_kwargs={"top_k": -1}).top_k == 0
+
+
 @pytest.mark.parametrize("name", ["temperature", "num_generations", "learning_rate", "use_cpu"])
 def test_none_where_nothing_can_be_off_is_refused(name):
     assert f"{name}=None cannot work" in refusal(**{name: None})

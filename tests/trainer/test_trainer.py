@@ -217,15 +217,6 @@ def test_unique_prompts_are_printed_once(tmp_path, capsys):
     assert len(re.findall("first", capsys.readouterr().out)) == 1
 
 
-def test_the_model_card_names_the_objective(tmp_path):
-    trainer = train(make_model(), PROMPTS, loss_level="sequence", output_dir=str(tmp_path))
-    trainer.create_model_card(model_name="small")
-    card = (tmp_path / "README.md").read_text()
-    assert 'loss_level="sequence"' in card
-    assert "arxiv.org/abs/2412.19437" in card
-    assert "grpo_trl" in card
-
-
 # ---- Evaluation ----
 
 
@@ -494,15 +485,6 @@ def test_several_gpus_in_one_process_are_refused_with_the_launch_command(monkeyp
     monkeypatch.setattr(GRPOConfig, "n_gpu", 2)
     with pytest.raises(ValueError, match=r"n_gpu=2.*torchrun --nproc_per_node 2"):
         train(make_model(), PROMPTS)
-
-
-@pytest.mark.parametrize("token", ["pad_token", "eos_token"])
-def test_a_tokenizer_without_pad_or_eos_is_refused(token):
-    tokenizer = make_tokenizer()
-    setattr(tokenizer, token, None)
-    args = GRPOConfig(use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match=f"{token}=None"):
-        GRPOTrainer(make_model(), share_of_a, args, Dataset.from_dict({"prompt": PROMPTS}), processing_class=tokenizer)
 
 
 @pytest.mark.parametrize("method", ["train", "evaluate"])

@@ -48,7 +48,7 @@ OTHER_SAMPLERS = {
 
 
 def resolve_generation_kwargs(args: Any) -> None:
-    """Move what `generation_kwargs` says of options that have a name of their own to these options.
+    """Move what `generation_kwargs` says of options that have a name of their own to these options; `top_k=-1` is off.
 
     Raises:
         ValueError: A name is unknown or cannot work, or contradicts the option.
@@ -70,6 +70,8 @@ def resolve_generation_kwargs(args: Any) -> None:
         setattr(args, option, value)
     args.generation_kwargs = kept or None
     convert_values(args)
+    if args.top_k == -1:  # as vLLM has it
+        args.top_k = 0
 
 
 def _check_name(name: str, value: Any) -> None:

@@ -45,11 +45,12 @@ class PromptSet:
         chat_template_kwargs: Passed to `apply_chat_template` for conversational prompts.
         prompt_only: Drop all other columns.
         name: The argument that the dataset came in, for messages.
+        num_embeddings: How many tokens the model has an embedding for; None if it does not say.
 
     Raises:
         TypeError: `dataset` is not a map-style `datasets.Dataset`.
         ValueError: The dataset is empty or has no column `"prompt"`; a prompt is empty; a prompt is too long and the
-            policy is `"error"`.
+            policy is `"error"`; a prompt has a token that the model does not have.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PromptSet:
         chat_template_kwargs: dict[str, Any] | None = None,
         prompt_only: bool = False,
         name: str = "train_dataset",
+        num_embeddings: int | None = None,
     ):
         _check_dataset(dataset, name)
         self.dataset = dataset.select_columns(["prompt"]) if prompt_only else dataset
@@ -68,6 +70,7 @@ class PromptSet:
         self.limit = limit
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.name = name
+        self.num_embeddings = num_embeddings
         self.digest = ""
         """Tells other prompts from these, by their tokens."""
         self.rows = self._fitting_rows()
@@ -115,6 +118,7 @@ class PromptSet:
         for start in range(0, len(self.dataset), TOKENIZE_BATCH):
             ids = self._tokenize(list(column[start : start + TOKENIZE_BATCH]))
             digest.update(repr(ids).encode())
+            self._check_tokens(ids, start)
             lengths += map(len, ids)
         self.digest = digest.hexdigest()[:16]
         if 0 in lengths:
@@ -141,6 +145,16 @@ class PromptSet:
         if not kept:
             raise ValueError(f"{facts}; prompt_overflow='drop' leaves none. Lower max_completion_length.")
         return kept
+
+    def _check_tokens(self, ids: list[list[int]], start: int) -> None:
+        """Refuse prompts, of the rows from `start` on, with tokens that the model has no embedding for."""
+        for row, tokens in enumerate(ids, start):
+            if self.num_embeddings is not None and tokens and max(tokens) >= self.num_embeddings:
+                raise ValueError(
+                    f"{self.name}[{row}]['prompt'] has token {max(tokens)}, and the model has embeddings for "
+                    f"{self.num_embeddings} tokens; pass the model's own tokenizer, "
+                    f"or call model.resize_token_embeddings({len(self.tokenizer)})."
+                )
 
     def _remedy(self, longest: int) -> str:
         """What besides `prompt_overflow` would make room for a prompt of `longest` tokens."""

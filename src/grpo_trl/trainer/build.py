@@ -43,11 +43,27 @@ def make_ranks(args: GRPOConfig) -> Ranks:
 
 
 def make_policy(
-    model: Any, processing_class: Any, peft_config: PeftConfig | None, args: GRPOConfig
+    model: Any,
+    processing_class: Any,
+    peft_config: PeftConfig | None,
+    args: GRPOConfig,
+    quantization_config: Any = None,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load the policy and its tokenizer, add the adapter, and let its forward compute logprobs."""
-    policy = load_policy(model, args.init_kwargs if isinstance(model, str) or args.model_init_kwargs else {})
-    tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code)
+    """Load the policy and its tokenizer, add the adapter, and let its forward compute logprobs.
+
+    Raises:
+        ValueError: `quantization_config` is given twice.
+    """
+    settings = args.init_kwargs if isinstance(model, str) else cast("dict[str, Any]", args.model_init_kwargs or {})
+    if quantization_config is not None:
+        if "quantization_config" in settings:
+            raise ValueError(
+                "quantization_config is an argument and in model_init_kwargs too; pass the argument alone."
+            )
+        settings = settings | {"quantization_config": quantization_config}
+    policy = load_policy(model, settings)
+    revision = settings.get("revision") if isinstance(model, str) else None
+    tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code, revision)
     check_sharding(policy, args.world_size)
     policy = add_adapter(policy, peft_config)
     if args.cast_lm_head_to_fp32:
@@ -105,9 +121,14 @@ def make_rewards(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -
 
 
 def make_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, args: GRPOConfig, limit: PromptLimit, name: str
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: GRPOConfig,
+    limit: PromptLimit,
+    name: str,
+    tokens: int | None,
 ) -> PromptSet:
-    """Build the prompts of the dataset that was passed as the argument `name`."""
+    """Build the prompts of the dataset that was passed as the argument `name`, for a model of so many `tokens`."""
     return PromptSet(
         dataset,
         tokenizer,
@@ -115,6 +136,7 @@ def make_prompts(
         chat_template_kwargs=args.template_kwargs,
         prompt_only=args.remove_unused_columns,
         name=name,
+        num_embeddings=tokens,
     )
 
 

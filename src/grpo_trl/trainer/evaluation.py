@@ -1,20 +1,47 @@
 """Evaluation: samples and rewards held-out prompts, each once, and leaves the training's state alone."""
 
 import math
-from typing import Any
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, cast
 
+from datasets import Dataset
+from torch import nn
 from tqdm.auto import tqdm
+from transformers.trainer_utils import speed_metrics
 
+from ..data.datasets import as_eval_datasets
 from ..data.prompts import PromptSet
 from ..distributed.collectives import run_on_all_ranks
+from ..distributed.sharding import move_to_device
 from ..logging import get_logger
 from ..metrics import MetricLog
+from ..model_utils import evaluation_mode
 from ..seeds import derive_seed
 from ..types import Ranks
-from .generation import RolloutRunner
+from .generation import RewardedRollout, RolloutRunner
+from .resumable import ResumableTrainer
 
 
 logger = get_logger(__name__)
+
+
+@dataclass
+class EvaluatedCompletions:
+    """What `compute_metrics` gets: all completions of an evaluation over all ranks, in the order of the dataset."""
+
+    prompts: list[Any] = field(default_factory=list)
+    completions: list[Any] = field(default_factory=list)
+    """Strings, or lists of one message for conversational prompts."""
+    rewards: list[float] = field(default_factory=list)
+    """Weighted sums over the reward functions; NaN where a completion has none."""
+    rewards_per_func: dict[str, list[float]] = field(default_factory=dict)
+    """By name of the function; NaN where it gave none."""
+
+
+ComputeMetrics = Callable[[EvaluatedCompletions], dict[str, float]]
 
 
 def evaluate_prompts(
@@ -26,6 +53,7 @@ def evaluate_prompts(
     seed: int,
     ranks: Ranks,
     trainer_state: Any,
+    compute_metrics: ComputeMetrics | None = None,
     show_progress: bool = False,
 ) -> dict[str, float]:
     """Sample `num_generations` completions of each prompt once, over all ranks, and reduce their metrics.
@@ -41,6 +69,7 @@ def evaluate_prompts(
         seed: Of the run.
         ranks: Of the run.
         trainer_state: Shown to reward functions.
+        compute_metrics: Computes further metrics from the completions and their rewards.
         show_progress: Show a bar over the batches.
 
     Returns:
@@ -48,7 +77,9 @@ def evaluate_prompts(
 
     Raises:
         StopRequested, RunStopped, RuntimeError: See `run_on_all_ranks`.
+        TypeError: `compute_metrics` returned no dict.
     """
+    rows: list[tuple[Any, ...]] = []
     metrics, unread = MetricLog(), MetricLog()
     own = range(ranks.rank, len(prompts), ranks.world_size)
     most = -(-len(prompts) // ranks.world_size)  # prompts of a rank
@@ -62,6 +93,8 @@ def evaluate_prompts(
         def sample(batch: range = batch or range(1), log: MetricLog = log) -> None:
             sampled = runner.run(prompts.prompts(batch), num_generations, derive_seed(seed, "eval"), trainer_state, log)
             log.add_all(sampled.metrics())
+            if compute_metrics is not None:
+                rows.extend(_rows(sampled, batch) if log is metrics else [])
 
         run_on_all_ranks(sample, ranks)
     means = ["reward", *(f"rewards/{name}/mean" for name in runner.rewards.names)]
@@ -72,4 +105,123 @@ def evaluate_prompts(
             "rewards/NAME/failures). Its reward is NaN, which counts as no improvement.",
             prompts.name,
         )
+    if compute_metrics is not None:
+        reduced |= _computed(compute_metrics, runner.rewards.names, ranks.gather(rows))
     return reduced
+
+
+def _rows(sampled: RewardedRollout, indices: range) -> list[tuple[Any, ...]]:
+    """Return (index of the prompt, prompt, completion, reward, reward of each function) of each completion."""
+    owners = [index for index in indices for _ in range(sampled.num_generations)]
+    rewards = sampled.rewards
+    columns = (owners, sampled.prompts, sampled.texts, rewards.total_B.tolist(), rewards.values_BF.tolist())
+    return list(zip(*columns, strict=True))
+
+
+def _computed(compute_metrics: ComputeMetrics, names: list[str], rows: list[tuple[Any, ...]]) -> dict[str, float]:
+    evaluated = EvaluatedCompletions(rewards_per_func={name: [] for name in names})
+    for _, prompt, completion, reward, by_function in sorted(rows, key=lambda row: row[0]):
+        evaluated.prompts.append(prompt)
+        evaluated.completions.append(completion)
+        evaluated.rewards.append(reward)
+        for name, value in zip(names, by_function, strict=True):
+            evaluated.rewards_per_func[name].append(value)
+    computed = compute_metrics(evaluated)
+    if not isinstance(computed, dict):
+        raise TypeError(
+            f"compute_metrics returned a {type(computed).__name__}; it must return a dict of numbers by name."
+        )
+    return computed
+
+
+class EvaluatingTrainer(ResumableTrainer):
+    """A trainer whose evaluation samples and rewards completions.
+
+    A subclass prepares `_runner` and `_eval_prompts`, and says how prompts are built and what sampling needs.
+    """
+
+    _runner: RolloutRunner
+    _eval_prompts: dict[str, PromptSet]
+
+    def _prompt_sets(self, dataset: Any) -> dict[str, PromptSet]:
+        """Build what is evaluated on, by name; a single dataset has the name ""."""
+        raise NotImplementedError
+
+    def _gathered_policy(self) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+    @property
+    def _waits_in_forward(self) -> bool:
+        """Whether ranks wait for each other in every forward and backward, so that they must make equally many."""
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    @property
+    def _shows_progress(self) -> bool:
+        return not self.args.disable_tqdm and self.is_world_process_zero()
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | list[Any] | dict[str, Any] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Sample `num_generations_eval` completions of each prompt once and reward them; training is left as it is.
+
+        Args:
+            eval_dataset: Has a column `"prompt"`; or several by name, each of which gets a prefix of its own; or the name
+                of one of the constructor's. The constructor's by default.
+            ignore_keys: Not used.
+            metric_key_prefix: Stands before each metric's name.
+
+        Returns:
+            The metrics, `eval_reward` among them; over several datasets it is the mean of theirs.
+
+        Raises:
+            ValueError: There is no dataset, or none of this name.
+        """
+        prompt_sets = self._sets_to_evaluate(eval_dataset)
+        metrics: dict[str, float] = {}
+        for name, prompts in prompt_sets.items():
+            metrics |= self._evaluate_prompts(prompts, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
+        if "" not in prompt_sets:
+            rewards = [metrics[f"{metric_key_prefix}_{name}_reward"] for name in prompt_sets]
+            mean = {f"{metric_key_prefix}_reward": sum(rewards) / len(rewards)}
+            self.log(mean)
+            metrics |= mean
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _sets_to_evaluate(self, eval_dataset: Any) -> dict[str, PromptSet]:
+        if isinstance(eval_dataset, str):
+            if eval_dataset not in self._eval_prompts or not eval_dataset:
+                names = ", ".join(repr(name) for name in self._eval_prompts if name) or "none with a name"
+                raise ValueError(f"eval_dataset={eval_dataset!r} is no dataset of the trainer's; it has {names}.")
+            return {"": self._eval_prompts[eval_dataset]}
+        sets = self._eval_prompts if eval_dataset is None else self._prompt_sets(as_eval_datasets(eval_dataset))
+        if not sets:
+            raise ValueError("eval_dataset=None; pass a dataset with a column 'prompt' to evaluate.")
+        return sets
+
+    def _evaluate_prompts(self, prompts: PromptSet, prefix: str) -> dict[str, float]:
+        self._memory_tracker.start()
+        start_time = time.time()
+        in_process = self._runner.engine.in_process
+        if in_process and self._waits_in_forward and self.model_wrapped is self.model:
+            move_to_device(self.model, self.args.device, self.args.ds3_gather_for_generation)
+        with evaluation_mode(cast(nn.Module, self.model)), self._gathered_policy() if in_process else nullcontext():
+            metrics = evaluate_prompts(
+                self._runner,
+                prompts,
+                num_generations=self.args.eval_generations,
+                batch_size=None if in_process else self.args.per_device_eval_batch_size,
+                seed=self.args.seed,
+                ranks=self._ranks,
+                trainer_state=self.state,
+                compute_metrics=cast("ComputeMetrics | None", self.compute_metrics),
+                show_progress=self._shows_progress,
+            )
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        metrics |= speed_metrics(prefix, start_time, num_samples=len(prompts))
+        self.log(metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        return metrics

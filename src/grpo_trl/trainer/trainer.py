@@ -14,7 +14,6 @@ The route of a completion, from a row of the dataset to the gradient:
 import itertools
 import math
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -31,31 +30,31 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import speed_metrics
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from ..attention.shared_prefix import serve_shared_prefix
 from ..config import GRPOConfig
+from ..data.datasets import as_dataset, as_eval_datasets
 from ..data.prompts import PromptLimit, PromptSet
 from ..data.schedule import Schedule
 from ..distributed.collectives import exchange
 from ..distributed.launch import check_devices, check_one_backend, check_ranks, delay_exit, fsdp_was_asked_for
 from ..distributed.load_balance import Balancer
-from ..distributed.sharding import GatheredWeights, backend_of, move_to_device
+from ..distributed.sharding import GatheredWeights, backend_of
 from ..logprobs.compute import compute_logprobs
 from ..logprobs.verify import tolerance
 from ..metrics import Mean, MetricLog, Sum
-from ..model_utils import evaluation_mode
-from ..models import context_length, disable_dropout, eos_token_ids
+from ..models import context_length, disable_dropout, eos_token_ids, num_embeddings
 from ..objective import Counts, grpo_loss, make_objective
 from ..plan import RunPlan
 from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures, warn_of_drift
 from ..reliability.run_state import Stateful, fingerprint
-from ..report import append_objective, merge_tables
+from ..report import merge_tables
 from ..rollout.base import RolloutEngine
 from ..rollout.rollout_func import RolloutFuncEngine
 from ..types import Completion, GenerationBatch, MicroBatch, MiniBatch
 from .advantages import AdvantageFunc
+from .arguments import check_kinds, check_names, check_not_here, choose_metric, config_of
 from .build import (
     make_advantages,
     make_engine,
@@ -68,16 +67,16 @@ from .build import (
     make_schedule,
 )
 from .entropy import EntropyControl
-from .evaluation import evaluate_prompts
+from .evaluation import ComputeMetrics
 from .generation import GenerationBatchBuilder, RolloutRunner, reward_columns
+from .interface import TrlInterface
 from .loss_metrics import loss_metrics
 from .recording import LiveView, RunRecorder, make_plan, shows_live_view, tolerate_reporting
-from .resumable import ResumableTrainer
 from .router import RouterBalance, router_coefficient
 from .timing import StepTimer
 
 
-class GRPOTrainer(ResumableTrainer):
+class GRPOTrainer(TrlInterface):
     """Trains a language model with Group Relative Policy Optimization.
 
     For each prompt it samples a group of completions, rewards them, and moves the model towards those that were better
@@ -89,17 +88,21 @@ class GRPOTrainer(ResumableTrainer):
             `prompts`, `completions`, `completion_ids`, `trainer_state`, `log_extra`, `log_metric` and the dataset's
             columns (all of it with `**kwargs`), and returns one number per completion, or None where it does not apply;
             or a sequence-classification model, or the path of one.
-        args: The options; those of `GRPOConfig` by default.
-        train_dataset: Has a column `"prompt"` of strings, or of lists of messages.
+        args: The options; those of `GRPOConfig` by default, in the folder `"<model>-GRPO"`.
+        train_dataset: Has a column `"prompt"` of strings, or of lists of messages. A list of dicts is a dataset too.
         eval_dataset: The same for `evaluate()`; or several by name.
-        processing_class: The tokenizer, with a pad and an eos token; the one beside the model by default.
+        processing_class: The tokenizer, with an eos token; the one beside the model by default.
         reward_processing_classes: The tokenizers of reward models, in the order of `reward_funcs`.
         callbacks: As in `transformers.Trainer`.
         optimizers: As in `transformers.Trainer`.
+        quantization_config: Passed to `from_pretrained` of a model given as a path.
         peft_config: Train a new adapter instead of the weights.
+        tools: Not available; call tools from a rollout_func.
         rollout_func: Writes the completions instead of the trainer: `rollout_func(prompts, trainer)` gets every prompt
             `num_generations` times in a row and returns a dict of `"prompt_ids"`, `"completion_ids"`, `"logprobs"` and
             further columns for the rewards, with one entry per row.
+        environment_factory: Not available; see `tools`.
+        compute_metrics: Computes further metrics of an evaluation from its `EvaluatedCompletions`, as a dict.
         advantage_func: Computes advantages instead of the trainer: `advantage_func(rewards_per_func, group)` gets the
             rewards of a group's completions, of shape (completions, functions), NaN where a function gave none, and
             their `RewardedGroup`; it returns one number, or a list with one number per token, for each completion.
@@ -116,32 +119,42 @@ class GRPOTrainer(ResumableTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
-        reward_funcs: Any,
+        reward_funcs: Any = None,
         args: GRPOConfig | None = None,
-        train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        train_dataset: Dataset | list[dict[str, Any]] | None = None,
+        eval_dataset: Dataset | list[dict[str, Any]] | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
         peft_config: PeftConfig | None = None,
+        tools: list[Callable[..., Any]] | None = None,
         rollout_func: Callable[[list[Any], Any], dict[str, Any]] | None = None,
+        environment_factory: Any = None,
+        compute_metrics: ComputeMetrics | None = None,
         advantage_func: AdvantageFunc | None = None,
+        **unknown: Any,
     ):
-        args = GRPOConfig() if args is None else args
+        check_names(unknown, GRPOTrainer)
+        check_not_here(tools=tools, environment_factory=environment_factory)
+        check_kinds(model=model, args=args, processing_class=processing_class, peft_config=peft_config)
+        args = config_of(args, model)
+        choose_metric(args, callbacks, eval_dataset, compute_metrics is not None)
         check_ranks(args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
         delay_exit(args.world_size, args.device.type)
         set_seed(args.seed)  # a new adapter starts from random weights
-        policy, tokenizer = make_policy(model, processing_class, peft_config, args)
+        policy, tokenizer = make_policy(model, processing_class, peft_config, args, quantization_config)
         rewards = make_rewards(reward_funcs, reward_processing_classes, args)
         super().__init__(
             model=policy,
             args=args,
             data_collator=_only,
             compute_loss_func=grpo_loss,  # not called; Trainer then leaves the division of the loss to us
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
+            train_dataset=as_dataset(train_dataset, "train_dataset"),
+            eval_dataset=as_eval_datasets(eval_dataset),
             processing_class=tokenizer,
+            compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
         )
@@ -181,11 +194,6 @@ class GRPOTrainer(ResumableTrainer):
         set_seed(args.seed, device_specific=True)  # dropout differs between ranks
 
     # ---- Construction ----
-    @property
-    def _waits_in_forward(self) -> bool:
-        """Whether ranks wait for each other in every forward and backward, so that they must make equally many."""
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
-
     def _prepare_prompts(self, own_prompts: bool, advantage_func: AdvantageFunc | None) -> None:
         """Render and check all prompts. With a rollout_func, which may change them, the model's context is no limit."""
         context = context_length(self.model) if own_prompts else None
@@ -249,7 +257,7 @@ class GRPOTrainer(ResumableTrainer):
         return {name: self._make_prompts(one, self._eval_limit, titles[name]) for name, one in named.items()}
 
     def _make_prompts(self, dataset: Dataset, limit: PromptLimit, name: str) -> PromptSet:
-        prompts = make_prompts(dataset, self.processing_class, self.args, limit, name)
+        prompts = make_prompts(dataset, self.processing_class, self.args, limit, name, num_embeddings(self.model))
         if not isinstance(self._runner.engine, RolloutFuncEngine):  # whose columns are known when it has been called
             self._runner.rewards.check_columns(reward_columns(prompts.dataset.column_names), name)
         return prompts
@@ -277,10 +285,6 @@ class GRPOTrainer(ResumableTrainer):
 
     def _gathered_policy(self) -> AbstractContextManager[None]:
         return self._gathered.of(self.model_wrapped) if self.args.ds3_gather_for_generation else nullcontext()
-
-    @property
-    def _shows_progress(self) -> bool:
-        return not self.args.disable_tqdm and self.is_world_process_zero()
 
     # ---- What Trainer iterates over ----
     def get_train_dataloader(self) -> DataLoader:
@@ -479,64 +483,6 @@ class GRPOTrainer(ResumableTrainer):
                 table = merge_tables(self._ranks.gather([table]))
             if self.is_world_process_zero():
                 self._recorder.completions(self.state.global_step, table)
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Sample `num_generations_eval` completions of each prompt once and reward them; training is left as it is.
-
-        Args:
-            eval_dataset: Has a column `"prompt"`; or several by name, each of which gets a prefix of its own; or the name
-                of one of the constructor's. The constructor's by default.
-            ignore_keys: Not used.
-            metric_key_prefix: Stands before each metric's name.
-
-        Returns:
-            The metrics, `eval_reward` among them.
-        """
-        if isinstance(eval_dataset, str):
-            prompt_sets = {"": self._eval_prompts[eval_dataset]}
-        else:
-            prompt_sets = self._eval_prompts if eval_dataset is None else self._prompt_sets(eval_dataset)
-        if not prompt_sets:
-            raise ValueError("eval_dataset=None; pass a dataset with a column 'prompt' to evaluate.")
-        metrics: dict[str, float] = {}
-        for name, prompts in prompt_sets.items():
-            metrics |= self._evaluate_prompts(prompts, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
-        return metrics
-
-    def _evaluate_prompts(self, prompts: PromptSet, prefix: str) -> dict[str, float]:
-        self._memory_tracker.start()
-        start_time = time.time()
-        in_process = self._runner.engine.in_process
-        if in_process and self._waits_in_forward and self.model_wrapped is self.model:
-            move_to_device(self.model, self.args.device, self.args.ds3_gather_for_generation)
-        with evaluation_mode(self.model), self._gathered_policy() if in_process else nullcontext():
-            metrics = evaluate_prompts(
-                self._runner,
-                prompts,
-                num_generations=self.args.eval_generations,
-                batch_size=None if in_process else self.args.per_device_eval_batch_size,
-                seed=self.args.seed,
-                ranks=self._ranks,
-                trainer_state=self.state,
-                show_progress=self._shows_progress,
-            )
-        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        metrics |= speed_metrics(prefix, start_time, num_samples=len(prompts))
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        self._memory_tracker.stop_and_update_metrics(metrics)
-        return metrics
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Trainer's model card, with the objective and its papers."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            append_objective(Path(str(self.args.output_dir)) / "README.md", self.args)
 
 
 def _only(batch: list[Any]) -> Any:

@@ -1,0 +1,96 @@
+"""Arguments of `GRPOTrainer`: their kinds, and what other versions of the interface call them."""
+
+import difflib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import EarlyStoppingCallback
+
+from ..config import GRPOConfig
+from ..logging import get_logger
+
+
+logger = get_logger(__name__)
+
+NAMES_OF_BEFORE = {
+    "config": "args",
+    "ref_model": "beta in args: the reference is the policy at the start",
+    "reward_model": "reward_funcs",
+    "tokenizer": "processing_class",
+}
+"""Arguments that trainers of TRL had, and what to use today."""
+
+
+def check_names(unknown: dict[str, Any], trainer: type) -> None:
+    """Refuse arguments that `trainer` does not take.
+
+    Raises:
+        TypeError: There is one; the message names the nearest.
+    """
+    known = list(inspect.signature(trainer).parameters)[:-1]
+    for name in unknown:
+        nearest = NAMES_OF_BEFORE.get(name) or next(iter(difflib.get_close_matches(name, known, n=1)), None)
+        hint = f"use {nearest}." if nearest else f"it takes {', '.join(known)}."
+        raise TypeError(f"{name} is no argument of GRPOTrainer; {hint}")
+
+
+def check_not_here(**arguments: Any) -> None:
+    """Refuse arguments of TRL's trainer that are not available.
+
+    Raises:
+        ValueError: One is given.
+    """
+    for name, value in arguments.items():
+        if value:
+            raise ValueError(
+                f"{name} is not available; call tools and environments from a rollout_func, and mask their tokens with "
+                "its 'env_mask'."
+            )
+
+
+def check_kinds(**arguments: Any) -> None:
+    """Refuse classes where instances are meant.
+
+    Raises:
+        TypeError: An argument is a class.
+    """
+    for name, value in arguments.items():
+        if inspect.isclass(value):
+            raise TypeError(f"{name} is the class {value.__name__}; pass an instance of it.")
+
+
+def config_of(args: Any, model: Any) -> GRPOConfig:
+    """Return the options; by default those of `GRPOConfig`, in the folder `"<model>-GRPO"`.
+
+    Raises:
+        TypeError: They are of another class.
+    """
+    if args is None:
+        path = model if isinstance(model, str) else getattr(getattr(model, "config", None), "_name_or_path", "")
+        return GRPOConfig(f"{path.rstrip('/').split('/')[-1] or type(model).__name__}-GRPO")
+    if not isinstance(args, GRPOConfig):
+        kind = type(args)
+        raise TypeError(
+            f"args is a {kind.__module__}.{kind.__qualname__}; pass a grpo_trl.GRPOConfig, which has the same options."
+        )
+    return args
+
+
+def choose_metric(args: GRPOConfig, callbacks: Sequence[Any] | None, eval_dataset: Any, computes_metrics: bool) -> None:
+    """Let early stopping follow the reward unless told otherwise, and say what the reward of several eval sets is.
+
+    Raises:
+        ValueError: The metric is a loss, which evaluation does not compute.
+    """
+    if args.metric_for_best_model is None and any(isinstance(c, EarlyStoppingCallback) for c in callbacks or []):
+        args.metric_for_best_model, args.greater_is_better = "eval_reward", True
+    metric = (args.metric_for_best_model or "").removeprefix("eval_")
+    if metric == "loss" and not computes_metrics:
+        raise ValueError(
+            f"metric_for_best_model={args.metric_for_best_model!r} is not computed by an evaluation, which samples and "
+            "rewards; use 'eval_reward'."
+        )
+    if metric == "reward" and isinstance(eval_dataset, dict):
+        means = ", ".join(f"eval_{name}_reward" for name in eval_dataset)
+        logger.warning("metric_for_best_model='eval_reward' is the mean of %s.", means)

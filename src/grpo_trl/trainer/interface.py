@@ -1,0 +1,103 @@
+"""What scripts and callbacks that were written for TRL's trainer touch of it."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..models import Reference
+from ..report import append_objective
+from ..rewards.call import FunctionReward
+from .evaluation import EvaluatingTrainer
+from .generation import RolloutRunner
+
+
+def _option(name: str) -> Any:
+    return property(lambda self: getattr(self.args, name), doc=f"The option `{name}`.")
+
+
+class TrlInterface(EvaluatingTrainer):
+    """Names of TRL's `GRPOTrainer` that are not of `transformers.Trainer`; options are those of `args`."""
+
+    _runner: RolloutRunner
+    _reference: Reference | None
+
+    beta = _option("beta")
+    chat_template_kwargs = _option("template_kwargs")
+    epsilon_low = _option("epsilon")
+    importance_sampling_level = _option("importance_sampling_level")
+    log_completions = _option("log_completions")
+    log_unique_prompts = _option("log_unique_prompts")
+    loss_type = _option("loss_type")
+    mask_truncated_completions = _option("mask_truncated_completions")
+    max_completion_length = _option("max_completion_length")
+    min_p = _option("min_p")
+    multi_objective_aggregation = _option("multi_objective_aggregation")
+    num_completions_to_print = _option("num_completions_to_print")
+    num_generations = _option("num_generations")
+    num_generations_eval = _option("eval_generations")
+    num_iterations = _option("num_iterations")
+    repetition_penalty = _option("repetition_penalty")
+    scale_rewards = _option("scale_rewards")
+    shuffle_dataset = _option("shuffle_dataset")
+    temperature = _option("temperature")
+    top_entropy_quantile = _option("top_entropy_quantile")
+    top_k = _option("top_k")
+    top_p = _option("top_p")
+
+    @property
+    def epsilon_high(self) -> float:
+        return self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
+
+    @property
+    def ref_model(self) -> nn.Module | None:
+        """The reference, where it is a model of its own: None without a KL term, and with an adapter."""
+        return None if self._reference is None else self._reference.model
+
+    @property
+    def reward_funcs(self) -> list[Any]:
+        """The reward functions and reward models, loaded."""
+        return [f.function if isinstance(f, FunctionReward) else f.model for f in self._runner.rewards.functions]
+
+    @property
+    def reward_func_names(self) -> list[str]:
+        return self._runner.rewards.names
+
+    @property
+    def reward_weights(self) -> Tensor:
+        return self._runner.rewards.weights_F
+
+    @property
+    def reward_processing_classes(self) -> list[Any]:
+        """The tokenizers of reward models, None for functions."""
+        return [getattr(function, "tokenizer", None) for function in self._runner.rewards.functions]
+
+    def create_model_card(  # type: ignore[override]  # TRL's order of arguments
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a model card with the objective and its papers to `output_dir`.
+
+        Args:
+            model_name: That of the folder by default.
+            dataset_name: The name of the dataset on the hub.
+            tags: Further tags.
+            kwargs: As in `transformers.Trainer.create_model_card`.
+        """
+        named = {} if dataset_name is None else {"dataset_tags": dataset_name, "dataset": dataset_name}
+        super().create_model_card(model_name=model_name, tags=tags, **(named | kwargs))
+        if self.is_world_process_zero():
+            append_objective(Path(str(self.args.output_dir)) / "README.md", self.args)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not here: there are no labels to predict.
+
+        Raises:
+            ValueError: Always; it names what to use.
+        """
+        raise ValueError(
+            "predict() has no labels to predict; use evaluate(dataset), which samples and rewards completions."
+        )
