@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -285,15 +286,11 @@ class Reference:
             with self._policy.disable_adapter():
                 yield wrapped_policy
         else:
-            parameters = dict(self._policy.named_parameters())
-            trained = [parameters[name] for name in self._start]
-            with self._unsharded(trained):
-                now = [p.detach().clone() for p in trained]
+            now = self._exchange(self._start)
             try:
-                self._write(trained, list(self._start.values()))
                 yield wrapped_policy
             finally:
-                self._write(trained, now)
+                self._exchange(now)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the weights of a reference that moves; others follow from the policy at the start of the run."""
@@ -303,14 +300,26 @@ class Reference:
         if self.moves:
             causal_lm(self.model).load_state_dict(state)
 
-    def _write(self, parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-        with torch.no_grad(), self._unsharded(parameters):
-            for parameter, value in zip(parameters, values, strict=True):
-                if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
-                    value = distribute_tensor(
-                        value.to(parameter.device), parameter.device_mesh, list(parameter.placements)
-                    )
-                parameter.data.copy_(value)
+    @torch.no_grad()
+    def _exchange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Write `values` to the parameters of these names, and return what these were."""
+        for module in self._policy.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # else forwards go on with the unsharded weights of before
+        parameters = dict(self._policy.named_parameters())
+        trained = [parameters[name] for name in values]
+        with self._unsharded(trained):
+            before = [parameter.detach().clone() for parameter in trained]
+            for parameter, value in zip(trained, values.values(), strict=True):
+                parameter.data.copy_(_placed_like(parameter, value))
+        return dict(zip(values, before, strict=True))
+
+
+def _placed_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """The value sharded as FSDP has sharded the parameter."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return value
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, list(parameter.placements))
 
 
 def _starts_as_the_base(policy: PeftModel) -> bool:
