@@ -34,6 +34,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def set_optimizer_mode(optimizer: Any, training: bool) -> None:
+    """Have a schedule-free optimizer put the weights that it trains, or those to evaluate, into the model."""
+    switch = getattr(optimizer, "train" if training else "eval", None)
+    if callable(switch):
+        switch()
+
+
 @contextlib.contextmanager
 def attending_by(model: nn.Module, name: str) -> Iterator[None]:
     """Inside, the layers of `model` use the attention function that AttentionInterface has under `name`."""

@@ -4,7 +4,7 @@ Options keep the names, meanings and defaults of TRL 1.16's `GRPOConfig`; `docs/
 """
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from transformers import TrainingArguments
@@ -109,6 +109,14 @@ class GRPOConfig(
     def eval_generations(self) -> int:
         """Completions per prompt in evaluation."""
         return self.num_generations if self.num_generations_eval is None else self.num_generations_eval
+
+    @property
+    def fixed_at_construction(self) -> dict[str, Any]:
+        """The options, by name, that parts of a trainer are built from, so that a later change would reach only some."""
+        read_live = {
+            f.name for kind in (TrainingArguments, EvaluationOptions, ReliabilityOptions) for f in fields(kind)
+        }
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in read_live}
 
     @property
     def init_kwargs(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..distributed.collectives import run_on_all_ranks
 from ..distributed.sharding import move_to_device
 from ..logging import get_logger
 from ..metrics import MetricLog
-from ..model_utils import evaluation_mode
+from ..model_utils import evaluation_mode, set_optimizer_mode
 from ..seeds import derive_seed
 from ..types import Ranks
 from .generation import RewardedRollout, RolloutRunner
@@ -208,6 +208,7 @@ class EvaluatingTrainer(ResumableTrainer):
         in_process = self._runner.engine.in_process
         if in_process and self._waits_in_forward and self.model_wrapped is self.model:
             move_to_device(self.model, self.args.device, self.args.ds3_gather_for_generation)
+        set_optimizer_mode(self.optimizer, training=False)
         with evaluation_mode(cast(nn.Module, self.model)), self._gathered_policy() if in_process else nullcontext():
             metrics = evaluate_prompts(
                 self._runner,
@@ -220,6 +221,7 @@ class EvaluatingTrainer(ResumableTrainer):
                 compute_metrics=cast("ComputeMetrics | None", self.compute_metrics),
                 show_progress=self._shows_progress,
             )
+        set_optimizer_mode(self.optimizer, training=self.is_in_train)
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
         metrics |= speed_metrics(prefix, start_time, num_samples=len(prompts))
         self.log(metrics)

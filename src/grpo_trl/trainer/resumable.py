@@ -14,10 +14,11 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from ..config import GRPOConfig
 from ..distributed.collectives import run_on_all_ranks
 from ..distributed.launch import check_shared
-from ..distributed.sharding import BACKEND_MARK
+from ..distributed.sharding import BACKEND_MARK, backend_of
 from ..errors import RunStopped, StopRequested
 from ..logging import get_logger
 from ..logprobs.evaluator import DoesNotFit
+from ..model_utils import set_optimizer_mode
 from ..models import has_injected_adapter, load_injected_adapter
 from ..reliability.checkpoints import (
     UNFINISHED,
@@ -32,6 +33,13 @@ from ..reliability.checkpoints import (
 )
 from ..reliability.run_state import RunState, Stateful, changed_options, resumed_state, training_options
 from ..reliability.signals import EXIT_CODE, StopSignals
+from ..reliability.training_checks import (
+    WeightsMove,
+    check_adapters,
+    check_optimizer,
+    check_same_options,
+    check_unchanged,
+)
 from ..reliability.watchdog import Watchdog
 from ..types import GenerationBatch
 from .build import make_ranks
@@ -52,6 +60,9 @@ class ResumableTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._ranks = make_ranks(self.args)
+        check_same_options(training_options(self.args.to_dict()), self._ranks)
+        self._fixed_options = self.args.fixed_at_construction
+        self._weights_move = WeightsMove()
         self._signals = StopSignals()
         self._watchdog = Watchdog(self.args.phase_warning_seconds, self.args.process_index)
         self._resumed: RunState | None = None
@@ -85,6 +96,7 @@ class ResumableTrainer(Trainer):
         Raises:
             RunStopped: The run must not go on.
         """
+        self._weights_move.after_step(cast(nn.Module, self.model), self._ranks)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Train, as `transformers.Trainer.train`; resumed, a run goes on bit for bit as if it had not been interrupted.
@@ -122,6 +134,7 @@ class ResumableTrainer(Trainer):
             try:
                 output = super().train(None if folder is None else str(folder), *args, **kwargs)
                 self._check_boundary()
+                set_optimizer_mode(self.optimizer, training=False)
                 return output
             except StopRequested as stop:
                 logger.warning("%s: the run stops. %s", stop, self._save_boundary())
@@ -134,12 +147,20 @@ class ResumableTrainer(Trainer):
                 raise RunStopped(f"{stop} {self._save_boundary()}") from stop
 
     def _between_steps(self) -> None:
-        """Raises, on all ranks:
-        StopRequested: A signal has come, to some rank.
-        RunStopped: The run must not go on.
+        """Check that the run may go on, and prepare the optimizer step that follows.
+
+        Raises, on all ranks:
+            StopRequested: A signal has come, to some rank.
+            RunStopped: The run must not go on.
         """
-        run_on_all_ranks(self._signals.check, self._ranks)
+        run_on_all_ranks(self._check_this_rank, self._ranks)
         self._check_boundary()
+        set_optimizer_mode(self.optimizer, training=True)
+        self._weights_move.before_step(cast(nn.Module, self.model), self._get_learning_rate())
+
+    def _check_this_rank(self) -> None:
+        self._signals.check()
+        check_unchanged(self._fixed_options, self.args.fixed_at_construction)
 
     def _output_dir_locked(self) -> contextlib.AbstractContextManager[None]:
         """Keep other runs out of `output_dir` while this one saves there."""
@@ -197,7 +218,11 @@ class ResumableTrainer(Trainer):
                 self.state.global_step,
                 max_steps,
             )
-        return super()._prepare_for_training(max_steps, *args, **kwargs)
+        check_adapters(cast(nn.Module, self.model))
+        prepared = super()._prepare_for_training(max_steps, *args, **kwargs)
+        if backend_of(self.accelerator) == "none":  # others hold the weights in tensors of their own
+            check_optimizer(cast(nn.Module, self.model), self.optimizer)
+        return prepared
 
     def _save_boundary(self) -> str:
         """Save what the last optimizer step left, all that a resumed run needs, unless that has been done; a word on it."""

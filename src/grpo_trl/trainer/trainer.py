@@ -443,6 +443,8 @@ class GRPOTrainer(TrlInterface):
         if self._nonfinite.should_skip(self._step_loss, known_norm, self.accelerator.reduce):
             self._metrics.add("nonfinite_steps", Sum(float(self.is_world_process_zero())))
             model.zero_grad()
+        elif not self.args.fp16:  # where the step may still be skipped
+            self._weights_move.note_gradient(grad_norm)
         return grad_norm
 
     # ---- What survives ----
@@ -467,6 +469,7 @@ class GRPOTrainer(TrlInterface):
         return batch if batch is not None and batch.index == next_step[0].generation else None
 
     def _check_boundary(self) -> None:
+        super()._check_boundary()
         self._nonfinite.check()
 
     # ---- What one sees ----

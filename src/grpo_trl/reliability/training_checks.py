@@ -1,0 +1,146 @@
+"""Refuses training that does nothing, and options that speak of another policy than the one that samples."""
+
+import math
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from peft import get_model_status
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import RunStopped
+from ..types import Ranks
+
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the size of an element in bytes."""
+
+
+def check_same_options(options: dict[str, Any], ranks: Ranks) -> None:
+    """Refuse ranks that would train with different options.
+
+    Raises:
+        ValueError: Some do; the message names the options, on every rank.
+    """
+    of_all = ranks.gather([options])
+    differing = [
+        f"{name}: {value!r} on rank 0, {other[name]!r} on rank {rank}"
+        for rank, other in enumerate(of_all)
+        for name, value in of_all[0].items()
+        if other.get(name) != value
+    ]
+    if differing:
+        raise ValueError(f"Ranks have different options ({'; '.join(differing)}). Give all of them the same.")
+
+
+def check_unchanged(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse options that were changed after the parts of the run were built from them.
+
+    Raises:
+        RunStopped: Some were.
+    """
+    changed = [f"{name} from {before[name]!r} to {now[name]!r}" for name in before if before[name] != now[name]]
+    if changed:
+        raise RunStopped(
+            f"Options were changed after the trainer was made ({', '.join(changed)}), as by a callback. Sampling, rewards "
+            "and loss would follow different values; make a new trainer with the new ones, and resume."
+        )
+
+
+def check_optimizer(model: nn.Module, optimizer: Any) -> None:
+    """Refuse an optimizer of other parameters than those that are trained.
+
+    Raises:
+        ValueError: It holds none of them.
+    """
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    if not any(id(parameter) in trained for parameter in held):
+        raise ValueError(
+            f"The optimizer holds {len(held)} parameters, and none of the {len(trained)} that are trained "
+            f"({next(iter(trained.values()), 'none')}, ...), so no step would change the model. It was made for another "
+            "model, or before peft_config added its adapter: make it from the parameters of the model that is passed, with "
+            "its adapter (get_peft_model), or leave optimizers to the trainer."
+        )
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse adapters that are trained and take no part in the forward pass.
+
+    Raises:
+        ValueError: They are switched off, or others are active.
+    """
+    try:
+        status = get_model_status(model)
+    except (TypeError, ValueError):  # it has no adapter in its layers
+        return
+    trained = [name for name, flag in status.requires_grad.items() if flag is not False]
+    others = [n for n, p in model.named_parameters() if p.requires_grad and not _belongs_to(n, trained)]
+    if not trained or others:
+        return
+    if status.enabled is False:
+        raise ValueError(
+            f"The adapter {trained[0]!r} is trained and switched off, so no step would change what the model computes; "
+            "call enable_adapter_layers() (of a PeftModel: model.base_model.enable_adapter_layers())."
+        )
+    if not set(trained) & set(status.active_adapters):
+        raise ValueError(
+            f"The adapters that are trained ({', '.join(trained)}) are not active, and those that are active "
+            f"({', '.join(status.active_adapters) or 'none'}) are not trained; call model.set_adapter({trained[0]!r})."
+        )
+
+
+class WeightsMove:
+    """Checks once that an optimizer step with a gradient and a learning rate changes some weight."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, int] = {}
+        self._learning_rate = 0.0
+        self._grad_norm = 0.0
+        self._known = False
+
+    def before_step(self, model: nn.Module, learning_rate: float) -> None:
+        """Note the weights that a step starts from, until one has been seen to change them."""
+        if not self._known:
+            self._before = {n: _checksum(p) for n, p in model.named_parameters() if p.requires_grad}
+            self._learning_rate, self._grad_norm = learning_rate, 0.0
+
+    def note_gradient(self, norm: Any) -> None:
+        """Note the norm of the gradient that is about to be applied; 0 where the step is skipped."""
+        if not self._known:
+            self._grad_norm = float(norm)
+
+    def after_step(self, model: nn.Module, ranks: Ranks) -> None:
+        """Compare the weights. Called on all ranks, where they agree on the gradient; sharded weights move on some rank.
+
+        Raises:
+            RunStopped: None has moved.
+        """
+        if self._known or not self._before or not self._learning_rate > 0 or not 0 < self._grad_norm < math.inf:
+            return
+        now = dict(model.named_parameters())
+        moved = any(_checksum(now[name]) != before for name, before in self._before.items())
+        self._known = any(ranks.gather([moved]))
+        if not self._known:
+            dtypes = sorted({str(now[name].dtype).removeprefix("torch.") for name in self._before})
+            raise RunStopped(
+                f"The first optimizer step with a gradient (norm {self._grad_norm:.3g}) and a learning rate "
+                f"({self._learning_rate:.3g}) changed none of the {len(self._before)} trained parameters "
+                f"({next(iter(self._before))}, ...; {', '.join(dtypes)}). Either the optimizer holds other parameters than "
+                "the model's, or its steps are smaller than the weights can express: raise learning_rate, or load the "
+                "model in float32."
+            )
+
+
+def _belongs_to(parameter: str, adapters: Collection[str]) -> bool:
+    return any(f".{adapter}." in f".{parameter}." for adapter in adapters)
+
+
+def _checksum(parameter: nn.Parameter) -> int:
+    """The sum of the bit patterns of what this rank holds of a parameter."""
+    local: Tensor = getattr(parameter, "ds_tensor", parameter)
+    if isinstance(local, DTensor):
+        local = local.to_local()
+    bits = local.detach().contiguous().view(INTEGERS[local.element_size()])
+    return int(bits.sum(dtype=torch.int64))
