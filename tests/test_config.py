@@ -345,10 +345,6 @@ def test_auto_find_batch_size_is_refused():
     assert "set it to False and lower per_device_train_batch_size" in message
 
 
-def test_noise_in_the_update_alone_is_refused():
-    assert "neftune_noise_alpha=5 adds noise" in refusal(neftune_noise_alpha=5)
-
-
 def test_a_sync_without_a_reference_is_refused():
     message = refusal(sync_ref_model=True)
     assert "sync_ref_model=True" in message

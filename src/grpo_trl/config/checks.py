@@ -69,11 +69,6 @@ def _check_combinations(args: Any) -> None:
             f"reward_timeout={args.reward_timeout} needs reward_workers=1 or more: a call in the training process "
             "cannot be stopped."
         )
-    if args.neftune_noise_alpha is not None:
-        raise ValueError(
-            f"neftune_noise_alpha={args.neftune_noise_alpha} adds noise to the forward of the update alone, so that ratio "
-            "and KL would compare other policies than the ones that sample; set it to None."
-        )
     _check_moving_reference(args)
 
 
