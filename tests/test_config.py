@@ -480,9 +480,14 @@ def test_windows_that_split_a_group_are_refused_with_values_that_work(world_size
     if "generation_batch_size" in options:
         options = options | {"generation_batch_size": options["generation_batch_size"] * world_size}
         given = "generation_batch_size"
-    message = refusal(**options)
     batch, group = options["per_device_train_batch_size"], options.get("num_generations", 8)
-    assert f"per_device_train_batch_size={batch} x steps_per_generation=" in message
+    steps = options.get("steps_per_generation", options.get("gradient_accumulation_steps", 1))
+    total = options.get("generation_batch_size", batch * steps * world_size)
+    if total % group == 0:  # whole groups over all ranks
+        assert make_config(**options).generation_batch_size == total
+        return
+    message = refusal(**options)
+    assert f"per_device_train_batch_size={batch} x {world_size} ranks x steps_per_generation=" in message
     assert f"groups of num_generations={group}; use {given}=" in message
     names = [given] + ["num_generations"] * message.count(", or num_generations=")
     for name in names:

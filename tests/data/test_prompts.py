@@ -173,7 +173,7 @@ def schedules() -> list[Schedule]:
     grid = itertools.product([1, 2, 4, 6], [1, 2, 3], [1, 2, 4, 6], [2, 3, 4], [1, 2], [1, 2, 4])
     for batch, accumulation, steps, group, iterations, world in grid:
         whole_steps = steps % accumulation == 0 or (iterations == 1 and accumulation % steps == 0)
-        if whole_steps and batch * steps % group == 0:
+        if whole_steps and batch * steps * world % group == 0:
             generation_batch = batch * steps * world // group
             found.append(
                 Schedule(
@@ -200,13 +200,12 @@ def window_rows(s: Schedule, generation_batch: int) -> list[int]:
 
 def step_rows(s: Schedule, generation_batch: int) -> list[set[int]]:
     """The prompts that each optimizer step of a generation batch trains on, over all ranks."""
-    per_step = s.batch_size * min(s.accumulation, s.steps_per_generation)
-    steps: dict[int, set[int]] = {}
+    steps: list[set[int]] = [set() for _ in range(s.mini_batches_per_generation_batch)]
     for rank in range(s.world_size):
-        completions = [row for row in s.rows(generation_batch, rank) for _ in range(s.num_generations)]
-        for place, row in enumerate(completions):
-            steps.setdefault(place // per_step, set()).add(row)
-    return [steps[step] for step in sorted(steps)]
+        for group, row in zip(s.groups(rank), s.rows(generation_batch, rank), strict=True):
+            for completion in range(s.num_generations):
+                steps[s.mini_batch_of(group, completion)].add(row)
+    return steps
 
 
 def test_the_grid_has_every_kind_of_geometry():
@@ -217,10 +216,24 @@ def test_the_grid_has_every_kind_of_geometry():
     assert any(s.items_per_epoch % s.accumulation for s in SCHEDULES)
 
 
-def test_every_rank_owns_whole_groups_that_fill_its_micro_steps():
+def test_groups_are_split_evenly_among_ranks():
     for s in SCHEDULES:
-        for rank in range(s.world_size):
-            assert len(s.rows(0, rank)) * s.num_generations == s.batch_size * s.steps_per_generation
+        owned = [s.groups(rank) for rank in range(s.world_size)]
+        assert sorted(group for groups in owned for group in groups) == list(range(s.prompts_per_generation_batch))
+        assert max(map(len, owned)) - min(map(len, owned)) <= 1
+
+
+def test_mini_batches_are_equally_large():
+    for s in SCHEDULES:
+        members = [
+            s.mini_batch_of(group, g)
+            for group in range(s.prompts_per_generation_batch)
+            for g in range(s.num_generations)
+        ]
+        size = s.batch_size * s.micro_steps_per_mini_batch * s.world_size
+        assert [members.count(m) for m in range(s.mini_batches_per_generation_batch)] == [
+            size
+        ] * s.mini_batches_per_generation_batch
 
 
 def test_an_epoch_uses_each_prompt_at_most_once_and_drops_less_than_a_window():
@@ -247,7 +260,7 @@ def test_without_shuffling_windows_take_the_prompts_in_order_in_every_epoch():
 
 def test_a_single_rank_takes_the_prompts_in_order():
     for s in SCHEDULES:
-        plain = replace(s, shuffle=False, world_size=1)
+        plain = replace(s, shuffle=False, world_size=1, batch_size=s.batch_size * s.world_size)
         assert plain.rows(0, rank=0) == list(range(plain.prompts_per_generation_batch))
 
 
@@ -257,13 +270,10 @@ def test_windows_and_steps_have_the_same_prompts_for_any_number_of_ranks(world_s
     for s in SCHEDULES:
         if s.world_size == 1 and s.batch_size % world_size == 0:
             split = replace(s, batch_size=s.batch_size // world_size, world_size=world_size)
-            if split.batch_size * s.steps_per_generation % s.num_generations:
-                continue  # a rank would not own whole groups
             for generation_batch in range(3):
                 assert sorted(window_rows(split, generation_batch)) == sorted(window_rows(s, generation_batch))
-                if split.batch_size * min(s.accumulation, s.steps_per_generation) % s.num_generations == 0:
-                    assert step_rows(split, generation_batch) == step_rows(s, generation_batch)
-                    compared += len(step_rows(s, generation_batch)) > 1
+                assert step_rows(split, generation_batch) == step_rows(s, generation_batch)
+                compared += len(step_rows(s, generation_batch)) > 1
     assert compared > 10
 
 

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.errors import RunStopped
 from tests.helpers.models import make_model, make_tokenizer
-from tests.helpers.training import completions_of, length, sampling_trainer, train, weights
+from tests.helpers.training import checkpoints, completions_of, length, sampling_trainer, train, weights
 
 
 INFORMATIVE = ["ab=", "f", "a", "cde12="]
@@ -31,7 +31,7 @@ CASES = {
         "loss_level": "sequence",
         "max_steps": 2,
     },
-    # nothing can be dealt: the other rank has an empty micro-batch only
+    # nothing can be assigned: the other rank has an empty micro-batch only
     "one completion that trains": {"prompts": ["single", "equal", "equal", "equal"]},
     "generation batches of two steps": {
         "steps_per_generation": 2,
@@ -60,6 +60,12 @@ CASES = {
     },
     "vespo, far off policy": {"loss_type": "vespo", "num_iterations": 2, "off_policy_mask_threshold": 0.1, "beta": 0.1},
     "accumulation": {"gradient_accumulation_steps": 4, "completions": 4},
+    "one group for both ranks": {"completions": 4, "max_steps": 3, "prompts": ["ab=", "cde12=", "a"]},
+    "three groups for two ranks": {
+        "completions": 4,
+        "gradient_accumulation_steps": 3,
+        "prompts": ["ab=", "cde12=", "a"],
+    },
     "padded": {"shared_prefix": False, "beta": 0.1},
     "another number of micro-batches on each rank": {
         "prompts": ["ab=", "cde12=", "a", "f"],
@@ -180,7 +186,7 @@ def interrupted(folder):
     resumed, _ = in_windows_of_two_steps(f"{folder}/resumed", f"{folder}/whole/checkpoint-3")
     callbacks = [OnLastRank(3, lambda: os.kill(os.getpid(), signal.SIGTERM))]
     _, stop = in_windows_of_two_steps(f"{folder}/stopped", callbacks=callbacks, save_strategy="no")
-    saved = sorted(os.listdir(f"{folder}/stopped"))
+    saved = checkpoints(f"{folder}/stopped")
     again, _ = in_windows_of_two_steps(f"{folder}/stopped", True, save_strategy="no")
     return {"ends": [end(whole), end(resumed), end(again)], "code": stop.code, "saved": saved}
 

@@ -1,6 +1,7 @@
 """Training on injected completions, and what an independent computation says of it."""
 
 import copy
+import os
 import random
 import tempfile
 from pathlib import Path
@@ -190,3 +191,8 @@ def rows_of(prompts, group=4):
     groups = [[completion_of(prompt, place) for place in range(group)] for prompt in prompts]
     advantages = [a for rows in groups for a in oracle.advantages([score for _, _, score in rows])]
     return [row for rows in groups for row in rows], advantages
+
+
+def checkpoints(folder):
+    """Names of the checkpoints in an output_dir."""
+    return sorted(name for name in os.listdir(folder) if name.startswith("checkpoint"))

@@ -19,7 +19,7 @@ from grpo_trl.reliability.signals import StopSignals
 from grpo_trl.reliability.watchdog import Watchdog
 from grpo_trl.types import Ranks
 from tests.helpers.models import make_model, make_tokenizer
-from tests.helpers.training import completion_of, completions_of, relative_error, train, weights
+from tests.helpers.training import checkpoints, completion_of, completions_of, relative_error, train, weights
 
 
 PROMPTS = ["ab=", "f", "a", "cde12="]
@@ -112,7 +112,7 @@ def test_too_many_in_a_row_stop_the_run(tmp_path):
             per_device_train_batch_size=8,
             output_dir=str(tmp_path),
         )
-    assert os.listdir(tmp_path) == ["checkpoint-3"]
+    assert checkpoints(tmp_path) == ["checkpoint-3"]
     assert same(weights(model), start)
     assert RunState.load(tmp_path / "checkpoint-3", 0).parts["nonfinite"] == {"count": 0}  # so that it can be resumed
 
@@ -163,7 +163,7 @@ def test_a_dead_run_may_stop(tmp_path):
             on_dead_run="stop",
             output_dir=str(tmp_path),
         )
-    assert os.listdir(tmp_path) == ["checkpoint-1"]
+    assert checkpoints(tmp_path) == ["checkpoint-1"]
 
 
 def test_completions_that_never_end_are_a_dead_run(caplog):
@@ -223,7 +223,7 @@ def test_rewards_that_are_broken_stop_the_run_with_a_checkpoint(tmp_path, caplog
     options = {"rollout_func": None, "max_steps": 5, "output_dir": str(tmp_path)}
     with pytest.raises(RunStopped, match=r"'breaks_later' failed on 4 of the 4 completions.*checkpoint-2"):
         train(make_model(), PROMPTS, reward_funcs=breaks_later, **options)
-    assert os.listdir(tmp_path) == ["checkpoint-2"]
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
     assert caplog.text.count("Traceback") == 1
 
 

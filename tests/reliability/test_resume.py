@@ -20,7 +20,7 @@ from grpo_trl.reliability.checkpoints import Manifest, last_checkpoint, write_ma
 from grpo_trl.reliability.run_state import RunState
 from grpo_trl.reliability.signals import EXIT_CODE
 from tests.helpers.models import make_model, make_tokenizer
-from tests.helpers.training import completions_of, sampling_trainer, weights
+from tests.helpers.training import checkpoints, completions_of, sampling_trainer, weights
 
 
 PROMPTS = ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]
@@ -175,7 +175,7 @@ def test_a_signal_in_a_step_lets_it_end_saves_and_exits(number, options, tmp_pat
     callbacks = [SendAt(4, number)]
     trainer = stopped(tmp_path / "stopped", save_strategy="no", callbacks=callbacks, **options)
     assert trainer.state.global_step == 4
-    assert os.listdir(tmp_path / "stopped") == ["checkpoint-4"]
+    assert checkpoints(tmp_path / "stopped") == ["checkpoint-4"]
     assert_same(end_of(run(tmp_path / "stopped", True, save_strategy="no", **options)), uninterrupted)
 
 
@@ -192,7 +192,7 @@ def test_a_signal_in_a_reward_function_ends_it_and_drops_the_window(tmp_path):
     uninterrupted = end_of(run(tmp_path / "whole", save_strategy="no", reward=slow_is_letters(slow)))
     calls.clear()
     stopped(tmp_path / "stopped", save_strategy="no", reward=slow)
-    assert os.listdir(tmp_path / "stopped") == ["checkpoint-2"]
+    assert checkpoints(tmp_path / "stopped") == ["checkpoint-2"]
     assert_same(end_of(run(tmp_path / "stopped", True, save_strategy="no", reward=slow)), uninterrupted)
 
 
@@ -223,7 +223,7 @@ def test_a_signal_in_sampling_drops_the_window(kwargs, engine, tmp_path, monkeyp
     monkeypatch.setattr(engines[engine], "check", check)
     with pytest.raises(SystemExit):
         trainer.train()
-    assert os.listdir(tmp_path / "stopped") == ["checkpoint-3"]
+    assert checkpoints(tmp_path / "stopped") == ["checkpoint-3"]
     assert len(steps) == 20
     assert_same(end_of(run(tmp_path / "stopped", True, **options)), uninterrupted)
 
@@ -238,7 +238,7 @@ def test_a_signal_in_an_evaluation_ends_it(tmp_path):
     trainer = make_trainer(tmp_path, callbacks=[StopEvaluation()], eval_prompts=PROMPTS, **options)
     with pytest.raises(SystemExit):
         trainer.train()
-    assert os.listdir(tmp_path) == ["checkpoint-3"]
+    assert checkpoints(tmp_path) == ["checkpoint-3"]
     assert not any("eval_reward" in entry for entry in trainer.state.log_history)
 
 
@@ -444,7 +444,7 @@ def test_a_step_of_several_windows_that_a_signal_ends_leaves_no_trace(tmp_path):
 
     uninterrupted = end_of(run(tmp_path / "whole", reward=slow_is_letters(signalled), **options))
     stopped(tmp_path / "stopped", reward=signalled, **options)
-    assert os.listdir(tmp_path / "stopped") == ["checkpoint-2"]
+    assert checkpoints(tmp_path / "stopped") == ["checkpoint-2"]
     assert_same(end_of(run(tmp_path / "stopped", True, reward=signalled, **options)), uninterrupted)
 
 

@@ -44,8 +44,8 @@ class GRPOConfig(
 ):
     r"""All options of `GRPOTrainer`: those of `transformers.TrainingArguments` and those of the classes above.
 
-    `per_device_train_batch_size` counts completions. `per_device_train_batch_size * steps_per_generation` must be a
-    multiple of `num_generations`, so that a rank owns whole groups; the batch size alone need not be.
+    `per_device_train_batch_size` counts completions. The generation batch over all ranks must hold whole groups:
+    `per_device_train_batch_size * world_size * steps_per_generation` is a multiple of `num_generations`.
 
     Raises:
         ValueError: An option has a value that cannot work; the message names the option, its value and one that would.

@@ -68,14 +68,16 @@ class Geometry:
         if self._holds_whole_groups(steps):
             return
         batch, group = self.per_device_train_batch_size, self.num_generations
+        total = self.completions_per_micro_step * steps
         if by_batch_size:
-            remedy = f"generation_batch_size={self._nearest_batch_sizes(self.completions_per_micro_step * steps)}"
+            remedy = f"generation_batch_size={self._nearest_batch_sizes(total)}"
         else:
-            remedy = f"per_device_train_batch_size={_nearest(batch, lambda n: n * steps % group == 0)}"
-        groups = _nearest(group, lambda n: batch * steps % n == 0, least=2, most=batch * steps)
+            sizes = _nearest(batch, lambda n: n * self.world_size * steps % group == 0)
+            remedy = f"per_device_train_batch_size={sizes}"
+        groups = _nearest(group, lambda n: total % n == 0, least=2, most=total)
         raise ValueError(
-            f"per_device_train_batch_size={batch} x steps_per_generation={steps} is {batch * steps} completions per rank, "
-            f"which holds no whole number of groups of num_generations={group}; use {remedy}"
+            f"per_device_train_batch_size={batch} x {self.world_size} ranks x steps_per_generation={steps} is {total} "
+            f"completions, which is no whole number of groups of num_generations={group}; use {remedy}"
             + (f", or num_generations={groups}." if groups else ".")
         )
 
@@ -85,7 +87,7 @@ class Geometry:
         return steps % accumulation == 0 or (self.num_iterations == 1 and accumulation % steps == 0)
 
     def _holds_whole_groups(self, steps: int) -> bool:
-        return self.per_device_train_batch_size * steps % self.num_generations == 0
+        return self.completions_per_micro_step * steps % self.num_generations == 0
 
     def _nearest_batch_sizes(self, generation_batch: int) -> str:
         """The values of `generation_batch_size` next to the one given that work with the other options."""

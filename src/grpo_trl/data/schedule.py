@@ -1,5 +1,6 @@
 """Which prompts each generation batch has, and which mini-batch each optimizer step trains on."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -101,20 +102,45 @@ class Schedule:
         return refs
 
     def rows(self, generation: int, rank: int) -> list[int]:
-        """Return the prompts of generation batch `generation` that `rank` samples, in the order of its micro-steps.
-
-        They are assigned to the ranks optimizer step by optimizer step, so that a step has the same prompts for any number
-        of ranks wherever it holds whole groups.
-        """
+        """Return the prompts of generation batch `generation` that `rank` samples, one for each of its `groups`."""
         epoch, number = divmod(generation, self.generation_batches_per_epoch)
         if self.shuffle:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "prompts", epoch))
             order = torch.randperm(self.num_prompts, generator=generator).tolist()
         else:
             order = list(range(self.num_prompts))
-        size = self.prompts_per_generation_batch
-        rows = order[number * size : (number + 1) * size]
-        step = self.batch_size * self.micro_steps_per_mini_batch
-        per_turn = math.lcm(step, self.num_generations) // self.num_generations
-        starts = range(rank * per_turn, len(rows), per_turn * self.world_size)
-        return [row for start in starts for row in rows[start : start + per_turn]]
+        start = number * self.prompts_per_generation_batch
+        return [order[start + group] for group in self.groups(rank)]
+
+    def groups(self, rank: int) -> list[int]:
+        """Return which groups of a generation batch `rank` samples, by their index there; whole ones, so it may be none.
+
+        The groups of each mini-batch are split among ranks into equal blocks; what is left over goes to the ranks with the
+        fewest groups so far.
+        """
+        owned: list[int] = []
+        counts = [0] * self.world_size
+        for _, in_mini_batch in itertools.groupby(
+            range(self.prompts_per_generation_batch), lambda group: self.mini_batch_of(group, 0)
+        ):
+            block = list(in_mini_batch)
+            each, left = divmod(len(block), self.world_size)
+            fewest = sorted(range(self.world_size), key=counts.__getitem__)[:left]
+            shares = [each + (other in fewest) for other in range(self.world_size)]
+            start = sum(shares[:rank])
+            owned += block[start : start + shares[rank]]
+            counts = [count + share for count, share in zip(counts, shares, strict=True)]
+        return owned
+
+    @property
+    def mini_batches_per_generation_batch(self) -> int:
+        return self.steps_per_generation // self.micro_steps_per_mini_batch
+
+    def mini_batch_of(self, group: int, completion: int) -> int:
+        """Return which mini-batch of a generation batch a completion of a group belongs to, for any number of ranks."""
+        return (group * self.num_generations + completion) // self.completions_per_mini_batch
+
+    @property
+    def completions_per_mini_batch(self) -> int:
+        """Over all ranks."""
+        return self.batch_size * self.micro_steps_per_mini_batch * self.world_size

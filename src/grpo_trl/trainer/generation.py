@@ -243,34 +243,46 @@ class GenerationBatchBuilder:
         """
         log = MetricLog()
         sampled = run_on_all_ranks(lambda: self._sample(index, trainer_state, log), self.ranks)
-        size = self.schedule.batch_size * self.schedule.micro_steps_per_mini_batch
-        summaries = self.ranks.gather([summarize(sampled, size)])
+        groups = self.schedule.groups(self.ranks.rank)
+        own = sampled.completions if groups else []
+        trained_tokens = [sum(sum(c.mask) for c in mini_batch) for mini_batch in self._divide(groups, own)]
+        summaries = self.ranks.gather([summarize(sampled, trained_tokens)] if groups else [])
         self.check(summaries)
         rewards = torch.tensor([reward for summary in summaries for reward in summary.rewards], dtype=torch.float64)
-        advantages = self.advantages(sampled, rewards)
-        completions = [replace(c, advantage=a) for c, a in zip(sampled.completions, advantages, strict=True)]
+        advantages = self.advantages(sampled, rewards) if groups else []
+        own = [replace(c, advantage=a) for c, a in zip(own, advantages, strict=True)]
         with log.timed("time/scoring"), self.phase("computing logprobs of the old policy and the reference"):
-            self.evaluator.compare(policy, completions)
-            mini_batches = [completions[start : start + size] for start in range(0, len(completions), size)]
+            self.evaluator.compare(policy, sampled.completions)
             mini_batches = self.balancer.balance(
-                mini_batches, self.evaluator.has_gradient, self.evaluator.packer.group_size
+                self._divide(groups, own), self.evaluator.has_gradient, self.evaluator.packer.group_size
             )
             mini_batches = self._with_logps(mini_batches, policy)
         metrics.drain(log)
         tokens = sum(summary.tokens for summary in summaries)
-        table = sampled.table() | {"advantage": [_mean(advantage) for advantage in advantages]}
-        return GenerationBatch(index, mini_batches, table, self._counts(summaries, size), tokens)
+        table = {name: values[: len(own)] for name, values in sampled.table().items()}
+        table |= {"advantage": [_mean(advantage) for advantage in advantages]}
+        return GenerationBatch(index, mini_batches, table, self._counts(summaries), tokens)
 
     def _sample(self, index: int, trainer_state: Any, log: MetricLog) -> RewardedRollout:
-        prompts = self.prompts.prompts(self.schedule.rows(index, self.ranks.rank))
+        rows = self.schedule.rows(index, self.ranks.rank)
+        if not rows:  # takes part with somebody else's prompt: sampling and reward models may be collective
+            rows, log = self.schedule.rows(index, 0)[:1], MetricLog()
         seed = derive_seed(self.seed, "generation batch", index)
-        sampled = self.runner.run(prompts, self.schedule.num_generations, seed, trainer_state, log)
+        sampled = self.runner.run(self.prompts.prompts(rows), self.schedule.num_generations, seed, trainer_state, log)
         log.add_all(sampled.metrics())
         sampled.table()  # raises here, where all ranks hear of it, what it would raise later
         if not self.mask_truncated:
             return sampled
         untrained = [c if c.ended else replace(c, mask=[False] * len(c.mask)) for c in sampled.completions]
         return replace(sampled, completions=untrained)
+
+    def _divide(self, groups: list[int], completions: list[Completion]) -> list[list[Completion]]:
+        """Divide the completions of this rank's `groups` into the mini-batches of the generation batch."""
+        mini_batches: list[list[Completion]] = [[] for _ in range(self.schedule.mini_batches_per_generation_batch)]
+        members = [(group, g) for group in groups for g in range(self.schedule.num_generations)]
+        for (group, g), completion in zip(members, completions, strict=True):
+            mini_batches[self.schedule.mini_batch_of(group, g)].append(completion)
+        return mini_batches
 
     def _with_logps(self, mini_batches: list[list[Completion]], policy: nn.Module) -> list[list[Completion]]:
         completions = [completion for mini_batch in mini_batches for completion in mini_batch]
@@ -282,9 +294,9 @@ class GenerationBatchBuilder:
         in_order = iter(completions)
         return [list(itertools.islice(in_order, len(mini_batch))) for mini_batch in mini_batches]
 
-    def _counts(self, summaries: Sequence[RankSummary], size: int) -> list[Counts]:
-        """Count what each mini-batch holds over all ranks, given its completions on one."""
-        completions = size * self.ranks.world_size
+    def _counts(self, summaries: Sequence[RankSummary]) -> list[Counts]:
+        """Count what each mini-batch holds over all ranks."""
+        completions = self.schedule.completions_per_mini_batch
         return [
             Counts(completions, sum(tokens_of_ranks), completions * self.max_completion_length)
             for tokens_of_ranks in zip(*(summary.trained_tokens for summary in summaries), strict=True)
@@ -296,13 +308,12 @@ def _mean(advantage: float | list[float]) -> float:
     return sum(advantage) / max(len(advantage), 1) if isinstance(advantage, list) else advantage
 
 
-def summarize(sampled: RewardedRollout, mini_batch: int) -> RankSummary:
-    """Collect what a rank tells the others about what it has sampled, in mini-batches of so many completions."""
+def summarize(sampled: RewardedRollout, trained_tokens: list[int]) -> RankSummary:
+    """Collect what a rank tells the others about what it has sampled."""
     rewards = sampled.rewards
-    tokens = [sum(c.mask) for c in sampled.completions]
     return RankSummary(
         tokens=sampled.num_tokens,
-        trained_tokens=[sum(tokens[start : start + mini_batch]) for start in range(0, len(tokens), mini_batch)],
+        trained_tokens=trained_tokens,
         rewards=rewards.total_B.tolist(),
         groups_with_signal=int(sampled.has_signal_P.sum()),
         ended=sum(c.ended for c in sampled.completions),
