@@ -61,7 +61,7 @@ def test_a_model_that_zero_3_could_not_shard_is_told_with_its_size(monkeypatch, 
 def test_a_model_in_shards_is_refused_where_the_run_has_none():
     model = nn.Linear(2, 2)
     model.weight.ds_id = 0
-    with pytest.raises(ValueError, match=r"lie in shards.*deepspeed=\.\.\. with stage 3"):
+    with pytest.raises(ValueError, match=r"its weights are sharded.*deepspeed=\.\.\. with stage 3"):
         check_sharding(model, 1)
 
 
