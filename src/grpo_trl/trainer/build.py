@@ -27,7 +27,7 @@ from ..distributed.sharding import (
 from ..logprobs.evaluator import LogprobEvaluator
 from ..logprobs.head import enable_logprobs
 from ..logprobs.packing import Packer
-from ..models import Reference, add_adapter, compute_head_in_float32, load_policy, load_tokenizer
+from ..models import Reference, add_adapter, compute_head_in_float32, disable_dropout, load_policy, load_tokenizer
 from ..rewards import Rewards
 from ..rollout.base import SamplingOptions
 from ..rollout.group.engine import GroupEngine
@@ -69,6 +69,9 @@ def make_policy(
     if args.cast_lm_head_to_fp32:
         compute_head_in_float32(policy)
     enable_logprobs(policy)
+    if args.disable_dropout:
+        disable_dropout(policy)
+    policy.add_model_tags(["grpo_trl", "grpo"])
     if isinstance(policy, PeftModel) and args.gradient_checkpointing:
         policy.enable_input_require_grads()
     return policy, tokenizer

@@ -2,26 +2,29 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 from datasets import Dataset
-from torch import nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import speed_metrics
 
 from ..data.datasets import as_eval_datasets
-from ..data.prompts import PromptSet
+from ..data.prompts import PromptLimit, PromptSet
 from ..distributed.collectives import run_on_all_ranks
-from ..distributed.sharding import move_to_device
+from ..distributed.sharding import GatheredWeights, move_to_device
 from ..logging import get_logger
 from ..metrics import MetricLog
 from ..model_utils import evaluation_mode, set_optimizer_mode
+from ..models import num_embeddings
+from ..rollout.rollout_func import RolloutFuncEngine
 from ..seeds import derive_seed
 from ..types import Ranks
-from .generation import RewardedRollout, RolloutRunner
+from .build import make_prompts
+from .generation import RewardedRollout, RolloutRunner, reward_columns
 from .resumable import ResumableTrainer
 
 
@@ -137,18 +140,39 @@ def _computed(compute_metrics: ComputeMetrics, names: list[str], rows: list[tupl
 class EvaluatingTrainer(ResumableTrainer):
     """A trainer whose evaluation samples and rewards completions.
 
-    A subclass prepares `_runner` and `_eval_prompts`, and says how prompts are built and what sampling needs.
+    A subclass prepares `_runner`, `_eval_limit` and `_eval_prompts`.
     """
 
     _runner: RolloutRunner
+    _eval_limit: PromptLimit
     _eval_prompts: dict[str, PromptSet]
+    model: Any
+    processing_class: PreTrainedTokenizerBase
 
-    def _prompt_sets(self, dataset: Any) -> dict[str, PromptSet]:
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._gathered = GatheredWeights()
+
+    def _prompt_sets(self, dataset: Dataset | dict[str, Dataset] | None) -> dict[str, PromptSet]:
         """Build what is evaluated on, by name; a single dataset has the name ""."""
-        raise NotImplementedError
+        named = {} if dataset is None else dataset if isinstance(dataset, dict) else {"": dataset}
+        titles = {name: f"eval_dataset[{name!r}]" if name else "eval_dataset" for name in named}
+        return {name: self._make_prompts(one, self._eval_limit, titles[name]) for name, one in named.items()}
+
+    def _make_prompts(self, dataset: Dataset, limit: PromptLimit, name: str) -> PromptSet:
+        prompts = make_prompts(dataset, self.processing_class, self.args, limit, name, num_embeddings(self.model))
+        if not isinstance(self._runner.engine, RolloutFuncEngine):  # whose columns are known when it has been called
+            self._runner.rewards.check_columns(reward_columns(prompts.dataset.column_names), name)
+        return prompts
+
+    @contextmanager
+    def _sampling_context(self) -> Iterator[None]:
+        """Gather the policy's weights, and compute in the precision of training."""
+        with self._gathered_policy(), self.accelerator.autocast():
+            yield
 
     def _gathered_policy(self) -> AbstractContextManager[None]:
-        raise NotImplementedError
+        return self._gathered.of(self.model_wrapped) if self.args.ds3_gather_for_generation else nullcontext()
 
     @property
     def _waits_in_forward(self) -> bool:
@@ -209,7 +233,7 @@ class EvaluatingTrainer(ResumableTrainer):
         if in_process and self._waits_in_forward and self.model_wrapped is self.model:
             move_to_device(self.model, self.args.device, self.args.ds3_gather_for_generation)
         set_optimizer_mode(self.optimizer, training=False)
-        with evaluation_mode(cast(nn.Module, self.model)), self._gathered_policy() if in_process else nullcontext():
+        with evaluation_mode(self.model), self._gathered_policy() if in_process else nullcontext():
             metrics = evaluate_prompts(
                 self._runner,
                 prompts,

@@ -18,6 +18,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..config import GRPOConfig
 from ..data.prompts import PromptSet
+from ..data.schedule import Schedule
+from ..distributed.sharding import backend_of
 from ..plan import RunPlan, card_named, setup_of
 from ..report import RunLog, merge_tables, print_completions
 from ..report.environment import environment
@@ -26,6 +28,8 @@ from ..report.log import CONFIG, ENVIRONMENT, PLAN
 from ..report.run import Run
 from ..report.tolerant import tolerated
 from ..report.trackers import track_completions
+from .generation import GenerationBatchBuilder
+from .interface import TrlInterface
 
 
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
@@ -184,3 +188,42 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class RecordedTrainer(TrlInterface):
+    """A trainer that leaves a log, and is shown where there is a terminal.
+
+    A subclass has `_schedule`, the schedule of training or None, and calls `_record` when it is complete.
+    """
+
+    _schedule: Schedule | None
+    _builder: GenerationBatchBuilder
+
+    def _record(self) -> None:
+        """Have the run logged, and shown where there is a terminal."""
+        self._recorder = RunRecorder(self.args, self.plan, str(self.model.config._name_or_path))
+        self.add_callback(self._recorder)
+        if shows_live_view(self.args):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(LiveView(Path(str(self.args.output_dir))))
+        tolerate_reporting(self.callback_handler.callbacks)
+
+    def plan(self, gpu: str | None = None, gpu_memory: float | None = None) -> RunPlan:
+        """Plan this run: its batches, and the memory of a rank by phase.
+
+        Args:
+            gpu: Estimate the time of a step on this card, e.g. `"H100"`.
+            gpu_memory: GiB of a card, for the largest micro-batch that fits; those of `gpu` by default.
+
+        Raises:
+            ValueError: `gpu` is unknown, or the plan cannot read the sizes of the model.
+        """
+        return make_plan(
+            self.args,
+            self.model,
+            prompts=None if self._schedule is None else self._builder.prompts,
+            backend=backend_of(self.accelerator),
+            reference_copies=self._reference is not None and self._reference.model is not None,
+            gpu=gpu,
+            gpu_memory=gpu_memory,
+        )

@@ -15,9 +15,8 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -29,24 +28,21 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import ProgressCallback
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from ..attention.shared_prefix import serve_shared_prefix
 from ..config import GRPOConfig
 from ..data.datasets import as_dataset, as_eval_datasets
-from ..data.prompts import PromptLimit, PromptSet
 from ..data.schedule import Schedule
 from ..distributed.collectives import exchange
 from ..distributed.launch import check_devices, check_one_backend, check_ranks, delay_exit, fsdp_was_asked_for
 from ..distributed.load_balance import Balancer
-from ..distributed.sharding import GatheredWeights, backend_of
+from ..distributed.sharding import backend_of
 from ..logprobs.compute import compute_logprobs
 from ..logprobs.verify import tolerance
 from ..metrics import Mean, MetricLog, Sum
-from ..models import context_length, disable_dropout, eos_token_ids, num_embeddings
+from ..models import context_length, eos_token_ids
 from ..objective import Counts, grpo_loss, make_objective
-from ..plan import RunPlan
 from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures, warn_of_drift
 from ..reliability.run_state import Stateful, fingerprint
 from ..report import merge_tables
@@ -61,22 +57,20 @@ from .build import (
     make_evaluator,
     make_policy,
     make_prompt_limit,
-    make_prompts,
     make_reference,
     make_rewards,
     make_schedule,
 )
 from .entropy import EntropyControl
 from .evaluation import ComputeMetrics
-from .generation import GenerationBatchBuilder, RolloutRunner, reward_columns
-from .interface import TrlInterface
+from .generation import GenerationBatchBuilder, RolloutRunner
 from .loss_metrics import loss_metrics
-from .recording import LiveView, RunRecorder, make_plan, shows_live_view, tolerate_reporting
+from .recording import RecordedTrainer
 from .router import RouterBalance, router_coefficient
 from .timing import StepTimer
 
 
-class GRPOTrainer(TrlInterface):
+class GRPOTrainer(RecordedTrainer):
     """Trains a language model with Group Relative Policy Optimization.
 
     For each prompt it samples a group of completions, rewards them, and moves the model towards those that were better
@@ -97,11 +91,10 @@ class GRPOTrainer(TrlInterface):
         optimizers: As in `transformers.Trainer`.
         quantization_config: Passed to `from_pretrained` of a model given as a path.
         peft_config: Train a new adapter instead of the weights.
-        tools: Not available; call tools from a rollout_func.
+        tools, environment_factory: Not available; call tools and environments from a rollout_func.
         rollout_func: Writes the completions instead of the trainer: `rollout_func(prompts, trainer)` gets every prompt
             `num_generations` times in a row and returns a dict of `"prompt_ids"`, `"completion_ids"`, `"logprobs"` and
             further columns for the rewards, with one entry per row.
-        environment_factory: Not available; see `tools`.
         compute_metrics: Computes further metrics of an evaluation from its `EvaluatedCompletions`, as a dict.
         advantage_func: Computes advantages instead of the trainer: `advantage_func(rewards_per_func, group)` gets the
             rewards of a group's completions, of shape (completions, functions), NaN where a function gave none, and
@@ -160,15 +153,11 @@ class GRPOTrainer(TrlInterface):
         )
         check_one_backend(self.is_deepspeed_enabled, args.deepspeed, os.environ)
         check_devices(args.n_gpu)  # a model that lies on several devices has set it to 1 by now
-        if args.disable_dropout:
-            disable_dropout(self.model)
-        self.model.add_model_tags(["grpo_trl", "grpo"])
 
         self._objective = make_objective(args)
         self._metrics, self._step_metrics, self._step_flos = MetricLog(), MetricLog(), 0.0
         self._step_loss = self._step_entropy = torch.zeros((), device=args.device)
         self._generation_batch: GenerationBatch | None = None
-        self._gathered = GatheredWeights()
         self._timer = StepTimer(self._metrics)
         self.add_callback(self._timer)
         self._dead_run = DeadRun(args.dead_run_patience, args.on_dead_run, args.max_completion_length)
@@ -187,8 +176,8 @@ class GRPOTrainer(TrlInterface):
             interruptible=self._signals.interruptible,
         )
         self._entropy = EntropyControl(args, self._evaluator, self._ranks)
-        coefficient = router_coefficient(args.router_aux_loss_coef, self.model)
-        self._router = RouterBalance(coefficient, self._evaluator, self._ranks)
+        router = router_coefficient(args.router_aux_loss_coef, self.model)
+        self._router = RouterBalance(router, self._evaluator, self._ranks)
         self._prepare_prompts(own_prompts=rollout_func is None, advantage_func=advantage_func)
         self._record()
         set_seed(args.seed, device_specific=True)  # dropout differs between ranks
@@ -221,47 +210,6 @@ class GRPOTrainer(TrlInterface):
             phase=self._watchdog.phase,
         )
 
-    def _record(self) -> None:
-        """Have the run logged, and shown where there is a terminal."""
-        self._recorder = RunRecorder(self.args, self.plan, str(self.model.config._name_or_path))
-        self.add_callback(self._recorder)
-        if shows_live_view(self.args):
-            self.remove_callback(ProgressCallback)
-            self.add_callback(LiveView(Path(str(self.args.output_dir))))
-        tolerate_reporting(self.callback_handler.callbacks)
-
-    def plan(self, gpu: str | None = None, gpu_memory: float | None = None) -> RunPlan:
-        """Plan this run: its batches, and the memory of a rank by phase.
-
-        Args:
-            gpu: Estimate the time of a step on this card, e.g. `"H100"`.
-            gpu_memory: GiB of a card, for the largest micro-batch that fits; those of `gpu` by default.
-
-        Raises:
-            ValueError: `gpu` is unknown, or the plan cannot read the sizes of the model.
-        """
-        return make_plan(
-            self.args,
-            self.model,
-            prompts=None if self._schedule is None else self._builder.prompts,
-            backend=backend_of(self.accelerator),
-            reference_copies=self._reference is not None and self._reference.model is not None,
-            gpu=gpu,
-            gpu_memory=gpu_memory,
-        )
-
-    def _prompt_sets(self, dataset: Dataset | dict[str, Dataset] | None) -> dict[str, PromptSet]:
-        """Build what is evaluated on, by name; a single dataset has the name ""."""
-        named = {} if dataset is None else dataset if isinstance(dataset, dict) else {"": dataset}
-        titles = {name: f"eval_dataset[{name!r}]" if name else "eval_dataset" for name in named}
-        return {name: self._make_prompts(one, self._eval_limit, titles[name]) for name, one in named.items()}
-
-    def _make_prompts(self, dataset: Dataset, limit: PromptLimit, name: str) -> PromptSet:
-        prompts = make_prompts(dataset, self.processing_class, self.args, limit, name, num_embeddings(self.model))
-        if not isinstance(self._runner.engine, RolloutFuncEngine):  # whose columns are known when it has been called
-            self._runner.rewards.check_columns(reward_columns(prompts.dataset.column_names), name)
-        return prompts
-
     def _make_engine(self, rollout_func: Callable[..., dict[str, Any]] | None) -> RolloutEngine:
         ends = eos_token_ids(self.model, self.processing_class)
         if rollout_func is not None:
@@ -276,15 +224,6 @@ class GRPOTrainer(TrlInterface):
             in_step=self.is_fsdp_enabled or (is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation),
             show_progress=self._shows_progress,
         )
-
-    @contextmanager
-    def _sampling_context(self) -> Iterator[None]:
-        """Gather the policy's weights, and compute in the precision of training."""
-        with self._gathered_policy(), self.accelerator.autocast():
-            yield
-
-    def _gathered_policy(self) -> AbstractContextManager[None]:
-        return self._gathered.of(self.model_wrapped) if self.args.ds3_gather_for_generation else nullcontext()
 
     # ---- What Trainer iterates over ----
     def get_train_dataloader(self) -> DataLoader:
