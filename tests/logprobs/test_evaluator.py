@@ -1,5 +1,6 @@
 """Which completions are scored, in which micro-batches, and which way."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 from grpo_trl.errors import RunStopped
-from grpo_trl.logprobs.evaluator import LogprobEvaluator
+from grpo_trl.logprobs.evaluator import RETRY_STEPS, LogprobEvaluator
 from grpo_trl.logprobs.head import enable_logprobs
 from grpo_trl.logprobs.packing import Packer
 from grpo_trl.types import Completion, Ranks
@@ -97,6 +98,73 @@ def test_a_model_that_disagrees_is_padded_with_one_line(caplog, monkeypatch):
 def test_a_reason_of_one_rank_is_a_reason_for_all():
     evaluator, _ = make_evaluator(ranks=Ranks(0, 2, lambda values: [*values, "the other rank differs"]))
     assert not evaluator.packer.shared_prefix
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("made up"), FloatingPointError("made up")])
+def test_an_error_of_one_rank_in_the_comparison_is_an_error_on_all(error, monkeypatch):
+    told: list = []
+    heard: list = []
+
+    def fail(*args):
+        raise error
+
+    failing, model = make_evaluator(ranks=Ranks(0, 2, lambda values: told.extend(values) or values))
+    other, _ = make_evaluator(ranks=Ranks(1, 2, lambda values: [*values, *heard]))
+    told.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("grpo_trl.logprobs.evaluator.packed_mismatch", fail)
+        with pytest.raises(type(error)):
+            failing.compare(model, GROUP)
+    assert len(told) == 1
+    heard += told
+    with pytest.raises(RuntimeError, match=r"Another rank failed .*made up"):
+        other.compare(model, GROUP)
+
+
+def test_a_difference_is_judged_again_against_the_noise_before_packing_is_given_up(monkeypatch):
+    evaluator, model = make_evaluator()
+    seen = []
+
+    def mismatch(*args):
+        seen.append(args[-1])
+        return None if args[-1] else "it differs"
+
+    monkeypatch.setattr("grpo_trl.logprobs.evaluator.packed_mismatch", mismatch)
+    evaluator.compare(model, GROUP)
+    assert seen == [False, True]
+    assert evaluator.packer.shared_prefix
+
+
+def run_out_above(evaluator, limit):
+    """A step that fits in micro-batches of at most `limit` tokens; returns the largest one."""
+
+    def work(micro_batches):
+        largest = max(micro_batch.input_ids_RS.numel() for micro_batch in micro_batches)
+        if largest > limit:
+            raise torch.OutOfMemoryError("made up")
+        return largest
+
+    return evaluator.in_micro_batches(GROUP * 4, 8, work, undo=lambda: None)
+
+
+def test_a_limit_after_memory_ran_out_is_raised_again_and_each_failure_doubles_the_wait():
+    evaluator, _ = make_evaluator(batch_size=8)
+    whole = evaluator.packer.largest(GROUP * 4)
+    sizes = [run_out_above(evaluator, whole - 1) for _ in range(RETRY_STEPS + 3)]
+    assert max(sizes) < whole
+    assert evaluator.state_dict()["patience"] == 2 * RETRY_STEPS
+    sizes = [run_out_above(evaluator, whole) for _ in range(2 * RETRY_STEPS + 1)]
+    assert sizes[-1] == whole
+    assert evaluator.packer.max_tokens is None
+
+
+@pytest.mark.parametrize("option, expected", [(64, 32), (200, 200), (None, None)])
+def test_a_resumed_run_keeps_the_limit_unless_the_option_has_changed(option, expected):
+    evaluator, _ = make_evaluator(max_tokens=64)
+    evaluator.packer = dataclasses.replace(evaluator.packer, max_tokens=32)
+    resumed, _ = make_evaluator(max_tokens=option)
+    resumed.load_state_dict(evaluator.state_dict())
+    assert resumed.packer.max_tokens == expected
 
 
 def test_the_comparison_is_made_once():
@@ -214,5 +282,5 @@ def test_memory_that_runs_out_in_the_comparison_stops_a_run_with_the_remedy(tmp_
             raise torch.OutOfMemoryError("made up")
 
     model.register_forward_pre_hook(hook, with_kwargs=True)
-    with pytest.raises(RunStopped, match=r"two completions \(made up\)\. Lower max_completion_length"):
+    with pytest.raises(RunStopped, match=r"a few completions \(made up\)\. Lower max_completion_length"):
         train(model, ["ab=", "cde12="], output_dir=str(tmp_path))

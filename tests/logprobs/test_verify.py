@@ -1,17 +1,22 @@
 from dataclasses import replace
 from types import MethodType
+from unittest import mock
 
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from grpo_trl.attention.compatibility import ignored_window, incompatibility
 from grpo_trl.logprobs.compute import compute_completion_logprobs, compute_logprobs
 from grpo_trl.logprobs.head import enable_logprobs
 from grpo_trl.logprobs.packing import Packer
-from grpo_trl.logprobs.verify import packed_mismatch
+from grpo_trl.logprobs.verify import COARSE_TOLERANCE, TOLERANCE, packed_mismatch, tolerance
+from grpo_trl.types import Completion
 from tests.helpers.families import FAMILIES, SIZES, WINDOWED, make_completions, make_family
+from tests.helpers.models import make_model
 
 
 PACKER = Packer(batch_size=9, max_tokens=None, pad_token_id=0)
@@ -335,3 +340,36 @@ def test_the_comparison_asks_no_other_rank():
 
 def test_completions_of_no_token_are_nothing_to_compare():
     assert compare(make_family("qwen2"), [(4, [0, 0])]) is None
+
+
+# ---- Tolerances ----
+@settings(max_examples=30, deadline=None)
+@given(difference=st.floats(0, 0.01), noise=st.floats(0, 0.01), thorough=st.booleans())
+def test_a_difference_is_allowed_up_to_the_tolerance_or_four_times_the_models_own_noise(difference, noise, thorough):
+    def shifted(model, completions, packer, temperature):
+        """Packed logprobs differ by `difference`, and those of one padded row from several by `noise`."""
+        shift = difference if packer.shared_prefix else noise if packer.batch_size == 1 else 0.0
+        return [torch.full((len(c.ids),), shift, dtype=torch.float64) for c in completions]
+
+    model = make_model()
+    enable_logprobs(model)
+    sample = [Completion([5, 6], [7, 8], [True] * 2), Completion([5, 6], [9], [True])]
+    with mock.patch("grpo_trl.logprobs.verify.compute_completion_logprobs", shifted):
+        reason = packed_mismatch(model, sample, Packer(2, None, 0), 1.0, False, thorough)
+    assert (reason is None) == (difference <= max(TOLERANCE, 4 * noise if thorough else 0))
+    if reason is not None:
+        assert f"differ from padded ones by {difference:.2g} nats on average over 3 tokens" in reason
+        assert (f"differs from itself by {noise:.2g}" in reason) == thorough
+
+
+@pytest.mark.parametrize("coarse", ["first", "last", "quantized", None])
+def test_one_coarse_weight_or_a_quantized_base_makes_the_tolerance_coarse(coarse):
+    """As prepare_model_for_kbit_training leaves a model: its first parameter is float32, its products are not."""
+    model = make_model()
+    parameters = list(model.parameters())
+    if coarse == "quantized":
+        model.is_quantized = True
+    elif coarse:
+        parameter = parameters[0 if coarse == "first" else -1]
+        parameter.data = parameter.data.bfloat16()
+    assert tolerance(model, mixed_precision=False) == (TOLERANCE if coarse is None else COARSE_TOLERANCE)

@@ -19,6 +19,9 @@ logger = get_logger(__name__)
 
 Result = TypeVar("Result")
 
+RETRY_STEPS = 100
+"""Optimizer steps in smaller micro-batches before the size that memory ran out under is tried again."""
+
 
 class DoesNotFit(torch.OutOfMemoryError):
     """A micro-batch that cannot be made smaller does not fit into memory; the message says what would help."""
@@ -65,26 +68,50 @@ class LogprobEvaluator:
         self._ranks = ranks
         self._recovers = recovers
         self._compared = False
+        self._option = packer.max_tokens
+        """What the option says, before memory has run out."""
+        self._larger: list[int | None] = []
+        """The limits that memory ran out under, largest first."""
+        self._steps, self._patience = 0, RETRY_STEPS
+        """Optimizer steps since the limit was last changed; as many are waited for before a larger one is tried."""
         if self.packer.shared_prefix:
-            self._pad_if(incompatibility(model))
+            reasons = ranks.gather([incompatibility(model)])
+            self._pad_for(next(filter(None, reasons), None))
 
     def compare(self, model: nn.Module, completions: Sequence[Completion]) -> None:
         """At the first call, pad from now on if packed log-probabilities of some `completions` are not the padded ones.
 
+        Where they differ on some rank, all ranks compare once more, more of them and against the model's own noise.
+
         Raises:
             ValueError: They are not, and `shared_prefix=True`.
             DoesNotFit: Memory runs out.
+            RuntimeError: Another rank has met an error.
         """
         if self.packer.shared_prefix and not self._compared:
-            try:
-                reason = packed_mismatch(model, completions, self.packer, self.temperature, self._mixed_precision)
-            except torch.OutOfMemoryError as error:
-                raise DoesNotFit(
-                    f"Memory ran out in a forward of two completions ({str(error).splitlines()[0]}). Lower "
-                    "max_completion_length or the length of prompts, or use ZeRO-3 or LoRA."
-                ) from error
-            self._pad_if(reason)
+            reason = self._mismatch(model, completions, thorough=False)
+            if reason is not None:
+                self._pad_for(self._mismatch(model, completions, thorough=True))
         self._compared = True
+
+    def _mismatch(self, model: nn.Module, completions: Sequence[Completion], thorough: bool) -> str | None:
+        """Compare on every rank; return some rank's reason to pad. Each rank gathers, whatever happens on one of them."""
+        reason, error = None, None
+        try:
+            reason = packed_mismatch(model, completions, self.packer, self.temperature, self._mixed_precision, thorough)
+        except Exception as met:
+            error = met
+        reports = self._ranks.gather([(reason, None if error is None else repr(error))])
+        if isinstance(error, torch.OutOfMemoryError):
+            raise DoesNotFit(
+                f"Memory ran out in a forward of a few completions ({str(error).splitlines()[0]}). Lower "
+                "max_completion_length or the length of prompts, or use ZeRO-3 or LoRA."
+            ) from error
+        if error is not None:
+            raise error
+        if failures := [text for _, text in reports if text is not None]:
+            raise RuntimeError(f"Another rank failed when it compared packed and padded logprobs: {failures[0]}")
+        return next((reason for reason, _ in reports if reason is not None), None)
 
     def with_gradient(self, completions: Sequence[Completion]) -> list[Completion]:
         """Those that have a gradient."""
@@ -129,7 +156,15 @@ class LogprobEvaluator:
             DoesNotFit: Memory runs out, and micro-batches cannot be smaller.
         """
         trained = self.with_gradient(completions)
+        self._try_larger()
         return self._in_memory(trained, lambda: work(self.packer.micro_batches(trained, divisor)), undo)
+
+    def _try_larger(self) -> None:
+        """Return to the limit that memory ran out under when enough steps have fit; each failure doubles the wait."""
+        self._steps += 1
+        if self._larger and self._steps > self._patience:
+            self.packer = replace(self.packer, max_tokens=self._larger.pop())
+            self._steps, self._patience = 0, 2 * self._patience
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run must know to make the same micro-batches."""
@@ -137,13 +172,19 @@ class LogprobEvaluator:
             "compared": self._compared,
             "shared_prefix": self.packer.shared_prefix,
             "max_tokens": self.packer.max_tokens,
+            "option": self._option,
+            "larger": self._larger,
+            "steps": self._steps,
+            "patience": self._patience,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._compared = state["compared"]
         shared_prefix = self.packer.shared_prefix and state["shared_prefix"]
-        limits = [limit for limit in (self.packer.max_tokens, state["max_tokens"]) if limit is not None]
-        self.packer = replace(self.packer, shared_prefix=shared_prefix, max_tokens=min(limits, default=None))
+        self.packer = replace(self.packer, shared_prefix=shared_prefix)
+        if state["option"] == self._option:  # else memory ran out under another option
+            self.packer = replace(self.packer, max_tokens=state["max_tokens"])
+            self._larger, self._steps, self._patience = list(state["larger"]), state["steps"], state["patience"]
 
     def _in_memory(
         self, completions: Sequence[Completion], work: Callable[[], Result], undo: Callable[[], None] = lambda: None
@@ -179,24 +220,25 @@ class LogprobEvaluator:
                 "max_completion_length or the length of prompts, set gradient_checkpointing=True, or use ZeRO or LoRA."
             )
         logger.warning(
-            "Memory ran out in a micro-batch of %d tokens; the optimizer step, and all further ones, are made in "
-            "micro-batches of %d "
-            "tokens at most, with the same gradient. max_tokens_per_micro_batch=%d says so in advance. (%s)",
+            "Memory ran out in a micro-batch of %d tokens; the optimizer step, and the next %d, are made in micro-batches "
+            "of %d tokens at most, with the same gradient. max_tokens_per_micro_batch=%d says so in advance. (%s)",
             size,
+            self._patience,
             size // 2,
             size // 2,
             message,
             extra=EVERY_RANK,
         )
+        self._larger.append(self.packer.max_tokens)
+        self._steps = 0
         self.packer = smaller
 
     def has_gradient(self, completion: Completion) -> bool:
         """Whether it has a gradient."""
         return any(completion.mask) and (completion.has_signal or self._needs_all)
 
-    def _pad_if(self, reason: str | None) -> None:
-        """Pad from now on if some rank has a reason to."""
-        reason = next(filter(None, self._ranks.gather([reason])), None)
+    def _pad_for(self, reason: str | None) -> None:
+        """Pad from now on if there is a reason to, the same on all ranks."""
         if reason is None:
             return
         if self._required:
