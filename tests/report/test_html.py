@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from grpo_trl.report import RunLog, write_report
-from grpo_trl.report.html import MOST_COMPLETIONS
+from grpo_trl.report import Run, RunLog, write_report
+from grpo_trl.report.html import MOST_COMPLETIONS, planned_and_measured
 
 from .browser import chromium, complaints, opened, requests
 
@@ -160,3 +160,17 @@ def test_a_line_of_a_megabyte_is_cut(tmp_path):
     page = write_report([run], tmp_path / "report.html").read_text()
     assert "(1,000,002 characters)" in page
     assert "y" * 20_001 not in page
+
+
+@pytest.mark.parametrize("accelerators, measured", [([{"name": "H100", "memory_gib": 80}], 3.5), ([], None)])
+def test_memory_is_compared_with_the_plan_where_a_gpu_counts_it(tmp_path, accelerators, measured):
+    log = RunLog(tmp_path)
+    summary = {"peak memory (GiB)": 3.0, "seconds per optimizer step": 2.0}
+    environment = {"hardware": {"accelerators": accelerators}}
+    log.start(0, 3, {"environment.json": environment, "plan.json": {"summary": summary}})
+    for step, seconds in ((1, 9.0), (2, 2.5), (3, 2.4)):
+        log.entry(step, {"memory/peak_gib": 3.5, "step_time": seconds})
+    assert planned_and_measured(Run.read(tmp_path)) == [
+        ("peak memory (GiB)", 3.0, measured),
+        ("seconds per optimizer step", 2.0, 2.5),
+    ]
