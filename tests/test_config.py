@@ -82,6 +82,7 @@ def test_bf16_is_chosen_where_the_gpu_has_it(monkeypatch, options, on_gpu, gpu):
     monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)  # asks the real GPU
     monkeypatch.setattr(GRPOConfig, "deepspeed_plugin", None, raising=False)
     monkeypatch.setattr(GRPOConfig, "world_size", 1)
+    monkeypatch.setattr(GRPOConfig, "device", torch.device("cuda"))
     assert GRPOConfig(output_dir="unused", **options).bf16 == (on_gpu and gpu)
 
 
@@ -343,6 +344,12 @@ def test_auto_find_batch_size_is_refused():
     message = refusal(auto_find_batch_size=True)
     assert "auto_find_batch_size=True" in message
     assert "set it to False and lower per_device_train_batch_size" in message
+
+
+def test_half_precision_that_a_cpu_does_not_compute_is_refused():
+    message = refusal(fp16=True)
+    assert "fp16=True cannot work on a CPU" in message
+    assert make_config(fp16=False).fp16 is make_config(bf16=True).fp16 is False
 
 
 def test_a_sync_without_a_reference_is_refused():

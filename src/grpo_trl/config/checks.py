@@ -59,6 +59,10 @@ def _check_combinations(args: Any) -> None:
             "auto_find_batch_size=True would split groups when it shrinks the batch; set it to False and lower "
             "per_device_train_batch_size."
         )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError(
+            "fp16=True cannot work on a CPU; set fp16=False to train in float32, or bf16=True with use_cpu=True."
+        )
     if args.save_on_each_node and args.world_size > 1:
         raise ValueError(
             "save_on_each_node=True would split a checkpoint over machines, since each rank writes a part of it; set "
