@@ -87,6 +87,11 @@ def test_a_class_instead_of_an_instance_is_refused(tmp_path, name, value):
     assert f"{name} is the class {value.__name__}; pass an instance" in refusal(tmp_path, TypeError, **{name: value})
 
 
+def test_a_rollout_func_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match=r"rollout_func is a LoraConfig; pass a function"):
+        GRPOTrainer(make_model(), length, rollout_func=LoraConfig())
+
+
 def test_without_reward_functions_one_is_asked_for(tmp_path):
     assert "reward_funcs is empty; pass at least one" in refusal(tmp_path, reward_funcs=None)
 

@@ -49,12 +49,16 @@ def check_not_here(**arguments: Any) -> None:
             )
 
 
-def check_kinds(**arguments: Any) -> None:
-    """Refuse classes where instances are meant.
+def check_kinds(rollout_func: Any, **arguments: Any) -> None:
+    """Refuse classes where instances are meant, and a `rollout_func` that is no function.
 
     Raises:
-        TypeError: An argument is a class.
+        TypeError: An argument is of the wrong kind.
     """
+    if rollout_func is not None and not callable(rollout_func):
+        raise TypeError(
+            f"rollout_func is a {type(rollout_func).__name__}; pass a function rollout_func(prompts, trainer)."
+        )
     for name, value in arguments.items():
         if inspect.isclass(value):
             raise TypeError(f"{name} is the class {value.__name__}; pass an instance of it.")

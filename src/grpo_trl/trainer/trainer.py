@@ -131,7 +131,7 @@ class GRPOTrainer(RecordedTrainer):
     ):
         check_names(unknown, GRPOTrainer)
         check_not_here(tools=tools, environment_factory=environment_factory)
-        check_kinds(model=model, args=args, processing_class=processing_class, peft_config=peft_config)
+        check_kinds(rollout_func, model=model, args=args, processing_class=processing_class, peft_config=peft_config)
         args = config_of(args, model)
         choose_metric(args, callbacks, eval_dataset, compute_metrics is not None)
         check_ranks(args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
