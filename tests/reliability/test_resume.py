@@ -122,6 +122,10 @@ def end_of(trainer):
     }
 
 
+def checkpoints_in(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
 def assert_same(actual, expected):
     for name, value in expected["weights"].items():
         assert torch.equal(actual["weights"][name], value), name
@@ -275,7 +279,7 @@ def test_a_new_run_in_an_old_folder_keeps_its_own_and_is_the_one_that_is_resumed
     assert "another run" not in caplog.text
     new = run(tmp_path, max_steps=3, save_total_limit=2, learning_rate=0.02)
     assert re.search(r"holds checkpoints of another run \(checkpoint-3, checkpoint-4\)", caplog.text)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-2", "checkpoint-3", "checkpoint-3.earlier", "checkpoint-4"]
+    assert checkpoints_in(tmp_path) == ["checkpoint-2", "checkpoint-3", "checkpoint-3.earlier", "checkpoint-4"]
     resumed = run(tmp_path, True, max_steps=3, save_total_limit=2, learning_rate=0.02)
     assert all(torch.equal(value, weights(resumed.model)[name]) for name, value in weights(new.model).items())
 
@@ -362,7 +366,7 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
     )
     trainer.evaluate = lambda *args, **kwargs: {"eval_loss_of_mine": abs(trainer.state.global_step - 3)}
     trainer.train()
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", f"checkpoint-{STEPS}"]
+    assert checkpoints_in(tmp_path) == ["checkpoint-3", f"checkpoint-{STEPS}"]
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-3")
     saved = json.loads((tmp_path / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())
     assert saved["best_model_checkpoint"] == str(tmp_path / "checkpoint-3")
