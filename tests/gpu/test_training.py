@@ -1,5 +1,6 @@
 """Whole runs on a GPU."""
 
+import json
 import math
 import re
 import subprocess
@@ -42,11 +43,34 @@ def test_an_adapter_is_trained(tmp_path):
     train(tmp_path, make_model(), peft_config=adapter, bf16=True)
 
 
-def test_the_quickstart_learns(tmp_path):
-    command = [sys.executable, ROOT / "examples" / "quickstart.py", "--output_dir", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+def run(*command, timeout=240):
+    """The lines that a process of its own prints."""
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    line = done.stdout.strip().splitlines()[-1]
+    return done.stdout.strip().splitlines()
+
+
+def test_a_run_is_repeated_and_resumed_bit_for_bit(tmp_path):
+    found = json.loads(run("-m", "tests.gpu.runs", "determinism", tmp_path)[-1])
+    assert found == {"repeated": True, "resumed": True, "handed over": None}
+
+
+@pytest.mark.parametrize("name, wrapper", [("ddp", "DistributedDataParallel"), ("zero3", "DeepSpeedEngine")])
+def test_a_launched_run_trains(name, wrapper, tmp_path):
+    if name == "zero3":
+        pytest.importorskip("deepspeed")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m", "tests.gpu.runs"]
+    found = json.loads(run(*launch, name, tmp_path)[-1])
+    assert found["wrapped"] == wrapper
+    assert found["handed over"] is None
+    assert all(map(math.isfinite, found["losses"]))
+    assert found["difference"] < 0.05
+
+
+def test_the_quickstart_learns(tmp_path):
+    line = run("examples/quickstart.py", "--output_dir", tmp_path)[-1]
     print(line)
     before, after = map(float, re.findall(r"([\d.]+)%", line))
     assert after - before >= 30
