@@ -241,7 +241,7 @@ def update_of(model, args, checkpointing: bool, slice_size: int) -> dict:
     from grpo_trl.logprobs.compute import compute_logprobs
     from grpo_trl.logprobs.packing import Packer
 
-    head.SLICE = slice_size
+    head.slice_tokens = lambda *_: slice_size
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
@@ -259,7 +259,8 @@ def update_of(model, args, checkpointing: bool, slice_size: int) -> dict:
     peak = memory.stop()
     ms, tokens = milliseconds(step, times=4), micro_batch.input_ids_RS.shape[1]
     precision = "bf16" if next(model.parameters()).dtype == torch.bfloat16 else "autocast"
-    planned = plan.activations(plan.Shape.of(model.config), tokens, precision, checkpointing)
+    card = torch.cuda.get_device_properties(0).total_memory if device() == "cuda" and slice_size > 256 else None
+    planned = plan.activations(plan.Shape.of(model.config), tokens, precision, checkpointing, card)
     model.zero_grad(set_to_none=False)
     return {
         "tokens": tokens,

@@ -352,6 +352,12 @@ def test_half_precision_that_a_cpu_does_not_compute_is_refused():
     assert make_config(fp16=False).fp16 is make_config(bf16=True).fp16 is False
 
 
+def test_buffers_that_make_ranks_wait_are_refused():
+    message = refusal(ddp_broadcast_buffers=True)
+    assert "ddp_broadcast_buffers=True" in message
+    assert "set it to False" in message
+
+
 def test_a_sync_without_a_reference_is_refused():
     message = refusal(sync_ref_model=True)
     assert "sync_ref_model=True" in message

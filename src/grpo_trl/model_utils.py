@@ -9,13 +9,15 @@ from transformers import PreTrainedModel
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
-    """The language model under wrappers (DDP, DeepSpeed) and adapters.
+    """The language model under wrappers (DDP, DeepSpeed, torch.compile) and adapters.
 
     Raises:
         TypeError: There is none.
     """
     while not isinstance(model, PreTrainedModel):
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile, which passes other attributes through
+        if inner is None:
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
             raise TypeError(f"{type(model).__name__} holds no transformers.PreTrainedModel.")
         model = inner

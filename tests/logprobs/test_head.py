@@ -78,7 +78,7 @@ def assert_same(actual, expected):
 @pytest.mark.parametrize("slice_length", [1, 3, 10, 256])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_slices_give_what_all_logits_at_once_give(name, changes, slice_length, temperature, monkeypatch):
-    monkeypatch.setattr(head, "SLICE", slice_length)
+    monkeypatch.setattr(head, "slice_tokens", lambda *_: slice_length)
     model = make_family(name, **changes)
     plain = plain_copy(model)
     enable_logprobs(model)
@@ -97,7 +97,7 @@ def test_what_follows_the_head_is_the_models_own(changes):
 
 @pytest.mark.parametrize("slice_length", [3, 256])
 def test_a_head_that_an_adapter_trains_as_a_whole_gets_its_gradient(slice_length, monkeypatch):
-    monkeypatch.setattr(head, "SLICE", slice_length)
+    monkeypatch.setattr(head, "slice_tokens", lambda *_: slice_length)
     model = make_family("qwen2")
     enable_logprobs(model)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
@@ -111,7 +111,7 @@ def test_a_head_that_an_adapter_trains_as_a_whole_gets_its_gradient(slice_length
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("slice_length", [3, 256])
 def test_adapters_on_the_head_get_their_gradient(tied, slice_length, monkeypatch):
-    monkeypatch.setattr(head, "SLICE", slice_length)
+    monkeypatch.setattr(head, "slice_tokens", lambda *_: slice_length)
     model = make_family("qwen2", tie_word_embeddings=tied)
     enable_logprobs(model)
     config = LoraConfig(r=2, target_modules=["lm_head", "q_proj", "up_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -128,7 +128,7 @@ def test_adapters_on_the_head_get_their_gradient(tied, slice_length, monkeypatch
 
 def test_dropout_in_an_adapter_of_the_head_is_drawn_once(monkeypatch):
     """What is recomputed in the backward pass drops the same; else the gradient would be that of another loss."""
-    monkeypatch.setattr(head, "SLICE", 4)
+    monkeypatch.setattr(head, "slice_tokens", lambda *_: 4)
     model = make_family("qwen2").double()
     enable_logprobs(model)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["lm_head"], lora_dropout=0.5)).train().double()
@@ -156,7 +156,7 @@ def test_dropout_in_an_adapter_of_the_head_is_drawn_once(monkeypatch):
 
 @pytest.mark.parametrize("slice_length", [3, 256])
 def test_a_token_that_cannot_come_leaves_entropy_and_gradient_finite(slice_length, monkeypatch):
-    monkeypatch.setattr(head, "SLICE", slice_length)
+    monkeypatch.setattr(head, "slice_tokens", lambda *_: slice_length)
     model = make_family("qwen2")
     enable_logprobs(model)
     plain = model.lm_head.forward
@@ -215,7 +215,7 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("shared_prefix", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_logits_of_one_slice_are_all_that_is_ever_held(name, shared_prefix, checkpointing, monkeypatch):
-    monkeypatch.setattr(head, "SLICE", 4)
+    monkeypatch.setattr(head, "slice_tokens", lambda *_: 4)
     vocabulary = 400
     model = make_family(name, vocab_size=vocabulary, num_hidden_layers=2).train()
     enable_logprobs(model)
@@ -234,7 +234,7 @@ def test_the_logits_of_one_slice_are_all_that_is_ever_held(name, shared_prefix, 
 
 
 def test_no_more_than_a_slice_is_held_without_gradient_either(monkeypatch):
-    monkeypatch.setattr(head, "SLICE", 4)
+    monkeypatch.setattr(head, "slice_tokens", lambda *_: 4)
     model = make_family("qwen2", vocab_size=400)
     enable_logprobs(model)
     micro_batch = Packer(9, None, 0).micro_batch(make_completions([(5, [8, 9, 7])]), 3)
@@ -245,7 +245,7 @@ def test_no_more_than_a_slice_is_held_without_gradient_either(monkeypatch):
 
 def test_the_backward_pass_keeps_no_logits_of_several_slices(monkeypatch):
     """A slice at a time would be worth little if all slices stayed for the backward pass."""
-    monkeypatch.setattr(head, "SLICE", 4)
+    monkeypatch.setattr(head, "slice_tokens", lambda *_: 4)
     model = make_family("gemma2", vocab_size=400)
     enable_logprobs(model)
     kept = []
@@ -259,6 +259,53 @@ def test_the_backward_pass_keeps_no_logits_of_several_slices(monkeypatch):
         compute_logprobs(model, micro_batch, 0.7)
     assert kept
     assert not [shape for shape in kept if shape and shape[-1] == 400]
+
+
+def evaluate_in_bfloat16(model, hidden_MD, targets_M):
+    """Log-probabilities, entropies and the gradient of the head's weight, from hidden states of the last layer."""
+    model.zero_grad()
+    handle = model.model.register_forward_hook(lambda module, args, output: replaced(output, hidden_MD))
+    request = LogprobRequest(torch.arange(len(targets_M)), targets_M, 1.0, len(targets_M))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logps_M, entropy_M = model(input_ids=targets_M[None], use_cache=False, logprob_request=request)
+    handle.remove()
+    (logps_M * torch.linspace(-1, 1, len(targets_M))).sum().backward()
+    return logps_M.detach(), entropy_M, model.lm_head.weight.grad.clone()
+
+
+def replaced(output, hidden_MD):
+    output.last_hidden_state = hidden_MD[None]
+    return output
+
+
+def test_the_number_of_slices_adds_no_rounding_to_the_gradient_of_the_head(monkeypatch):
+    model = make_family("qwen2", tie_word_embeddings=False)
+    enable_logprobs(model)
+    generator = torch.Generator().manual_seed(0)
+    hidden_MD = (torch.randn(512, 16, generator=generator) + 1).bfloat16()
+    targets_M = torch.randint(0, 48, (512,), generator=generator)
+
+    def error(slice_length):
+        monkeypatch.setattr(head, "slice_tokens", lambda *_: slice_length)
+        gradient = evaluate_in_bfloat16(model, hidden_MD, targets_M)[2]
+        return (gradient.double() - exact).norm() / exact.norm()
+
+    with torch.no_grad():
+        logits_MV = model.lm_head(hidden_MD.float()).double()
+    probs_MV = logits_MV.softmax(-1)
+    slopes_MV = torch.nn.functional.one_hot(targets_M, 48) - probs_MV
+    exact = (slopes_MV * torch.linspace(-1, 1, 512)[:, None]).T @ hidden_MD.double()
+    assert error(4) < 1.2 * error(512) < 0.02
+
+
+def test_entropy_is_that_of_float32_under_autocast():
+    model = make_family("qwen2", tie_word_embeddings=False)
+    enable_logprobs(model)
+    hidden_MD = torch.randn(6, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    entropy_M = evaluate_in_bfloat16(model, hidden_MD, TARGETS[:6])[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        logits_MV = model.lm_head(hidden_MD).float()
+    torch.testing.assert_close(entropy_M, torch.distributions.Categorical(logits=logits_MV).entropy())
 
 
 SMALL = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -413,6 +460,7 @@ def test_the_language_model_is_found_under_wrappers():
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
     assert causal_lm(adapted) is model
     assert causal_lm(torch.nn.DataParallel(adapted)) is model
+    assert causal_lm(torch.compile(adapted)) is model
 
 
 def test_all_completions_of_a_piece_get_their_scores_whatever_the_slice(monkeypatch):
@@ -421,7 +469,7 @@ def test_all_completions_of_a_piece_get_their_scores_whatever_the_slice(monkeypa
     micro_batch = Packer(99, None, 0).micro_batch(make_completions(RAGGED, masked=0.3), 25)
     with torch.no_grad():
         expected = compute_logprobs(model, micro_batch, 0.8)
-        monkeypatch.setattr(head, "SLICE", 7)
+        monkeypatch.setattr(head, "slice_tokens", lambda *_: 7)
         actual = compute_logprobs(model, micro_batch, 0.8)
     torch.testing.assert_close(actual.logps_BT, expected.logps_BT, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(actual.entropy_BT, expected.entropy_BT, rtol=1e-5, atol=1e-5)

@@ -1,6 +1,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from grpo_trl.attention.layout import Layout
 from grpo_trl.logprobs.packing import Packer, group_by_prompt
 from grpo_trl.types import Completion
+from tests.helpers.families import make_completions
 
 
 PACKED = pytest.mark.parametrize("shared_prefix", [True, False], ids=["packed", "padded"])
@@ -504,3 +506,23 @@ def test_all_tensors_of_a_piece_are_on_its_device(shared_prefix):
         tensors = {name: value for name, value in vars(micro_batch).items() if name.rpartition("_")[2].isupper()}
         assert set(tensors) == set(vars(micro_batch)) - {"layout", "divisor"}
         assert {t.device.type for t in tensors.values() if t is not None} == {"meta"}
+
+
+class Counted(list):
+    """Token ids that count how often they are read."""
+
+    reads = 0
+
+    def __iter__(self):
+        Counted.reads += 1
+        return super().__iter__()
+
+
+@pytest.mark.parametrize("max_tokens", [None, 32])
+def test_a_cut_reads_each_prompt_once(max_tokens, monkeypatch):
+    """Prompts are long, and there are many cuts to choose from."""
+    completions = make_completions([(9, [5] * 8), (7, [8, 3] * 4), (5, [2] * 8)])
+    completions = [replace(c, prompt_ids=Counted(c.prompt_ids)) for c in completions]
+    monkeypatch.setattr(Counted, "reads", 0)
+    assert len(Packer(1, max_tokens, 0).cut(completions)) >= 5
+    assert Counted.reads == len(completions)

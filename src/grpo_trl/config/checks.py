@@ -68,6 +68,11 @@ def _check_combinations(args: Any) -> None:
             "save_on_each_node=True would split a checkpoint over machines, since each rank writes a part of it; set "
             "it to False, and put output_dir on a file system that all machines share."
         )
+    if args.ddp_broadcast_buffers:
+        raise ValueError(
+            "ddp_broadcast_buffers=True would make ranks wait for each other in each forward, of which they make different "
+            "numbers; set it to False. The buffers of language models are the same on all ranks."
+        )
     if args.reward_timeout is not None and not args.reward_workers:
         raise ValueError(
             f"reward_timeout={args.reward_timeout} needs reward_workers=1 or more: a call in the training process "

@@ -4,7 +4,8 @@ A language model's forward is a backbone and what follows it: the head, and in s
 logits. `enable_logprobs` adds a keyword to it, `logprob_request`: with it, forward returns log-probabilities and
 entropy of the positions asked for, and what follows the backbone is the model's own forward, run over a slice of the
 backbone's output at a time. So the logits of one slice are all that is ever held, forward or backward, and the work
-lies inside forward, where ZeRO gathers weights and DDP and autocast wrap.
+lies inside forward, where ZeRO gathers weights and DDP and autocast wrap. The gradient of the head's weight is summed
+over slices in float32, so that it does not depend on their number.
 
 Axes: R rows, S tokens of a row, N = R*S, D hidden size, M positions asked for, K positions of a slice, V vocabulary, E
 experts.
@@ -20,15 +21,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import nll_loss
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..model_utils import causal_lm
-
-
-SLICE = 256
-"""Positions whose logits are held at a time: enough to keep the matrix products as fast as large ones."""
+from ..plan.activations import slice_tokens
+from .head_weight import SummedInFloat32
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,15 @@ def _compute(lm: Any, request: LogprobRequest, *args: Any, **kwargs: Any) -> tup
     head = lm.get_output_embeddings()
     head_forward = head.forward
 
-    def slice_logprobs(hidden_KD: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
-        return _token_logprobs(_logits(lm, head_forward, output, hidden_KD), targets_K, request)
-
     def logprobs_by_slice(hidden_MD: Tensor) -> tuple[Tensor, Tensor]:
-        size = max(1, len(hidden_MD)) if _gathers_inside(head) else SLICE
-        slices = list(zip(hidden_MD.split(size), request.targets_M.split(size), strict=True))
+        slices = _slices(lm, head, hidden_MD, request.targets_M)
+        product: Callable[[Tensor], Tensor] = head_forward
+        if len(slices) > 1 and _is_plain(head, head_forward) and not isinstance(lm, FSDPModule):
+            product = SummedInFloat32(head)
+
+        def slice_logprobs(hidden_KD: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
+            return _token_logprobs(_logits(lm, product, output, hidden_KD), targets_K, request)
+
         run = functools.partial(checkpoint, slice_logprobs, use_reentrant=False) if len(slices) > 1 else slice_logprobs
         logps, entropies = zip(*(run(*one) for one in slices), strict=True)
         return torch.cat(logps), torch.cat(entropies)
@@ -116,6 +119,21 @@ def _router_load(lm: Any, router_logits: tuple[Tensor, ...], weights_N: Tensor) 
     return torch.stack(loads).sum(0)
 
 
+def _slices(lm: Any, head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> list[tuple[Tensor, Tensor]]:
+    size = max(1, len(hidden_MD))
+    if not _gathers_inside(head):
+        on_gpu = hidden_MD.is_cuda
+        memory = torch.cuda.get_device_properties(hidden_MD.device).total_memory if on_gpu else None
+        size = slice_tokens(lm.config.get_text_config().vocab_size, memory)
+    return list(zip(hidden_MD.split(size), targets_M.split(size), strict=True))
+
+
+def _is_plain(head: Any, head_forward: Any) -> bool:
+    """Whether the head is a linear layer that is trained, and whose weight is in this rank's memory all the time."""
+    linear = getattr(head_forward, "__func__", None) is nn.Linear.forward
+    return linear and head.weight.requires_grad and torch.is_grad_enabled() and not hasattr(head.weight, "ds_id")
+
+
 def _gathers_inside(head: nn.Module) -> bool:
     """Whether ZeRO-3 gathers weights at each call of a module inside the head, such as an adapter."""
     return any(True for _ in head.children()) and any(hasattr(parameter, "ds_id") for parameter in head.parameters())
@@ -127,7 +145,7 @@ def _token_logprobs(logits_KV: Tensor, targets_K: Tensor, request: LogprobReques
     # Last, where a recomputation in the backward pass stops short of it if it has no gradient
     with contextlib.nullcontext() if request.entropy_gradient else torch.no_grad():
         bounded_KV = log_probs_KV.clamp(min=torch.finfo(log_probs_KV.dtype).min)  # 0 * -inf would be NaN
-        entropy_K = -torch.linalg.vecdot(log_probs_KV.exp(), bounded_KV)
+        entropy_K = -(log_probs_KV.exp() * bounded_KV).sum(-1)
     return logps_K, entropy_K
 
 

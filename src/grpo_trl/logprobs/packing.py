@@ -181,45 +181,53 @@ def _tokens(completions: Sequence[Completion]) -> int:
 
 def _cut_packed(completions: Sequence[Completion], count: int, max_tokens: int | None) -> list[list[int]]:
     """Put whole groups into `count` micro-batches, or into as many as `max_tokens` needs; split them where necessary."""
-    groups = group_by_prompt(completions)
+    size = _Sizes(completions)
     if max_tokens is None:
-        return _balanced(_split_into(completions, groups, count), count, lambda i: _tokens_of(completions, i))
-    chunks = [chunk for group in groups for chunk in _fitting(completions, group, max_tokens)]
-
-    def size(indices: Sequence[int]) -> int:
-        return _tokens_of(completions, indices)
-
+        return _balanced(_split_into(size, count), count, size)
+    chunks = [chunk for group in size.groups for chunk in _fitting(size, group, max_tokens)]
     limit = max(max_tokens, *map(size, chunks))  # one completion may be too large by itself
     fewest = math.ceil(sum(map(size, chunks)) / limit)
     cuts = (_balanced(chunks, number, size) for number in range(fewest, len(chunks) + 1))
     return next(cut for cut in cuts if max(map(size, cut)) <= limit)
 
 
-def _split_into(completions: Sequence[Completion], groups: list[list[int]], count: int) -> list[list[int]]:
+class _Sizes:
+    """Tokens of completions given by their indices, packed into one micro-batch; each prompt is read once."""
+
+    def __init__(self, completions: Sequence[Completion]):
+        self.groups = group_by_prompt(completions)
+        self._group_of = {i: g for g, group in enumerate(self.groups) for i in group}
+        self._prompts = [len(completions[group[0]].prompt_ids) for group in self.groups]
+        self._own = [len(c.inputs) for c in completions]
+
+    def __call__(self, indices: Sequence[int]) -> int:
+        return self.own(indices) + sum(self._prompts[g] for g in {self._group_of[i] for i in indices})
+
+    def own(self, indices: Sequence[int]) -> int:
+        """Count the tokens of completions without their prompts."""
+        return sum(self._own[i] for i in indices)
+
+
+def _split_into(size: _Sizes, count: int) -> list[list[int]]:
     """Split the largest groups until there are at least `count` chunks."""
-    sizes = [_tokens_of(completions, group) for group in groups]
-    parts = [1] * len(groups)
-    for _ in range(count - len(groups)):
-        splittable = [g for g, group in enumerate(groups) if parts[g] < len(group)]
+    sizes, parts = list(map(size, size.groups)), [1] * len(size.groups)
+    for _ in range(count - len(parts)):
+        splittable = [g for g, group in enumerate(size.groups) if parts[g] < len(group)]
         parts[max(splittable, key=lambda g: sizes[g] / parts[g])] += 1
-    return [chunk for group, n in zip(groups, parts, strict=True) for chunk in _split(completions, group, n)]
+    return [chunk for group, n in zip(size.groups, parts, strict=True) for chunk in _split(size, group, n)]
 
 
-def _fitting(completions: Sequence[Completion], group: list[int], max_tokens: int) -> list[list[int]]:
+def _fitting(size: _Sizes, group: list[int], max_tokens: int) -> list[list[int]]:
     """Split a group into the fewest chunks of at most `max_tokens`; into single completions where none fit."""
     for parts in range(1, len(group) + 1):
-        chunks = _split(completions, group, parts)
-        if max(_tokens_of(completions, chunk) for chunk in chunks) <= max_tokens:
+        chunks = _split(size, group, parts)
+        if max(map(size, chunks)) <= max_tokens:
             return chunks
     return [[i] for i in group]
 
 
-def _split(completions: Sequence[Completion], group: list[int], parts: int) -> list[list[int]]:
-    return _balanced([[i] for i in group], parts, lambda indices: sum(len(completions[i].inputs) for i in indices))
-
-
-def _tokens_of(completions: Sequence[Completion], indices: Sequence[int]) -> int:
-    return _tokens([completions[i] for i in indices])
+def _split(size: _Sizes, group: list[int], parts: int) -> list[list[int]]:
+    return _balanced([[i] for i in group], parts, size.own)
 
 
 def _cut_padded(completions: Sequence[Completion], count: int, max_tokens: int | None) -> list[list[int]]:

@@ -8,6 +8,7 @@ from .activations import (
     key_value_bytes_per_token,
     largest_micro_batch,
     logits_bytes,
+    slice_tokens,
 )
 from .batch import BatchPlan
 from .cards import CARDS, Card, card_named
@@ -40,6 +41,7 @@ __all__ = [
     "peak",
     "phases",
     "setup_of",
+    "slice_tokens",
     "step_seconds",
     "traffic",
 ]

@@ -11,7 +11,11 @@ Precision = Literal["bf16", "autocast", "float32"]
 """bfloat16 weights (ZeRO); float32 weights under autocast to bfloat16 (DDP and one GPU); float32 throughout."""
 
 SLICE = 256
-"""Tokens whose logits exist at a time."""
+"""Tokens whose logits exist at a time, enough to keep the matrix products of a CPU as fast as large ones."""
+GPU_SLICE = 2048
+"""The same on a GPU with room for it, where a slice also reads and adds to all of the head's weight."""
+GPU_SLICE_SHARE = 0.1
+"""Share of a GPU's memory that these logits may take."""
 LOGIT_BYTES = 20
 """Of one logit and what is computed from it, forward and backward."""
 
@@ -88,21 +92,37 @@ def activation_bytes_per_token(shape: Shape, precision: Precision = "bf16", chec
     return kept + backward
 
 
-def logits_bytes(shape: Shape) -> int:
+def slice_tokens(vocabulary: int, gpu_bytes: float | None = None) -> int:
+    """Return how many tokens have logits at a time, on a GPU of so many bytes, or on a CPU."""
+    fits = gpu_bytes is not None and LOGIT_BYTES * GPU_SLICE * vocabulary <= GPU_SLICE_SHARE * gpu_bytes
+    return GPU_SLICE if fits else SLICE
+
+
+def logits_bytes(shape: Shape, gpu_bytes: float | None = None) -> int:
     """Count the bytes of the logits of one slice of tokens, with all that is computed from them."""
-    return LOGIT_BYTES * SLICE * shape.vocabulary
+    return LOGIT_BYTES * slice_tokens(shape.vocabulary, gpu_bytes) * shape.vocabulary
 
 
-def activations(shape: Shape, tokens: int, precision: Precision = "bf16", checkpointing: bool = True) -> int:
+def activations(
+    shape: Shape,
+    tokens: int,
+    precision: Precision = "bf16",
+    checkpointing: bool = True,
+    gpu_bytes: float | None = None,
+) -> int:
     """Count the bytes that a micro-batch of so many tokens holds at the peak of its backward pass."""
-    return tokens * activation_bytes_per_token(shape, precision, checkpointing) + logits_bytes(shape)
+    return tokens * activation_bytes_per_token(shape, precision, checkpointing) + logits_bytes(shape, gpu_bytes)
 
 
 def largest_micro_batch(
-    shape: Shape, free_bytes: float, precision: Precision = "bf16", checkpointing: bool = True
+    shape: Shape,
+    free_bytes: float,
+    precision: Precision = "bf16",
+    checkpointing: bool = True,
+    gpu_bytes: float | None = None,
 ) -> int:
     """Count the tokens of the largest micro-batch whose activations and logits fit into `free_bytes`; 0 if none does."""
-    room = free_bytes - logits_bytes(shape)
+    room = free_bytes - logits_bytes(shape, gpu_bytes)
     return max(0, int(room // activation_bytes_per_token(shape, precision, checkpointing)))
 
 

@@ -44,6 +44,8 @@ class Setup:
     """Whether a reference is evaluated."""
     sampler_share: float = 0.0
     """Share of the card that vLLM takes beside the trainer (`vllm_gpu_memory_utilization`)."""
+    gpu_bytes: float | None = None
+    """Of a rank's card, which decides how many tokens have logits at a time; None on a CPU."""
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -68,7 +70,7 @@ def phases(setup: Setup) -> Phases:
         "keys and values": float(cached * key_value_bytes_per_token(shape, setup.precision)),
         "logits": 3.0 * 4 * rows * shape.vocabulary,
     }
-    logits, tokens = float(logits_bytes(shape)), setup.micro_batch_tokens
+    logits, tokens = float(logits_bytes(shape, setup.gpu_bytes)), setup.micro_batch_tokens
     per_token = activation_bytes_per_token(shape, setup.precision, setup.checkpointing)
     one_layer = activation_bytes_per_token(replace(shape, layers=1), setup.precision, checkpointing=False)
     gathered = 2 * 2.0 * job.parameters / shape.layers if job.method == "FSDP2" else 0.0
@@ -111,10 +113,10 @@ def peak(setup: Setup) -> float:
 
 def largest_tokens(setup: Setup, gpu_bytes: float) -> int:
     """Count the tokens of the largest micro-batch whose update fits on a card; 0 if the rest does not."""
-    update = phases(setup)["update"]
+    update = phases(replace(setup, gpu_bytes=gpu_bytes))["update"]
     taken = sum(size for name, size in update.items() if name not in ("activations", "logits"))
     free = gpu_bytes * (1 - setup.sampler_share) - taken
-    return largest_micro_batch(setup.shape, free, setup.precision, setup.checkpointing)
+    return largest_micro_batch(setup.shape, free, setup.precision, setup.checkpointing, gpu_bytes)
 
 
 def step_seconds(setup: Setup, card: Card) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """The plan of a configuration and a model, whose weights need not be loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .activations import Precision, Shape
@@ -105,6 +105,9 @@ class RunPlan:
     """What the time of a step is estimated for."""
     gpu_bytes: float | None = None
     """What a rank's card holds."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "setup", replace(self.setup, gpu_bytes=self.gpu_bytes))
 
     def lines(self) -> list[str]:
         """Describe the run in about ten lines."""
