@@ -132,27 +132,26 @@ def profile(args) -> dict:
     write = systems.Group(model, args.rows)
     write.engine._records = args.system != "eager"
     prompts, lengths = prompts_of(args), [args.completion[1]] * args.rows
-    first, profiled = args.completion[1] // 2, 4
-    steps: list[float] = []
-    step, found = Scheduler._step, {}
+    middle, profiled = args.completion[1] // 2, 4
+    timed = min(16, middle - 1)
+    numbers, step, found, marks = iter(range(10**9)), Scheduler._step, {}, []
 
     def metered(self):
-        if len(steps) == first + 1 and not found:
-            steps.append(0.0)
+        number = next(numbers)
+        if number in (middle - timed, middle):
+            marks.append(now())
+        if number == middle:
             found.update(kernels_of(lambda: [step(self) for _ in range(profiled)], profiled))
-        start = now()
         step(self)
-        steps.append(now() - start)
 
     write(prompts[:2], 2, lengths[:4])  # the comparison with plain forwards
     with counted_recordings() as recordings, patch.object(Scheduler, "_step", metered):
         write(prompts, GROUP, lengths)
-    wall = statistics.median(steps[first - 8 : first]) if first > 8 else statistics.median(steps)
-    layers = model.config.num_hidden_layers
+    wall = (marks[1] - marks[0]) / timed
     return found | {
         "step_ms": wall * 1e3,
         "host_gap_ms": wall * 1e3 - found["gpu_ms"],
-        "kernels_per_layer": found["kernels"] / layers,
+        "kernels_per_layer": found["kernels"] / model.config.num_hidden_layers,
         "recordings": [round(x, 3) for x in recordings],
     }
 
