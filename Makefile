@@ -4,7 +4,7 @@ VENV ?= .venv
 DOCS = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29"
 BIN = $(VENV)/bin
 
-.PHONY: docs quickstart test coverage lint slow sandbox backends soak quickstarts
+.PHONY: docs quickstart test coverage lint slow sandbox backends gpu soak quickstarts
 
 quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
@@ -34,6 +34,9 @@ docs: ## the site of the documentation, in site/; warnings are errors
 	$(PYTHON) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+
+gpu: ## tests and tables that need a GPU, with this interpreter's torch and without network; see tests/gpu/run.py
+	$(PYTHON) tests/gpu/run.py
 
 soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour
 	$(BIN)/python -m tests.helpers.soak --kills 200
