@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,27 +45,26 @@ def _is_there(name: str) -> bool:
 
 
 def ran(command: list[str], environment: dict[str, str], seconds: float) -> str:
-    """Return what a command prints within `seconds`."""
+    """Return what a command prints within `seconds`; then it is ended, with all that it has started."""
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=seconds,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as error:
-        printed = error.stdout or b""
-        return printed.decode(errors="replace") + f"\nended after {seconds:.0f} s\n"
-    return done.stdout
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return process.communicate()[0] + f"\nended after {seconds:.0f} s\n"
 
 
 def tests(environment: dict[str, str], seconds: float, workers: int, log: Path) -> dict:
     """Run the tests of this folder; see `outcomes`."""
-    options = ["-v", "-n", str(workers), "-m", "gpu", "--tb", "short", "-rf", "-p", "no:cacheprovider"]
+    options = ["-v", "-n", str(workers), "-m", "gpu", "--tb", "short", "-rf", "--durations", "15", "-p", "no:cacheprovider"]
     printed = ran(["-m", "pytest", *options, "tests/gpu"], environment, seconds)
     log.write_text(printed)
     return outcomes(printed)
