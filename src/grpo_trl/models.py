@@ -189,6 +189,13 @@ def load_injected_adapter(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, own, adapter_name=model.active_adapters()[0])
 
 
+def train_in_float32(policy: nn.Module) -> None:
+    """Cast what is trained to float32, e.g. modules that an adapter copies from a base in half precision."""
+    for parameter in policy.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of `model` to 0, the rate that attention layers keep as a number included."""
     disable_dropout_in_model(model)

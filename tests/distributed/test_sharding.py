@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from grpo_trl.distributed.sharding import (
@@ -13,7 +15,9 @@ from grpo_trl.distributed.sharding import (
     check_sharding,
     check_whole,
     groups_of_bytes,
+    prepare_frozen,
 )
+from tests.helpers.models import make_model
 
 
 def parameter(numel, dtype=torch.bfloat16):
@@ -100,3 +104,24 @@ def test_a_reward_model_in_shards_is_refused():
     model.weight.ds_id = 0
     with pytest.raises(ValueError, match=r"The judge was loaded while ZeRO-3.*Pass its path"):
         check_whole(model, "The judge")
+
+
+@pytest.fixture
+def bf16():
+    AcceleratorState._reset_state(True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_frozen_model_takes_half_of_the_memory_and_computes_the_same(bf16, tied):
+    model = make_model(tie_word_embeddings=tied).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(ids).logits
+        frozen = prepare_frozen(make_model(tie_word_embeddings=tied).eval(), bf16)
+        assert torch.equal(frozen(ids).logits, expected.float())
+    assert frozen.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    assert frozen.model.embed_tokens.weight.dtype == torch.float32
+    moving = prepare_frozen(make_model(), bf16, moves=True)
+    assert {p.dtype for p in moving.parameters()} == {torch.float32}

@@ -388,6 +388,18 @@ def test_a_path_is_loaded_with_its_tokenizer(tmp_path):
 # ---- Adapters and references ----
 
 
+def test_a_frozen_base_has_the_precision_that_the_policy_computes_in(tmp_path):
+    make_model().save_pretrained(tmp_path)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    for options, expected in ({"bf16": True}, torch.bfloat16), ({}, torch.float32):
+        model = train(str(tmp_path), PROMPTS, peft_config=lora, **options).model
+        assert {p.dtype for p in model.parameters() if not p.requires_grad} == {expected}
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    chosen = {"bf16": True, "model_init_kwargs": {"dtype": "float32"}}
+    model = train(str(tmp_path), PROMPTS, peft_config=lora, **chosen).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 def test_lora_leaves_the_base_weights_as_they_were(tmp_path, beta, checkpointing):

@@ -133,18 +133,34 @@ def check_exchangeable(exchanged: bool, accelerator: Any) -> None:
         )
 
 
-def prepare_frozen(model: nn.Module, accelerator: Any) -> nn.Module:
-    """Prepare a model that is only evaluated as the backend does the policy, but shard it under ZeRO-3 only."""
+def prepare_frozen(model: nn.Module, accelerator: Any, moves: bool = False) -> nn.Module:
+    """Prepare a model that is only evaluated as the backend does the policy, but shard it under ZeRO-3 only.
+
+    In mixed precision it takes half of the memory, unless it `moves` in steps that half precision would round away.
+    """
     if not is_deepspeed_zero3_enabled():
         half = MIXED_DTYPES.get(accelerator.mixed_precision)
         if half and accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
             for parameter in model.parameters():  # as they cast the policy, whose buffers they leave
                 if parameter.is_floating_point():
                     parameter.data = parameter.data.to(half)
+        elif half and not moves:
+            _cast_linears(model, half)
         return accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
     from trl.models.utils import prepare_deepspeed
 
     return prepare_deepspeed(model, accelerator)
+
+
+def _cast_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what autocast would cast at each call, which changes no result: weights of linear layers alone."""
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    others = {
+        p for module in model.modules() if type(module) is not nn.Linear for p in module.parameters(recurse=False)
+    }
+    for parameter in {p for module in linears for p in module.parameters(recurse=False)} - others:
+        if parameter.dtype == torch.float32:
+            parameter.data = parameter.data.to(dtype)
 
 
 def move_to_device(model: nn.Module, device: torch.device, gathers: bool) -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import GRPOConfig
 from ..data.prompts import CONTEXT, PromptLimit, PromptSet
 from ..data.schedule import Schedule
+from ..distributed.launch import fsdp_was_asked_for
 from ..distributed.sharding import (
     check_exchangeable,
     check_sharding,
@@ -27,7 +28,15 @@ from ..distributed.sharding import (
 from ..logprobs.evaluator import LogprobEvaluator
 from ..logprobs.head import enable_logprobs
 from ..logprobs.packing import Packer
-from ..models import Reference, add_adapter, compute_head_in_float32, disable_dropout, load_policy, load_tokenizer
+from ..models import (
+    Reference,
+    add_adapter,
+    compute_head_in_float32,
+    disable_dropout,
+    load_policy,
+    load_tokenizer,
+    train_in_float32,
+)
 from ..rewards import Rewards
 from ..rollout.base import SamplingOptions
 from ..rollout.group.engine import GroupEngine
@@ -61,11 +70,16 @@ def make_policy(
                 "quantization_config is an argument and in model_init_kwargs too; pass the argument alone."
             )
         settings = settings | {"quantization_config": quantization_config}
+    halved = isinstance(model, str) and peft_config is not None and _freezes_in_half(args, settings)
+    if halved:
+        settings = {"dtype": "bfloat16" if args.bf16 else "float16"} | settings
     policy = load_policy(model, settings)
     revision = settings.get("revision") if isinstance(model, str) else None
     tokenizer = load_tokenizer(processing_class, policy, args.trust_remote_code, revision)
     check_sharding(policy, args.world_size)
     policy = add_adapter(policy, peft_config)
+    if halved:
+        train_in_float32(policy)
     if args.cast_lm_head_to_fp32:
         compute_head_in_float32(policy)
     enable_logprobs(policy)
@@ -75,6 +89,13 @@ def make_policy(
     if isinstance(policy, PeftModel) and args.gradient_checkpointing:
         policy.enable_input_require_grads()
     return policy, tokenizer
+
+
+def _freezes_in_half(args: GRPOConfig, settings: dict[str, Any]) -> bool:
+    """Whether a frozen base is loaded in the precision that the policy computes in; other backends cast it themselves."""
+    chosen = {"dtype", "quantization_config"} & set(settings)
+    sharded = args.deepspeed_plugin is not None or fsdp_was_asked_for(args.fsdp)
+    return args.half_precision and not chosen and not sharded
 
 
 def make_reference(
@@ -87,7 +108,7 @@ def make_reference(
     reference = Reference(policy, new_adapter, reload, moves=args.sync_ref_model, unsharded=unsharded)
     check_exchangeable(reference.replaces_parameters, accelerator)
     if reference.model is not None:
-        reference.model = prepare_frozen(reference.model, accelerator)
+        reference.model = prepare_frozen(reference.model, accelerator, moves=args.sync_ref_model)
     return reference
 
 
