@@ -113,12 +113,17 @@ class Group:
 
         options = SamplingOptions(max_completion_length=300, pad_token_id=0, eos_token_ids=())
         self.engine = GroupEngine(model, options, max_rows_in_flight=rows_in_flight)
+        self.compared = False
 
     def __call__(self, prompts, group, lengths):
         from dataclasses import replace
 
         from grpo_trl.rollout.base import RolloutRequest
 
+        if not self.compared:  # with plain forwards, of completions that nothing ends
+            self.engine.options = replace(self.engine.options, max_completion_length=64)
+            self.engine.rollout(RolloutRequest([""], prompts[:1], 2, [0]))
+            self.compared = True
         self.engine.options = replace(self.engine.options, max_completion_length=max(lengths))
         with ended_at(lengths):
             request = RolloutRequest([""] * len(prompts), prompts, group, list(range(len(prompts))))
