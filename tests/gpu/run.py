@@ -64,7 +64,7 @@ def ran(command: list[str], environment: dict[str, str], seconds: float) -> str:
 
 def tests(environment: dict[str, str], seconds: float, workers: int, log: Path) -> dict:
     """Run the tests of this folder; see `outcomes`."""
-    options = f"-v -n {workers} -m gpu --tb short -rf --durations 15 -p no:cacheprovider".split()
+    options = f"-v -n {workers} --maxschedchunk 1 -m gpu --tb short -rf --durations 15 -p no:cacheprovider".split()
     printed = ran(["-m", "pytest", *options, "tests/gpu"], environment, seconds)
     log.write_text(printed)
     return outcomes(printed)
