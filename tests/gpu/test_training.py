@@ -57,13 +57,13 @@ def test_a_run_is_repeated_and_resumed_bit_for_bit(tmp_path):
     assert found == {"repeated": True, "resumed": True, "handed over": None}
 
 
-@pytest.mark.parametrize("name, wrapper", [("ddp", "DistributedDataParallel"), ("zero3", "DeepSpeedEngine")])
+@pytest.mark.parametrize("name, wrapper", [("ddp", "Qwen2ForCausalLM"), ("zero3", "DeepSpeedEngine")])
 def test_a_launched_run_trains(name, wrapper, tmp_path):
     if name == "zero3":
         pytest.importorskip("deepspeed")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", "-m", "tests.gpu.runs"]
     found = json.loads(run(*launch, name, tmp_path)[-1])
-    assert found["wrapped"] == wrapper
+    assert found["wrapped"] == wrapper  # accelerate wraps nothing in DDP for a single rank
     assert found["handed over"] is None
     assert all(map(math.isfinite, found["losses"]))
     assert found["difference"] < 0.05
