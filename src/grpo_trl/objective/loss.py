@@ -64,6 +64,7 @@ def grpo_loss(
     mask_policy_BT: Tensor | None = None,
     entropy_BT: Tensor | None = None,
     entropy_weight: float = 0.0,
+    correction_BT: Tensor | None = None,
 ) -> LossOutput:
     """Compute minus the objective, summed over completions.
 
@@ -99,6 +100,7 @@ def grpo_loss(
         mask_policy_BT: True for tokens with a policy term and an entropy term (`top_entropy_quantile`); all by default.
         entropy_BT: Entropies (nats) of the policy, of shape (B, T), with gradient; required if `entropy_weight` is not 0.
         entropy_weight: Weight of a token's entropy in the sum.
+        correction_BT: Weights of the policy term, of shape (B, T), without gradient; all 1 by default. See `Correction`.
 
     Returns:
         The sum, which the caller divides by `objective.aggregation.divisor(counts)`, and detached tensors that explain it.
@@ -115,7 +117,8 @@ def grpo_loss(
     terms = objective.surrogate(log_ratio_BU, advantages_BU, torch.where(mask_BT, logps_BT, 0.0))
     effective_BT = mask_BT if mask_policy_BT is None else mask_BT & mask_policy_BT
     kept_BT = effective_BT & _near_policy(logps_BT, old_logps_BT, sampler_logps_BT, advantages_BU, mask_BT, objective)
-    loss = -(weights_BT * kept_BT * terms.objective_BU).sum()
+    scale_BT = kept_BT if correction_BT is None else kept_BT * correction_BT
+    loss = -(weights_BT * scale_BT * terms.objective_BU).sum()
 
     kl = None
     if ref_logps_BT is not None:
@@ -132,7 +135,7 @@ def grpo_loss(
         tail_BU=log_ratio_BU > EXP_LIMIT,
         clipped=None if terms.clipped is None else Clipped(*(side_BU & mask_BU for side_BU in terms.clipped)),
         means=terms.means,
-        signal_B=(kept_BT * terms.slope_BU).sum(1) / mask_BT.sum(1).clamp(min=1),
+        signal_B=(scale_BT * terms.slope_BU).sum(1) / mask_BT.sum(1).clamp(min=1),
         kl=kl,
         entropy=entropy.detach(),
     )
