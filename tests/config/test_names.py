@@ -56,6 +56,7 @@ def test_an_option_that_is_not_here_may_only_ask_for_what_is_done_anyway(name):
 @pytest.mark.parametrize("old, new", [(o, n) for o, n in RENAMED.items() if n in OURS])
 def test_a_retired_name_sets_the_option_of_today_with_one_line(old, new, caplog):
     values = {"evaluation_strategy": "epoch", "no_cuda": True, "wandb_log_unique_prompts": True, "warmup_ratio": 0.25}
+    values |= {"vllm_importance_sampling_cap": 2.0, "vllm_max_model_len": 512}
     value = values.get(old, 8 if "per_gpu" in old or "tokens" in old else "text")
     device = {} if new == "use_cpu" else {"use_cpu": True}
     assert getattr(GRPOConfig(output_dir="unused", report_to="none", **{old: value} | device), new) == value

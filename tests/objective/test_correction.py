@@ -4,13 +4,10 @@ import math
 
 import pytest
 import torch
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from grpo_trl.objective import grpo_loss, make_objective
+from grpo_trl.objective import ObjectiveOptions, grpo_loss, make_objective
 from grpo_trl.objective.correction import Correction
-from grpo_trl.rollout.base import SamplingOptions
-from grpo_trl.rollout.sampling import Sampler
-from grpo_trl.seeds import uniforms
-from tests.conftest import make_model
 
 
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
@@ -53,49 +50,39 @@ def test_a_sampler_that_is_the_old_policy_changes_nothing():
         assert Correction(mode).weights(OLD, OLD, MASK).equal(MASK.double())
 
 
-@pytest.mark.parametrize("options", [{"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.2, "top_k": 20}])
-def test_the_estimate_of_an_expectation_is_unbiased_over_what_can_be_drawn(options):
-    """20,000 tokens that the group engine's sampler draws; the exact sum is over the tokens that it can draw."""
-    draws = 20_000
-    sampling = SamplingOptions(1, pad_token_id=0, eos_token_ids=(1,), temperature=0.7, **options)
-    torch.manual_seed(0)
-    logits_V = 2 * torch.randn(48)
-    sampler = Sampler(make_model(), sampling)
-    noise = torch.from_numpy(uniforms(3, 0, draws).copy())
-    drawn = sampler.draw(logits_V.expand(draws, -1), noise, [[2]] * draws, [[]] * draws)
+@pytest.mark.parametrize("warper", [TopPLogitsWarper(0.8), TopKLogitsWarper(5), MinPLogitsWarper(0.2)])
+def test_the_estimate_of_an_expectation_is_unbiased_over_what_can_be_drawn(warper):
+    """20,000 tokens from a truncated distribution; the exact sum is over the tokens that it has."""
+    draws, source = 20_000, torch.Generator().manual_seed(0)
+    logits_V = 2 * torch.randn(48, generator=source, dtype=torch.float64)
+    value_V = torch.rand(48, generator=source, dtype=torch.float64)
+    policy_V = (logits_V / 0.7).softmax(-1)
+    drawn_V = warper(torch.zeros(1, 1, dtype=torch.long), logits_V[None] / 0.7)[0].softmax(-1)
+    tokens_R = drawn_V.multinomial(draws, replacement=True, generator=source)
+    exact = (policy_V * value_V)[drawn_V > 0].sum()
 
-    policy_V = (logits_V.double() / 0.7).softmax(-1)
-    value_V = torch.rand(48, dtype=torch.float64)
-    can_V = torch.zeros(48, dtype=torch.bool)
-    can_V[drawn.tokens_R] = True
-    exact = (policy_V * value_V)[can_V].sum()
-
-    old_B1 = policy_V.log()[drawn.tokens_R, None]
-    weights = Correction("token_truncate", clip_max=None).weights(
-        old_B1, drawn.drawn_logps_R[:, None], torch.ones_like(old_B1, dtype=torch.bool)
-    )[:, 0]
-    terms = weights * value_V[drawn.tokens_R]
-    assert can_V.sum() < 48
-    assert abs(terms.mean() - exact) < 4 * terms.std() / draws**0.5
-    uncorrected = value_V[drawn.tokens_R]
-    assert abs(uncorrected.mean() - exact) > 10 * uncorrected.std() / draws**0.5, "the weights make no difference here"
+    old_R1, drawn_R1 = policy_V.log()[tokens_R, None], drawn_V.log()[tokens_R, None]
+    weights_R1 = Correction("token_truncate", None).weights(old_R1, drawn_R1, torch.ones_like(old_R1, dtype=torch.bool))
+    terms_R, uncorrected_R = weights_R1[:, 0] * value_V[tokens_R], value_V[tokens_R]
+    assert abs(terms_R.mean() - exact) < 4 * terms_R.std() / draws**0.5 + 1e-12
+    assert abs(uncorrected_R.mean() - exact) > 10 * uncorrected_R.std() / draws**0.5, "weights make no difference here"
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])
 def test_weights_scale_the_policy_term_of_the_loss_and_not_the_kl(level, mode):
-    objective = make_objective(level, epsilon=0.2, epsilon_high=0.2, beta=0.3)
+    objective = make_objective(ObjectiveOptions(loss_level=level, beta=0.3))
     correction_BT = Correction(mode).weights(OLD, DRAWN, MASK)
-    advantages_B = torch.tensor([1.0, -2.0, 3.0]).double()
+    advantages_B1 = torch.tensor([[1.0], [-2.0], [3.0]]).double()
 
     def gradient(beta_objective, **options):
         logps_BT = (OLD + 0.01).requires_grad_()
         grpo_loss(
-            logps_BT, OLD, advantages_B, MASK, objective=beta_objective, ref_logps_BT=OLD - 0.2, **options
+            logps_BT, OLD, advantages_B1, MASK, objective=beta_objective, ref_logps_BT=OLD - 0.2, **options
         ).loss.backward()
         return logps_BT.grad
 
-    plain = gradient(make_objective(level, epsilon=0.2, epsilon_high=0.2, beta=0.0))
+    plain = gradient(make_objective(ObjectiveOptions(loss_level=level)))
     kl = gradient(objective) - plain
     corrected = gradient(objective, correction_BT=correction_BT) - kl
     weights_BT = correction_BT

@@ -9,6 +9,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..distributed.launch import fsdp_was_asked_for
 from ..objective import make_objective
+from .vllm import check_vllm_options
 
 
 def check_options(args: Any) -> None:
@@ -22,6 +23,7 @@ def check_options(args: Any) -> None:
     _check_combinations(args)
     args.check_objective()
     make_objective(args)  # raises where options do not go together
+    check_vllm_options(args)
 
 
 def check_dicts(args: Any) -> None:

@@ -24,6 +24,7 @@ from .rewards import RewardOptions
 from .rollout import RolloutOptions
 from .sampling import resolve_generation_kwargs
 from .values import convert_values
+from .vllm import VLLMOptions
 
 
 FOLLOWS_A_METRIC = ("reduce_lr_on_plateau", "greedy")
@@ -36,6 +37,7 @@ class GRPOConfig(
     ReliabilityOptions,
     RewardOptions,
     ModelOptions,
+    VLLMOptions,
     RolloutOptions,
     BatchOptions,
     ObjectiveOptions,

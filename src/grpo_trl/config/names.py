@@ -78,7 +78,6 @@ RETIRED = {
 """Options that TRL, transformers or their users' scripts had once."""
 
 _CONTINUOUS = "remove it: completions are decoded continuously in any case, max_rows_in_flight at a time"
-_VLLM = "remove it: this version samples in the training process"
 
 NOT_HERE = {
     "cache_implementation": Absent(
@@ -98,27 +97,6 @@ NOT_HERE = {
     "use_transformers_continuous_batching": Absent((False,), _CONTINUOUS),
 }
 """Options of TRL 1.16 that are not here."""
-
-ENGINES_NOT_HERE = {
-    "use_vllm": False,
-    "vllm_enable_sleep_mode": False,
-    "vllm_gpu_memory_utilization": 0.3,
-    "vllm_group_port": 51216,
-    "vllm_importance_sampling_clip_max": 3.0,
-    "vllm_importance_sampling_clip_min": None,
-    "vllm_importance_sampling_correction": True,
-    "vllm_importance_sampling_mode": "sequence_mask",
-    "vllm_max_model_length": None,
-    "vllm_mode": "colocate",
-    "vllm_model_impl": "vllm",
-    "vllm_server_base_url": None,
-    "vllm_server_host": "0.0.0.0",
-    "vllm_server_port": 8000,
-    "vllm_server_timeout": 240.0,
-    "vllm_structured_outputs_regex": None,
-    "vllm_tensor_parallel_size": 1,
-}
-NOT_HERE |= {name: Absent((value,), _VLLM) for name, value in ENGINES_NOT_HERE.items()}
 
 
 class TodaysNames(type):

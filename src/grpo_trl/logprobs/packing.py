@@ -107,6 +107,7 @@ class Packer:
             old_logps_BT=optional("old_logps"),
             ref_logps_BT=optional("ref_logps"),
             sampler_logps_BT=optional("sampler_logps"),
+            drawn_logps_BT=optional("drawn_logps"),
             mask_policy_BT=optional("mask_policy", torch.bool),
             divisor=divisor,
         )

@@ -65,6 +65,18 @@ class RolloutEngine(Protocol):
     def rollout(self, request: RolloutRequest) -> Rollout: ...
 
 
+class SyncedEngine(RolloutEngine, Protocol):
+    """An engine with weights of its own."""
+
+    def sync_weights(self) -> None:
+        """Give it the policy's weights. A collective where they are sharded."""
+        ...
+
+    def probe(self, request: RolloutRequest) -> list[Completion]:
+        """Sample a little for some prompts, so that `sampler_logps` can be compared; nothing where that is not due."""
+        ...
+
+
 def most_rows_in_flight(option: int | None, device: torch.device) -> int:
     """Completions that are decoded at a time: what the option says, or as many as are worth it on the device."""
     return option or (128 if device.type == "cpu" else 256)

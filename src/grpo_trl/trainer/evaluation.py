@@ -23,9 +23,11 @@ from ..models import num_embeddings
 from ..rollout.rollout_func import RolloutFuncEngine
 from ..seeds import derive_seed
 from ..types import Ranks
+from .ahead import SamplesAhead
 from .build import make_prompts
-from .generation import RewardedRollout, RolloutRunner, reward_columns
+from .generation import RewardedRollout, RolloutRunner, make_request, reward_columns
 from .resumable import ResumableTrainer
+from .weight_sync import WeightSync
 
 
 logger = get_logger(__name__)
@@ -145,6 +147,8 @@ class EvaluatingTrainer(ResumableTrainer):
 
     _runner: RolloutRunner
     _eval_limit: PromptLimit
+    _sync: WeightSync | None
+    _ahead: SamplesAhead | None
     _eval_prompts: dict[str, PromptSet]
     model: Any
     processing_class: PreTrainedTokenizerBase
@@ -233,12 +237,13 @@ class EvaluatingTrainer(ResumableTrainer):
         if in_process and self._waits_in_forward and self.model_wrapped is self.model:
             move_to_device(self.model, self.args.device, self.args.ds3_gather_for_generation)
         set_optimizer_mode(self.optimizer, training=False)
+        self._sync_engine(prompts)
         with evaluation_mode(self.model), self._gathered_policy() if in_process else nullcontext():
             metrics = evaluate_prompts(
                 self._runner,
                 prompts,
                 num_generations=self.args.eval_generations,
-                batch_size=None if in_process else self.args.per_device_eval_batch_size,
+                batch_size=None if in_process or self._sync else self.args.per_device_eval_batch_size,
                 seed=self.args.seed,
                 ranks=self._ranks,
                 trainer_state=self.state,
@@ -251,3 +256,12 @@ class EvaluatingTrainer(ResumableTrainer):
         self.log(metrics)
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
+
+    def _sync_engine(self, prompts: PromptSet) -> None:
+        """Give an engine with weights of its own those of now; what is sampled ahead is from those of its turn."""
+        if self._sync is None:
+            return
+        if self._ahead is not None:
+            run_on_all_ranks(self._ahead.wait, self._ranks)
+        request = make_request(prompts.prompts(range(min(4, len(prompts)))), 1, self.args.seed)
+        self._sync.run(self.model_wrapped, request, MetricLog())

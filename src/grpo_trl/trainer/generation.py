@@ -4,10 +4,12 @@ Axes: P prompts, G completions per prompt, B = P*G completions, F reward functio
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +25,11 @@ from ..models import Reference
 from ..objective import Counts
 from ..reliability.guards import RankSummary
 from ..rewards import RewardBatch, Rewards, RewardTable
-from ..rollout.base import RolloutEngine, RolloutRequest
+from ..rollout.base import Rollout, RolloutEngine, RolloutRequest
 from ..seeds import derive_seed, seeded
 from ..types import Completion, GenerationBatch, Prompt, Ranks
+from .ahead import SamplesAhead
+from .weight_sync import WeightSync
 
 
 TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "step_time", "kl", "entropy")
@@ -148,21 +152,22 @@ class RolloutRunner:
         self.interruptible = interruptible
 
     def run(
-        self, prompts: list[Prompt], num_generations: int, seed: int, trainer_state: Any, metrics: MetricLog
+        self,
+        prompts: list[Prompt],
+        num_generations: int,
+        seed: int,
+        trainer_state: Any,
+        metrics: MetricLog,
+        sample: Callable[[RolloutRequest], Rollout] | None = None,
     ) -> RewardedRollout:
         """`num_generations` rewarded completions of each prompt; the time of both phases goes to `metrics`.
 
         A prompt's noise follows from `seed` and its row in the dataset; reward functions that draw random numbers draw the
-        same ones for the same `seed` and prompts.
+        same ones for the same `seed` and prompts. `sample` stands in for the engine.
         """
-        request = RolloutRequest(
-            prompts=[prompt.example["prompt"] for prompt in prompts],
-            prompt_ids=[prompt.ids for prompt in prompts],
-            num_generations=num_generations,
-            seeds=[derive_seed(seed, prompt.row) for prompt in prompts],
-        )
+        request = make_request(prompts, num_generations, seed)
         with metrics.timed("time/sampling") as timer, self.phase("sampling"):
-            rollout = self.engine.rollout(request)
+            rollout = (sample or self.engine.rollout)(request)
         tokens = sum(len(c.ids) for c in rollout.completions)
         metrics.add("sampling/tokens_per_second", Mean(tokens, timer.seconds))
         with metrics.timed("time/rewards"):
@@ -190,6 +195,16 @@ class RolloutRunner:
         ]
 
 
+def make_request(prompts: Sequence[Prompt], num_generations: int, seed: int) -> RolloutRequest:
+    """Ask for `num_generations` completions of each prompt, whose noise follows from `seed` and its row."""
+    return RolloutRequest(
+        prompts=[prompt.example["prompt"] for prompt in prompts],
+        prompt_ids=[prompt.ids for prompt in prompts],
+        num_generations=num_generations,
+        seeds=[derive_seed(seed, prompt.row) for prompt in prompts],
+    )
+
+
 def reward_columns(columns: Iterable[str]) -> list[str]:
     """Return the columns of a dataset that reward functions get; the others come under the names of the trainer."""
     return [name for name in columns if name not in ("prompt", "completion", "completion_ids")]
@@ -211,6 +226,9 @@ class GenerationBatchBuilder:
         evaluator: Computes logprobs.
         balancer: Assigns the work to ranks.
         reference: The frozen policy; None without a KL term.
+        sync: Keeps an engine with weights of its own on the policy; None for one without.
+        ahead: Samples generation batches before their turn; None where each is sampled when it is needed.
+        old_logprobs: Whose logprobs stand for the old policy's: the `"trainer"`'s or the `"sampler"`'s.
         advantages: From the rewarded rollout and the rewards of the whole generation batch (NaN where undefined) to one
             advantage per completion. A collective.
         max_completion_length: Of a completion, in tokens.
@@ -227,6 +245,9 @@ class GenerationBatchBuilder:
     evaluator: LogprobEvaluator
     balancer: Balancer
     reference: Reference | None
+    sync: WeightSync | None
+    ahead: SamplesAhead | None
+    old_logprobs: Literal["trainer", "sampler"]
     advantages: Callable[[RewardedRollout, Tensor], Advantages]
     max_completion_length: int
     mask_truncated: bool
@@ -242,6 +263,7 @@ class GenerationBatchBuilder:
             StopRequested, RunStopped, RuntimeError: See `run_on_all_ranks`.
         """
         log = MetricLog()
+        self._prepare_sampling(index, policy, log)
         sampled = run_on_all_ranks(lambda: self._sample(index, trainer_state, log), self.ranks)
         groups = self.schedule.groups(self.ranks.rank)
         own = sampled.completions if groups else []
@@ -257,18 +279,46 @@ class GenerationBatchBuilder:
                 self._divide(groups, own), self.evaluator.has_gradient, self.evaluator.packer.group_size
             )
             mini_batches = self._with_logps(mini_batches, policy)
+        if self.ahead is not None:
+            self.ahead.used(index)
         metrics.drain(log)
         tokens = sum(summary.tokens for summary in summaries)
         table = {name: values[: len(own)] for name, values in sampled.table().items()}
         table |= {"advantage": [_mean(advantage) for advantage in advantages]}
         return GenerationBatch(index, mini_batches, table, self._counts(summaries), tokens)
 
+    def _prepare_sampling(self, index: int, policy: nn.Module, log: MetricLog) -> None:
+        """Sync the engine, and start sampling what the weights of now are for."""
+        if self.sync is None:
+            return
+        if self.ahead is None:
+            self.sync.run(policy, self._request(index), log)
+            return
+        missing = self.ahead.missing(index)
+        if missing:
+            idle = run_on_all_ranks(self.ahead.wait, self.ranks)
+            self.sync.run(policy, self._request(missing[0]), log)
+            log.add("time/sampler_idle", Mean(idle))
+            for one in missing:
+                self.ahead.submit(one, self._request(one))
+        log.add("sampling/staleness", Mean(min(index, self.ahead.distance)))
+
+    def _prompts(self, index: int) -> list[Prompt]:
+        """This rank's; a rank without any takes another's first: sampling and reward models may be collective."""
+        return self.prompts.prompts(self.schedule.rows(index, self.ranks.rank) or self.schedule.rows(index, 0)[:1])
+
+    def _request(self, index: int) -> RolloutRequest:
+        return make_request(
+            self._prompts(index), self.schedule.num_generations, derive_seed(self.seed, "generation batch", index)
+        )
+
     def _sample(self, index: int, trainer_state: Any, log: MetricLog) -> RewardedRollout:
-        rows = self.schedule.rows(index, self.ranks.rank)
-        if not rows:  # takes part with somebody else's prompt: sampling and reward models may be collective
-            rows, log = self.schedule.rows(index, 0)[:1], MetricLog()
+        if not self.schedule.rows(index, self.ranks.rank):
+            log = MetricLog()
+        prompts = self._prompts(index)
         seed = derive_seed(self.seed, "generation batch", index)
-        sampled = self.runner.run(self.prompts.prompts(rows), self.schedule.num_generations, seed, trainer_state, log)
+        take = None if self.ahead is None else partial(self._take, index)
+        sampled = self.runner.run(prompts, self.schedule.num_generations, seed, trainer_state, log, take)
         log.add_all(sampled.metrics())
         sampled.table()  # raises here, where all ranks hear of it, what it would raise later
         if not self.mask_truncated:
@@ -284,9 +334,15 @@ class GenerationBatchBuilder:
             mini_batches[self.schedule.mini_batch_of(group, g)].append(completion)
         return mini_batches
 
+    def _take(self, index: int, request: RolloutRequest) -> Rollout:
+        assert self.ahead is not None
+        return self.ahead.take(index)
+
     def _with_logps(self, mini_batches: list[list[Completion]], policy: nn.Module) -> list[list[Completion]]:
         completions = [completion for mini_batch in mini_batches for completion in mini_batch]
-        if not self.schedule.on_policy:
+        if self.old_logprobs == "sampler":
+            completions = [_with_sampler_logps(completion) for completion in completions]
+        elif not self.schedule.on_policy:
             completions = self.evaluator.with_logps(policy, completions, "old_logps")
         if self.reference is not None:
             with self.reference.evaluating(policy) as reference:
@@ -301,6 +357,19 @@ class GenerationBatchBuilder:
             Counts(completions, sum(tokens_of_ranks), completions * self.max_completion_length)
             for tokens_of_ranks in zip(*(summary.trained_tokens for summary in summaries), strict=True)
         ]
+
+
+def _with_sampler_logps(completion: Completion) -> Completion:
+    """Take the sampler's logprobs as the old policy's; tokens whose logprob it does not know are left out."""
+    if completion.sampler_logps is None:
+        raise ValueError(
+            "old_logprobs='sampler' needs an engine that reports the policy's logprobs; set old_logprobs='trainer'."
+        )
+    logps = torch.tensor(completion.sampler_logps, dtype=torch.float32)
+    mask = [
+        counts and not math.isnan(logp) for counts, logp in zip(completion.mask, completion.sampler_logps, strict=True)
+    ]
+    return replace(completion, mask=mask, old_logps=logps)
 
 
 def _mean(advantage: float | list[float]) -> float:

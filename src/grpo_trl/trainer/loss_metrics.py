@@ -3,12 +3,14 @@
 from torch import Tensor
 
 from ..logprobs.compute import TokenLogprobs
-from ..metrics import Max, Mean, Metric, Min
+from ..metrics import Max, Mean, Metric, Min, Sum
 from ..objective import Clipped, LossOutput
 from ..types import MicroBatch
 
 
-def loss_metrics(output: LossOutput, logprobs: TokenLogprobs, micro_batch: MicroBatch) -> dict[str, Metric]:
+def loss_metrics(
+    output: LossOutput, logprobs: TokenLogprobs, micro_batch: MicroBatch, correction_BT: Tensor | None
+) -> dict[str, Metric]:
     """Describe a micro-batch's loss, under TRL's names where TRL has one.
 
     `policy_signal` explains a loss near 0, which on policy it is by construction: the mean over completions of
@@ -27,7 +29,7 @@ def loss_metrics(output: LossOutput, logprobs: TokenLogprobs, micro_batch: Micro
         metrics["kl"] = Mean.of(output.kl.kl_BK, output.kl.mask_BK)
         tail += Mean.of(output.kl.tail_BK.float(), output.kl.mask_BK)
     metrics["log_ratio_tail"] = tail
-    return metrics | _sampler_metrics(logprobs, micro_batch)
+    return metrics | _sampler_metrics(logprobs, micro_batch) | _correction_metrics(correction_BT, micro_batch)
 
 
 def _clip_metrics(clipped: Clipped, mask_BU: Tensor) -> dict[str, Metric]:
@@ -53,4 +55,17 @@ def _sampler_metrics(logprobs: TokenLogprobs, micro_batch: MicroBatch) -> dict[s
     return {
         "sampling/sampling_logp_difference/mean": Mean.of(difference_BT, known_BT),
         "sampling/sampling_logp_difference/max": Max.of(difference_BT, known_BT),
+    }
+
+
+def _correction_metrics(correction_BT: Tensor | None, micro_batch: MicroBatch) -> dict[str, Metric]:
+    """Describe the weights of old policy over sampler, token by token."""
+    if correction_BT is None or micro_batch.drawn_logps_BT is None:
+        return {}
+    mask_BT = micro_batch.mask_BT
+    return {
+        "sampling/importance_sampling_ratio/min": Min.of(correction_BT, mask_BT),
+        "sampling/importance_sampling_ratio/mean": Mean.of(correction_BT, mask_BT),
+        "sampling/importance_sampling_ratio/max": Max.of(correction_BT, mask_BT),
+        "sampling/unknown_logprobs": Sum(float((micro_batch.drawn_logps_BT.isnan() & mask_BT).sum())),
     }

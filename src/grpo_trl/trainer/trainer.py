@@ -48,6 +48,7 @@ from ..reliability.run_state import Stateful, fingerprint
 from ..report import merge_tables
 from ..rollout.base import RolloutEngine
 from ..rollout.rollout_func import RolloutFuncEngine
+from ..rollout.vllm import VLLMEngine
 from ..types import Completion, GenerationBatch, MicroBatch, MiniBatch
 from .advantages import AdvantageFunc
 from .arguments import check_kinds, check_names, check_not_here, choose_metric, config_of
@@ -61,6 +62,7 @@ from .build import (
     make_rewards,
     make_schedule,
 )
+from .build_vllm import make_ahead, make_correction, make_vllm_engine, make_weight_sync
 from .entropy import EntropyControl
 from .evaluation import ComputeMetrics
 from .generation import GenerationBatchBuilder, RolloutRunner
@@ -168,8 +170,12 @@ class GRPOTrainer(RecordedTrainer):
             copy = cast(nn.Module, self._reference.model)
             self.add_callback(SyncRefModelCallback(ref_model=copy, accelerator=self.accelerator))
         rewards.prepare_models(lambda m: self.accelerator.prepare_model(m, device_placement=True, evaluation_mode=True))
+        engine = self._make_engine(rollout_func)
+        self._sync = make_weight_sync(engine, self.model, args, self._evaluator)
+        self._ahead = make_ahead(engine, args, self._signals.check)
+        self._correction = make_correction(args)
         self._runner = RolloutRunner(
-            self._make_engine(rollout_func),
+            engine,
             rewards,
             tokenizer,
             phase=self._watchdog.phase,
@@ -186,6 +192,8 @@ class GRPOTrainer(RecordedTrainer):
     def _prepare_prompts(self, own_prompts: bool, advantage_func: AdvantageFunc | None) -> None:
         """Render and check all prompts. With a rollout_func, which may change them, the model's context is no limit."""
         context = context_length(self.model) if own_prompts else None
+        if isinstance(engine := self._runner.engine, VLLMEngine):
+            context = engine.max_model_length if context is None else min(context, engine.max_model_length)
         self._eval_limit = make_prompt_limit(self.args, context)
         self._eval_prompts = self._prompt_sets(self.eval_dataset)
         self._schedule: Schedule | None = None
@@ -201,6 +209,9 @@ class GRPOTrainer(RecordedTrainer):
             evaluator=self._evaluator,
             balancer=Balancer(self._ranks, partial(exchange, device=self.args.device)),
             reference=self._reference,
+            sync=self._sync,
+            ahead=self._ahead,
+            old_logprobs="sampler" if self._ahead or self.args.old_logprobs == "sampler" else "trainer",
             advantages=make_advantages(self.args, self._runner.rewards.weights_F, advantage_func),
             max_completion_length=self.args.max_completion_length,
             mask_truncated=self.args.mask_truncated_completions,
@@ -212,6 +223,10 @@ class GRPOTrainer(RecordedTrainer):
 
     def _make_engine(self, rollout_func: Callable[..., dict[str, Any]] | None) -> RolloutEngine:
         ends = eos_token_ids(self.model, self.processing_class)
+        if self.args.use_vllm:
+            if rollout_func is not None:
+                raise ValueError("use_vllm=True samples, and rollout_func does too; set use_vllm=False, or pass none.")
+            return make_vllm_engine(self.model, self.processing_class, self.args, ends, self._signals.interruptible)
         if rollout_func is not None:
             return RolloutFuncEngine(rollout_func, self, ends, self._signals.interruptible)
         return make_engine(
@@ -342,9 +357,13 @@ class GRPOTrainer(RecordedTrainer):
             entropy_gradient=self._entropy.has_bonus,
             router_load=self._router.active,
         )
+        old_logps_BT = logprobs.logps_BT.detach() if inputs.old_logps_BT is None else inputs.old_logps_BT
+        correction_BT = None
+        if self._correction is not None and inputs.drawn_logps_BT is not None:
+            correction_BT = self._correction.weights(old_logps_BT, inputs.drawn_logps_BT, inputs.mask_BT)
         output = grpo_loss(
             logprobs.logps_BT,
-            logprobs.logps_BT.detach() if inputs.old_logps_BT is None else inputs.old_logps_BT,
+            old_logps_BT,
             inputs.advantages_BU,
             inputs.mask_BT,
             objective=self._objective,
@@ -353,8 +372,9 @@ class GRPOTrainer(RecordedTrainer):
             mask_policy_BT=inputs.mask_policy_BT,
             entropy_BT=logprobs.entropy_BT,
             entropy_weight=self._entropy.weight,
+            correction_BT=correction_BT,
         )
-        self._step_metrics.add_all(loss_metrics(output, logprobs, inputs))
+        self._step_metrics.add_all(loss_metrics(output, logprobs, inputs, correction_BT))
         self._step_entropy = self._step_entropy + output.entropy
         loss = output.loss / inputs.divisor + self._router.loss(logprobs.router_load_2E)
         return loss * self.args.world_size
@@ -395,12 +415,16 @@ class GRPOTrainer(RecordedTrainer):
             "dead_run": self._dead_run,
             "nonfinite": self._nonfinite,
             "reference": self._reference,
+            "ahead": self._ahead,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
     def _fingerprint(self) -> dict[str, Any]:
         assert self._schedule is not None
-        return fingerprint(self._schedule, self._builder.prompts.digest, self.args.seed, backend_of(self.accelerator))
+        run = fingerprint(self._schedule, self._builder.prompts.digest, self.args.seed, backend_of(self.accelerator))
+        # what is sampled ahead belongs to a rank
+        ahead = {"generations_ahead": self._ahead.distance, "ranks": self._ranks.world_size} if self._ahead else {}
+        return run | ahead
 
     def _generation_batch_in_use(self) -> GenerationBatch | None:
         assert self._schedule is not None

@@ -1,0 +1,155 @@
+"""Sampling ahead, on a stub that samples from the weights it was sent, as fast or slow as it is told to."""
+
+import shutil
+import threading
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from grpo_trl import GRPOConfig, GRPOTrainer
+from tests.conftest import make_model, make_tokenizer
+
+from .stub import StubServer
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr("grpo_trl.trainer.ahead.CHECK_SECONDS", 0.01)
+
+
+def letters(completion_ids, **columns):
+    return [float(sum(14 < token < 30 for token in ids)) for ids in completion_ids]
+
+
+def make_trainer(folder, stub, callbacks=None, **options):
+    defaults = {
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_server_base_url": stub.url,
+        "generations_ahead": 1,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "max_steps": 6,
+        "num_generations": 4,
+        "per_device_train_batch_size": 8,
+        "max_completion_length": 6,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "output_dir": str(folder),
+    }
+    return GRPOTrainer(
+        make_model(),
+        letters,
+        GRPOConfig(**(defaults | options)),
+        Dataset.from_dict({"prompt": ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]}),
+        processing_class=make_tokenizer(),
+        callbacks=callbacks,
+    )
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+
+def logs(trainer):
+    return [log for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_weights_do_not_follow_from_the_speed_of_the_server(ahead, tmp_path):
+    ends = []
+    for place, delay in enumerate((0.0, 0.15)):
+        with StubServer(model=make_model(), delay=delay).running() as stub:
+            trainer = make_trainer(tmp_path / str(place), stub, generations_ahead=ahead, save_strategy="no")
+            trainer.train()
+        ends.append(weights(trainer))
+        if ahead:
+            assert [log["sampling/staleness"] for log in logs(trainer)] == [min(n, ahead) for n in range(6)]
+    assert ends[0].equal(ends[1])
+
+
+def test_generation_batch_n_is_sampled_from_the_weights_with_which_the_training_on_the_one_before_began(tmp_path):
+    """The stub's logprobs are those of the weights it has: generation batch n's are of the checkpoint after n - 1 steps."""
+    with StubServer(model=make_model()).running() as stub:
+        trainer = make_trainer(tmp_path, stub)
+        seen = []
+
+        class Watch(TrainerCallback):
+            def on_step_begin(self, args, state, control, model=None, **kwargs):
+                seen.append([p.detach().clone() for p in model.parameters()])
+
+        trainer.add_callback(Watch())
+        batches = []
+        build = trainer._builder.build
+        trainer._builder.build = lambda *arguments: batches.append(build(*arguments)) or batches[-1]
+        trainer.train()
+    model = make_model()
+    for number, batch in enumerate(batches):
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), seen[max(0, number - 1)], strict=True):
+                parameter.copy_(value)
+            for completion in batch.mini_batches[0]:
+                ids = torch.tensor([completion.prompt_ids + completion.ids])
+                expected = model(ids).logits[0].log_softmax(-1)[len(completion.prompt_ids) - 1 : -1]
+                expected = expected[torch.arange(len(completion.ids)), completion.ids]
+                torch.testing.assert_close(completion.old_logps, expected, rtol=0, atol=1e-4)
+    assert not torch.equal(seen[2][0], seen[3][0])
+
+
+@pytest.mark.parametrize("ahead, steps", [(1, 1), (1, 3), (2, 2)])
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_resumed_run_ends_as_the_one_that_was_not_interrupted(ahead, steps, iterations, tmp_path):
+    options = {"generations_ahead": ahead, "num_iterations": iterations}
+    with StubServer(model=make_model()).running() as stub:
+        whole = make_trainer(tmp_path / "whole", stub, **options)
+        whole.train()
+        (tmp_path / "resumed").mkdir()
+        shutil.copytree(tmp_path / "whole" / f"checkpoint-{steps}", tmp_path / "resumed" / f"checkpoint-{steps}")
+        stub.delay = 0.1
+        resumed = make_trainer(tmp_path / "resumed", stub, **options)
+        resumed.train(resume_from_checkpoint=True)
+    assert weights(resumed).equal(weights(whole))
+    rewards = [[log.get("reward") for log in logs(trainer)[steps:]] for trainer in (resumed, whole)]
+    assert rewards[0] == rewards[1]
+
+
+def test_the_next_generation_batch_is_sampled_while_this_one_is_trained_on(tmp_path, monkeypatch):
+    """The stub answers for generation batch 1 once the first update has begun; waiting for each other, neither would."""
+    step = GRPOTrainer.training_step
+    begun = threading.Event()
+
+    def announced(self, *arguments, **kwargs):
+        begun.set()
+        return step(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "training_step", announced)
+    with StubServer(model=make_model()).running() as stub:
+        complete, waited = stub.complete, []
+
+        def gated(body):
+            if stub.completions > 5:  # one at the start, two probes, and two groups of generation batch 0
+                waited.append(begun.wait(30))
+            return complete(body)
+
+        stub.complete = gated
+        trainer = make_trainer(tmp_path, stub, max_steps=1, save_strategy="no")
+        trainer.train()
+        trainer._ahead.wait()
+    assert waited == [True, True]
+
+
+def test_sampling_ahead_of_the_trainer_s_own_logprobs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="generations_ahead=1 cannot work with old_logprobs='trainer'"):
+        GRPOConfig(
+            output_dir=str(tmp_path), use_vllm=True, vllm_mode="server", generations_ahead=1, old_logprobs="trainer"
+        )
+    with pytest.raises(ValueError, match="generations_ahead=1 needs a sampler beside the trainer"):
+        GRPOConfig(output_dir=str(tmp_path), use_vllm=True, generations_ahead=1)
+    with pytest.raises(ValueError, match=r"with top_p=0\.9 vLLM reports those of another distribution"):
+        GRPOConfig(output_dir=str(tmp_path), use_vllm=True, vllm_mode="server", generations_ahead=1, top_p=0.9)
