@@ -27,6 +27,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from workload import MODELS, Case, PeakMemory, make_model, now
 
@@ -54,6 +55,10 @@ def on_device(name: str, dtype: str = "bfloat16"):
 
     with torch.device(device()):
         return make_model(name).to(getattr(torch, dtype))
+
+
+turn: Any = None
+"""The lock of the child that uses the device."""
 
 
 def take_turn(path: str) -> None:
@@ -84,7 +89,7 @@ def sampling(args) -> dict:
 
     model = on_device(args.model).eval()
     classes = {"group": systems.Group, "generate": systems.Generate, "continuous": systems.Continuous}
-    write = classes[args.system](model, args.rows)
+    write: Any = classes[args.system](model, args.rows)
     prompts, lengths, memory = prompts_of(args), lengths_of(args), PeakMemory()
     seconds = []
     with counted_recordings() as recordings:
@@ -129,7 +134,7 @@ def profile(args) -> dict:
     from grpo_trl.rollout.group.scheduler import Scheduler
 
     model = on_device(args.model).eval()
-    write = systems.Group(model, args.rows)
+    write: Any = systems.Group(model, args.rows)
     write.engine._records = args.system != "eager"
     prompts, lengths = prompts_of(args), [args.completion[1]] * args.rows
     middle, profiled = args.completion[1] // 2, 4
@@ -193,7 +198,8 @@ def sampler(args) -> dict:
     logits = torch.randn(args.rows, size, device=device(), dtype=torch.bfloat16)
     noise = torch.rand(args.rows, dtype=torch.float64, device=device())
     result = {}
-    for name, options in {"plain": {}, "temperature": {"temperature": 0.7}, "top_p": {"top_p": 0.95}}.items():
+    cases: dict[str, dict[str, Any]] = {"plain": {}, "temperature": {"temperature": 0.7}, "top_p": {"top_p": 0.95}}
+    for name, options in cases.items():
         sample = Sampler(model, SamplingOptions(8, 0, (), **options)).sample
         result[name] = milliseconds(lambda sample=sample: sample(logits, noise))
     return result
@@ -215,7 +221,7 @@ def update(args) -> dict:
 
     from grpo_trl.logprobs.head import enable_logprobs
 
-    result = {}
+    result: dict[str, Any] = {}
     for weights in ("float32", "bfloat16"):
         model = on_device(args.model, weights).train()
         enable_logprobs(model)
@@ -257,7 +263,7 @@ def update_of(model, args, checkpointing: bool, slice_size: int) -> dict:
     step()
     peak = memory.stop()
     ms, tokens = milliseconds(step, times=4), micro_batch.input_ids_RS.shape[1]
-    precision = "bf16" if next(model.parameters()).dtype == torch.bfloat16 else "autocast"
+    precision: Any = "bf16" if next(model.parameters()).dtype == torch.bfloat16 else "autocast"
     card = torch.cuda.get_device_properties(0).total_memory if device() == "cuda" and slice_size > 256 else None
     planned = plan.activations(plan.Shape.of(model.config), tokens, precision, checkpointing, card)
     model.zero_grad(set_to_none=False)
@@ -369,9 +375,9 @@ def main() -> None:
         child(args)
         return
     table: dict = {"machine": machine(), "options": {k: str(v) for k, v in vars(args).items()}}
-    wanted = [(model, *one) for model in args.models for one in CHILDREN if one[0] in args.parts]
+    wanted: list[Any] = [(model, *one) for model in args.models for one in CHILDREN if one[0] in args.parts]
     with ThreadPoolExecutor(2) as pool:  # the next one imports while one measures
-        for name, result in zip(wanted, pool.map(lambda one: run(*one, args), wanted), strict=True):
+        for name, result in zip(wanted, pool.map(lambda one: run(one[0], one[1], one[2], args), wanted), strict=True):
             table[" ".join(name)] = result
             print(f"{' '.join(name)}: {shown(result)}", flush=True)
             args.output.write_text(json.dumps(table, indent=1))

@@ -15,6 +15,7 @@ import importlib
 import json
 import statistics
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 from workload import ANSWER_LENGTHS, MODELS, Case, PeakMemory, ended_at, in_child, make_model, make_tokenizer, now
@@ -95,6 +96,8 @@ def _end_completions(system: str, model, trainer, case: Case) -> list[float]:
         rollout = engine.rollout
 
         def timed_rollout(request):
+            if not seconds:  # the engine compares itself with plain forwards, of completions that nothing ends
+                rollout(replace(request, prompts=request.prompts[:1], prompt_ids=request.prompt_ids[:1], seeds=[0]))
             start = now()
             with ended_at(case.lengths(len(seconds))):
                 output = rollout(request)
