@@ -321,7 +321,7 @@ def test_an_adapter_that_transformers_has_added_is_resumed(tmp_path):
 
 def test_true_takes_the_last_checkpoint_and_starts_anew_where_there_is_none(tmp_path, caplog):
     fresh = run(tmp_path, True)
-    assert "starts anew" in caplog.text
+    assert "starts fresh" in caplog.text
     steps = []
 
     class Count(TrainerCallback):

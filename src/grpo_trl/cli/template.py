@@ -40,7 +40,7 @@ logging_steps: 1
 save_steps: 50
 save_total_limit: 2
 report_to: none                     # or tensorboard, wandb, trackio
-resume_from_checkpoint: true        # a second start goes on where the first one ended
+resume_from_checkpoint: true        # a second start resumes where the first one ended
 """
 
 

@@ -221,7 +221,7 @@ class LogprobEvaluator:
             )
         logger.warning(
             "Memory ran out in a micro-batch of %d tokens; the optimizer step, and the next %d, are made in micro-batches "
-            "of %d tokens at most, with the same gradient. max_tokens_per_micro_batch=%d says so in advance. (%s)",
+            "of %d tokens at most, with the same gradient. max_tokens_per_micro_batch=%d avoids this. (%s)",
             size,
             self._patience,
             size // 2,

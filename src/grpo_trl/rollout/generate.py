@@ -84,7 +84,7 @@ class GenerateEngine:
             self.max_rows_in_flight = min(rows, len(request.prompt_ids) * request.num_generations) // 2 or 1
             logger.warning(
                 "Memory ran out in model.generate; it starts again with %d completions at a time. max_rows_in_flight=%d "
-                "says so in advance.",
+                "avoids this.",
                 self.max_rows_in_flight,
                 self.max_rows_in_flight,
                 extra=EVERY_RANK,

@@ -1,4 +1,4 @@
-"""Evaluation: samples and rewards held-out prompts, each once, and leaves the training's state alone."""
+"""Evaluation: samples and rewards held-out prompts, each once, and leaves the training's state alone; and its engine."""
 
 import math
 import time
@@ -10,6 +10,7 @@ from typing import Any, cast
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import speed_metrics
 
 from ..data.datasets import as_eval_datasets
@@ -19,12 +20,14 @@ from ..distributed.sharding import GatheredWeights, move_to_device
 from ..logging import get_logger
 from ..metrics import MetricLog
 from ..model_utils import evaluation_mode, set_optimizer_mode
-from ..models import num_embeddings
+from ..models import eos_token_ids, num_embeddings
+from ..rollout.base import RolloutEngine
 from ..rollout.rollout_func import RolloutFuncEngine
 from ..seeds import derive_seed
 from ..types import Ranks
 from .ahead import SamplesAhead
-from .build import make_prompts
+from .build import make_engine, make_prompts
+from .build_vllm import make_vllm_engine
 from .generation import RewardedRollout, RolloutRunner, make_request, reward_columns
 from .resumable import ResumableTrainer
 from .weight_sync import WeightSync
@@ -140,7 +143,7 @@ def _computed(compute_metrics: ComputeMetrics, names: list[str], rows: list[tupl
 
 
 class EvaluatingTrainer(ResumableTrainer):
-    """A trainer whose evaluation samples and rewards completions.
+    """A trainer that samples completions with a rollout engine, and evaluates by rewarding them.
 
     A subclass prepares `_runner`, `_eval_limit` and `_eval_prompts`.
     """
@@ -168,6 +171,26 @@ class EvaluatingTrainer(ResumableTrainer):
         if not isinstance(self._runner.engine, RolloutFuncEngine):  # whose columns are known when it has been called
             self._runner.rewards.check_columns(reward_columns(prompts.dataset.column_names), name)
         return prompts
+
+    def _make_engine(self, rollout_func: Callable[..., dict[str, Any]] | None) -> RolloutEngine:
+        """Build what samples: vLLM, the user's rollout_func, or the engine in this process."""
+        ends = eos_token_ids(self.model, self.processing_class)
+        if self.args.use_vllm:
+            if rollout_func is not None:
+                raise ValueError("use_vllm=True samples, and rollout_func does too; set use_vllm=False, or pass none.")
+            return make_vllm_engine(self.model, self.processing_class, self.args, ends, self._signals.interruptible)
+        if rollout_func is not None:
+            return RolloutFuncEngine(rollout_func, self, ends, self._signals.interruptible)
+        return make_engine(
+            self.model,
+            self.processing_class,
+            self.args,
+            ends,
+            context=self._sampling_context,
+            check=self._signals.check,
+            in_step=self.is_fsdp_enabled or (is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation),
+            show_progress=self._shows_progress,
+        )
 
     @contextmanager
     def _sampling_context(self) -> Iterator[None]:

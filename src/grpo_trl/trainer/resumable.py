@@ -99,7 +99,7 @@ class ResumableTrainer(Trainer):
         self._weights_move.after_step(cast(nn.Module, self.model), self._ranks)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train, as `transformers.Trainer.train`; resumed, a run goes on bit for bit as if it had not been interrupted.
+        """Train, as `transformers.Trainer.train`; a resumed run equals the uninterrupted one bit for bit.
 
         SIGTERM and SIGUSR1 end it between two optimizer steps, with a checkpoint.
 
@@ -168,7 +168,7 @@ class ResumableTrainer(Trainer):
         return locked(Path(str(self.args.output_dir))) if saves else contextlib.nullcontext()
 
     def _start_or_resume(self, given: str | bool | None) -> Path | None:
-        """Find the checkpoint to resume from and read this rank's state of it; None where the run starts anew."""
+        """Find the checkpoint to resume from and read this rank's state of it; None where the run starts fresh."""
         on_first = self._ranks.rank == 0
         found = run_on_all_ranks(lambda: self._choose_checkpoint(given) if on_first else None, self._ranks)
         folder, self._run = self._ranks.gather([found])[0]
@@ -197,7 +197,7 @@ class ResumableTrainer(Trainer):
         if manifest is not None:
             return folder, manifest.run
         if given is True:
-            logger.warning("%s holds no checkpoint to resume from; the run starts anew.", output_dir)
+            logger.warning("%s holds no checkpoint to resume from; the run starts fresh.", output_dir)
         if self.args.save_strategy != SaveStrategy.NO:
             warn_of_another_run(output_dir)
         return None, uuid.uuid4().hex[:12]
@@ -243,7 +243,7 @@ class ResumableTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `transformers.Trainer.save_model`.
 
-        Where weights are in shards, all ranks call it, and none returns before the model is written: a launcher ends the
+        Where weights are sharded, all ranks call it, and none returns before the model is written: a launcher ends the
         rank that writes if another one fails meanwhile.
         """
         super().save_model(output_dir, _internal_call)

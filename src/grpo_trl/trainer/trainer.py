@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from ..attention.shared_prefix import serve_shared_prefix
@@ -41,20 +40,17 @@ from ..distributed.sharding import backend_of
 from ..logprobs.compute import compute_logprobs
 from ..logprobs.verify import tolerance
 from ..metrics import Mean, MetricLog, Sum
-from ..models import context_length, eos_token_ids
+from ..models import context_length
 from ..objective import Counts, grpo_loss, make_objective
 from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures, warn_of_drift
 from ..reliability.run_state import Stateful, fingerprint
 from ..report import merge_tables
-from ..rollout.base import RolloutEngine
-from ..rollout.rollout_func import RolloutFuncEngine
 from ..rollout.vllm import VLLMEngine
 from ..types import Completion, GenerationBatch, MicroBatch, MiniBatch
 from .advantages import AdvantageFunc
 from .arguments import check_kinds, check_names, check_not_here, choose_metric, config_of
 from .build import (
     make_advantages,
-    make_engine,
     make_evaluator,
     make_policy,
     make_prompt_limit,
@@ -62,7 +58,7 @@ from .build import (
     make_rewards,
     make_schedule,
 )
-from .build_vllm import make_ahead, make_correction, make_vllm_engine, make_weight_sync
+from .build_vllm import make_ahead, make_correction, make_weight_sync
 from .entropy import EntropyControl
 from .evaluation import ComputeMetrics
 from .generation import GenerationBatchBuilder, RolloutRunner
@@ -174,13 +170,7 @@ class GRPOTrainer(RecordedTrainer):
         self._sync = make_weight_sync(engine, self.model, args, self._evaluator)
         self._ahead = make_ahead(engine, args, self._signals.check)
         self._correction = make_correction(args)
-        self._runner = RolloutRunner(
-            engine,
-            rewards,
-            tokenizer,
-            phase=self._watchdog.phase,
-            interruptible=self._signals.interruptible,
-        )
+        self._runner = RolloutRunner(engine, rewards, tokenizer, self._watchdog.phase, self._signals.interruptible)
         self._entropy = EntropyControl(args, self._evaluator, self._ranks)
         router = router_coefficient(args.router_aux_loss_coef, self.model)
         self._router = RouterBalance(router, self._evaluator, self._ranks)
@@ -219,25 +209,6 @@ class GRPOTrainer(RecordedTrainer):
             ranks=self._ranks,
             check=self._check_generation_batch,
             phase=self._watchdog.phase,
-        )
-
-    def _make_engine(self, rollout_func: Callable[..., dict[str, Any]] | None) -> RolloutEngine:
-        ends = eos_token_ids(self.model, self.processing_class)
-        if self.args.use_vllm:
-            if rollout_func is not None:
-                raise ValueError("use_vllm=True samples, and rollout_func does too; set use_vllm=False, or pass none.")
-            return make_vllm_engine(self.model, self.processing_class, self.args, ends, self._signals.interruptible)
-        if rollout_func is not None:
-            return RolloutFuncEngine(rollout_func, self, ends, self._signals.interruptible)
-        return make_engine(
-            self.model,
-            self.processing_class,
-            self.args,
-            ends,
-            context=self._sampling_context,
-            check=self._signals.check,
-            in_step=self.is_fsdp_enabled or (is_deepspeed_zero3_enabled() and not self.args.ds3_gather_for_generation),
-            show_progress=self._shows_progress,
         )
 
     # ---- What Trainer iterates over ----

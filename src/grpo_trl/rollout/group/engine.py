@@ -133,8 +133,8 @@ class GroupEngine:
             if self.model.device.type == "cuda":
                 torch.cuda.empty_cache()
             logger.warning(
-                "Memory ran out in sampling; it starts again, and goes on, with %d completions at a time. "
-                "max_rows_in_flight=%d says so in advance.",
+                "Memory ran out in sampling; it starts again, and continues, with %d completions at a time. "
+                "max_rows_in_flight=%d avoids this.",
                 cache.max_rows,
                 cache.max_rows,
                 extra=EVERY_RANK,
@@ -185,7 +185,7 @@ class GroupEngine:
         if rows < wanted.max_rows:
             logger.warning(
                 "%d completions are decoded at a time instead of %d: their keys and values would take %.2f GiB, and %.2f "
-                "are free for them. It takes longer; max_rows_in_flight=%d says so in advance.",
+                "are free for them. It takes longer; max_rows_in_flight=%d avoids this.",
                 rows,
                 wanted.max_rows,
                 self._bytes_of(wanted) / 2**30,
@@ -213,7 +213,7 @@ class GroupEngine:
 
     # ---- Whether it serves ----
     def _hand_over_if(self, reasons: list[str | None]) -> None:
-        """Hand over to `model.generate` from now on if some rank has a reason to."""
+        """Fall back to `model.generate` from now on if some rank has a reason to."""
         self._reason = next(filter(None, reasons), None)
         if self._reason:
             logger.warning("Completions are sampled with model.generate, a prompt once for each: %s.", self._reason)

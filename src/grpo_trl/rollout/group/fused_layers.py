@@ -33,7 +33,7 @@ Norm = Callable[[Tensor], Tensor]
 
 
 FREE_SHARE = 0.15
-"""Share of the free memory that weights laid out anew may take; where they would take more, layers compute as they do."""
+"""Share of the free memory that fused copies of weights may take; where they would take more, layers compute as they do."""
 
 
 @contextlib.contextmanager
