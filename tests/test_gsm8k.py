@@ -116,6 +116,7 @@ def test_all_annotations_of_the_published_solutions_are_right(example, shared):
 # ---- Without a hub ----
 
 
+@pytest.mark.slow
 def test_without_a_hub_it_says_what_to_pass(shared, tmp_path):
     no_data = run("--output_dir", tmp_path)
     assert no_data.returncode != 0

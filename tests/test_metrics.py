@@ -211,7 +211,7 @@ def make_metrics(loss_level: str, old=True, ref=True, sampler=True, rows=(0, 1, 
         objective=make_objective(ObjectiveOptions(loss_level=loss_level, epsilon_high=0.3, beta=0.1 if ref else 0.0)),
         ref_logps_BT=micro_batch.ref_logps_BT,
     )
-    metrics = loss_metrics(output, scores, micro_batch)
+    metrics = loss_metrics(output, scores, micro_batch, None)
     return {name: metric.value for name, metric in metrics.items()}
 
 

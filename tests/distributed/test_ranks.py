@@ -14,6 +14,7 @@ from tests.helpers.ranks import CASES, run_cases, sampled
 from tests.helpers.training import relative_error
 
 
+pytestmark = pytest.mark.backends
 TIMED = ("time", "runtime", "per_second")
 
 

@@ -135,8 +135,23 @@ def assert_same(actual, expected):
         assert actual[name] == expected[name]
 
 
-@pytest.mark.parametrize("steps", [(3, 6), pytest.param((1, 2, 4, 5, 7), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("case", CASES)
+QUICK = (
+    "three iterations",
+    "generation batches of two steps, of two micro-steps",
+    "adaptive entropy bonus",
+    "the reference moves",
+)
+"""Cases that hold most of what a checkpoint can hold; the others run with the slow tests."""
+
+
+@pytest.mark.parametrize(
+    "case, steps",
+    [
+        *((case, (3, 6)) if case in QUICK else pytest.param(case, (3, 6), marks=pytest.mark.slow) for case in CASES),
+        *(pytest.param(case, (1, 2, 4, 5, 7), marks=pytest.mark.slow) for case in CASES),
+    ],
+    ids=str,
+)
 def test_resumed_after_any_step_a_run_ends_as_if_it_had_not_been_interrupted(case, steps, tmp_path):
     uninterrupted = end_of(run(tmp_path / "no saves", **CASES[case] | {"save_strategy": "no"}))
     saved = run(tmp_path / "saves", **CASES[case])
