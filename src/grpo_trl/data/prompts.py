@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..logging import get_logger
 from ..types import Prompt
+from .rendering import tokenize_prompts
 
 
 logger = get_logger(__name__)
@@ -88,29 +89,7 @@ class PromptSet:
         return [Prompt(*prompt) for prompt in zip(examples, ids, rows, strict=True)]
 
     def _tokenize(self, prompts: list[Any]) -> list[list[int]]:
-        for prompt in prompts:
-            if not isinstance(prompt, type(prompts[0])) or not isinstance(prompt, (str, list)):
-                raise ValueError(
-                    f"{self.name} has the prompt {prompt!r} ({type(prompt).__name__}); all prompts must be strings, or all "
-                    "lists of messages."
-                )
-        if isinstance(prompts[0], str):
-            return self.tokenizer(prompts)["input_ids"]
-        return [self._tokenize_messages(messages) for messages in prompts]
-
-    def _tokenize_messages(self, messages: list[dict[str, Any]]) -> list[int]:
-        if not messages:
-            return []
-        continued = messages[-1]["role"] == "assistant"
-        rendered: Any = self.tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=not continued,
-            continue_final_message=continued,
-            tokenize=True,
-            return_dict=True,
-            **self.chat_template_kwargs,
-        )
-        return rendered["input_ids"]
+        return tokenize_prompts(prompts, self.tokenizer, self.chat_template_kwargs, self.name)
 
     def _fitting_rows(self) -> Sequence[int]:
         lengths: list[int] = []
@@ -178,6 +157,11 @@ def _check_dataset(dataset: Any, name: str) -> None:
         raise ValueError(
             f"{name} has the columns {dataset.column_names}, and none is named 'prompt'; rename one with "
             "dataset.rename_column(OLD, 'prompt')."
+        )
+    if images := sorted({"image", "images"} & set(dataset.column_names)):
+        raise ValueError(
+            f"{name} has the column {images[0]!r}; its images would not be seen, since only text is supported. Remove "
+            f"it with dataset.remove_columns({images[0]!r})."
         )
     if not len(dataset):
         raise ValueError(f"{name} is empty; it must have at least one row.")
