@@ -168,8 +168,8 @@ def test_a_model_that_is_loaded_after_the_options_is_sharded(engine, one, two):
 MISTAKES = {
     "a second training": r"DeepSpeed starts once for a model\. Save it with save_model",
     "the model of another trainer": r"belongs to the DeepSpeed engine of an earlier trainer\. Save it",
-    "a trainer without engine": r"deepspeed=None says otherwise than an earlier trainer.*Give all trainers deepspeed=",
-    "a checkpoint of another engine": r"cannot go on like this \(.*engine: ZeRO-. then, none now\)\. Use the",
+    "a trainer without DeepSpeed": r"deepspeed=None conflicts with an earlier trainer.*Give all trainers deepspeed=",
+    "a checkpoint of another backend": r"cannot resume like this \(.*backend: ZeRO-. then, none now\)\. Use the",
 }
 
 

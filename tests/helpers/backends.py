@@ -331,12 +331,12 @@ def mistakes(name, folder):
         said["the model of another trainer"] = met.value
         with pytest.raises(ValueError) as met:  # noqa: PT011
             sampler(folder, {})
-        said["a trainer without engine"] = met.value
+        said["a trainer without DeepSpeed"] = met.value
     with engine("DDP") as of_engine:
         trainer = sampler(folder, of_engine)
         with pytest.raises(ValueError) as met:  # noqa: PT011
             trainer.train(resume_from_checkpoint=True)
-        said["a checkpoint of another engine"] = met.value
+        said["a checkpoint of another backend"] = met.value
     return {mistake: str(error) for mistake, error in said.items()}
 
 
