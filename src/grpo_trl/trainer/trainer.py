@@ -89,10 +89,11 @@ class GRPOTrainer(RecordedTrainer):
         optimizers: As in `transformers.Trainer`.
         quantization_config: Passed to `from_pretrained` of a model given as a path.
         peft_config: Train a new adapter instead of the weights.
-        tools, environment_factory: Not available; call tools and environments from a rollout_func.
+        tools: Not available; call tools from a rollout_func.
         rollout_func: Writes the completions instead of the trainer: `rollout_func(prompts, trainer)` gets every prompt
             `num_generations` times in a row and returns a dict of `"prompt_ids"`, `"completion_ids"`, `"logprobs"` and
             further columns for the rewards, with one entry per row.
+        environment_factory: Not available, as tools.
         compute_metrics: Computes further metrics of an evaluation from its `EvaluatedCompletions`, as a dict.
         advantage_func: Computes advantages instead of the trainer: `advantage_func(rewards_per_func, group)` gets the
             rewards of a group's completions, of shape (completions, functions), NaN where a function gave none, and
