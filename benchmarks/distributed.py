@@ -267,6 +267,8 @@ def compare_tokens(precision, checkpointing):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    precisions = get_args(plan.Precision)
+    parser.add_argument("--precisions", nargs="*", default=list(precisions), choices=precisions)
     parser.add_argument("--count", nargs=4, metavar=("WHAT", "HOW", "SIZE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.count:
@@ -285,7 +287,7 @@ def main():
         cells = [f"{planned:.2f} / {count:.2f}" for planned, count in compare_parameters(name)]
         print(f"{name:16}" + "".join(f"{cell:>19}" for cell in cells), flush=True)
     print(f"\nplan / counted, bytes of activations per token, {SHAPE}")
-    for precision, checkpointing in itertools.product(get_args(plan.Precision), (True, False)):
+    for precision, checkpointing in itertools.product(args.precisions, (True, False)):
         planned, count = compare_tokens(precision, checkpointing)
         print(f"{precision},checkpointing={checkpointing!s:6} {planned:,.0f} / {count:,.0f}", flush=True)
 

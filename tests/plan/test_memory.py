@@ -130,8 +130,9 @@ def counted():
     """What the benchmark prints: for each of its rows, pairs of plan and count."""
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs deepspeed")
-    command = [sys.executable, str(ROOT / "benchmarks" / "distributed.py"), "--methods", "ZeRO-2", "ZeRO-3"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    options = ["--methods", "ZeRO-2", "ZeRO-3", "--precisions", "autocast"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "distributed.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-3000:]
     rows = {}
     for line in done.stdout.splitlines():
@@ -153,7 +154,6 @@ def test_two_ranks_hold_and_send_what_the_plan_says(method, counted):
 
 @pytest.mark.backends
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("precision", ["bf16", "autocast", "float32"])
-def test_a_token_has_the_activations_that_the_plan_says(precision, checkpointing, counted):
-    ((planned, count),) = counted[f"{precision},checkpointing={checkpointing}"]
+def test_a_token_has_the_activations_that_the_plan_says(checkpointing, counted):
+    ((planned, count),) = counted[f"autocast,checkpointing={checkpointing}"]
     assert count == pytest.approx(planned, rel=0.1)
