@@ -147,7 +147,10 @@ def test_two_ranks_hold_and_send_what_the_plan_says(method, counted):
     held, update, sampling, sent, sent_for_sampling = counted[method]
     assert held[1] == pytest.approx(held[0], rel=0.02)
     assert update[1] == pytest.approx(update[0], rel=0.1)
-    assert sampling[1] == pytest.approx(sampling[0], rel=0.1, abs=0.1)
+    fused_copies = (
+        2  # of the layers' weights, which the sampler makes where memory is plenty; embeddings are not copied
+    )
+    assert sampling[0] - 0.1 < sampling[1] < 1.1 * sampling[0] + fused_copies
     assert sent[1] == pytest.approx(sent[0], rel=0.01)
     assert sent_for_sampling[1] == pytest.approx(sent_for_sampling[0], rel=0.02)
 
