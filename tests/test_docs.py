@@ -1,6 +1,7 @@
 """The pages of docs/: all of them are on the site, and the commands that they show exist."""
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -45,3 +46,8 @@ def test_a_command_of_the_documentation_exists_with_its_options(command):
 
 def test_there_are_commands():
     assert len(COMMANDS) >= 5
+
+
+def test_the_picture_of_the_rooms_is_that_of_the_imports():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_code_map.py"))["graph"]()
+    assert drawn in (ROOT / "docs" / "code_map.md").read_text()

@@ -64,7 +64,7 @@ CASES = {
     "two iterations": {"num_iterations": 2, "beta": 0.1},
     "two iterations, sequence": {"num_iterations": 2, "loss_level": "sequence", "learning_rate": 0.001},
     "a rank that samples no signal": {"prompts": ONE_RANK_SAMPLES_NO_SIGNAL},
-    # nothing can be dealt: the other rank has empty micro-batches only
+    # nothing can be assigned: the other rank has empty micro-batches only
     "one completion that trains": {"prompts": ["single", "equal", "equal", "equal"]},
     "no rank with signal": {"prompts": ["equal"] * 4},
     "another number of micro-batches on each rank": {"max_tokens_per_micro_batch": 16},
@@ -318,7 +318,7 @@ def loaded_after_options(name, folder):
 
 
 def mistakes(name, folder):
-    """What is said of a second training, a model of another trainer, and other backends."""
+    """Errors of a second training, a model of another trainer, and other backends."""
     said = {}
     with engine(name) as of_engine:
         trainer = sampler(folder, of_engine, max_steps=1)
@@ -341,7 +341,7 @@ def mistakes(name, folder):
 
 
 def sampling_that_fails(name, folder):
-    """The first generation batch meets an error in the middle, on the last rank, and is made anew."""
+    """The first generation batch meets an error in the middle, on the last rank, and is built again."""
     seen, errors = [], []
 
     def fail():

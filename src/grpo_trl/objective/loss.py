@@ -166,7 +166,7 @@ def _near_policy(
 def _kl(
     ref_log_ratio_BT: Tensor, log_ratio_BU: Tensor, mask_BT: Tensor, objective: Objective
 ) -> tuple[Tensor, KLOutput]:
-    """Estimate the KL divergence, times the ratio where the objective says so; and what explains it."""
+    """Estimate the KL divergence, times the ratio if `kl_times_ratio`, and collect what explains it."""
     ref_log_ratio_BK = objective.kl_units(ref_log_ratio_BT, mask_BT)
     kl_BK = objective.kl_estimator(ref_log_ratio_BK)
     output = KLOutput(unit_mask(kl_BK, mask_BT), kl_BK.detach(), ref_log_ratio_BK > EXP_LIMIT)
