@@ -101,6 +101,7 @@ def make_tokenizer() -> Any:
 
 def ended_at(lengths: list[int]) -> Any:
     """Inside, the completions of this package's engine end at these lengths, and nowhere else."""
+    from dataclasses import replace
     from unittest.mock import patch
 
     from grpo_trl.rollout.group.scheduler import Scheduler
@@ -108,6 +109,7 @@ def ended_at(lengths: list[int]) -> Any:
     def limit_of(self: Any, row: Any) -> int:
         if not hasattr(self, "limits"):
             self.limits = {id(row): length for row, length in zip(self._rows, lengths, strict=False)}
+            self.options = replace(self.options, eos_token_ids=())
         return min(self.limits[id(row)], self.options.max_completion_length)
 
     return patch.object(Scheduler, "_limit_of", limit_of)
