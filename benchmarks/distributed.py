@@ -35,7 +35,7 @@ from grpo_trl.plan import Job, Shape, activation_bytes_per_token, memory, traffi
 
 RANKS = 2
 LAYERS = (2, 6)
-PIECES = 3
+MICRO_BATCHES = 3
 STEPS = 4
 METHODS = {
     **{method: {"method": method, "lora": False} for method in plan.METHODS if method != "FSDP2"},
@@ -251,7 +251,7 @@ def compare_parameters(name):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(RANKS)]
     counted = grown(*(run(torchrun, "parameters", name, layers) for layers in LAYERS))
     job = Job(METHODS[name]["method"], RANKS, counted["trained"], counted["frozen"])
-    holds, sends = memory(job), traffic(job, PIECES)
+    holds, sends = memory(job), traffic(job, MICRO_BATCHES)
     planned = [holds.held, holds.update, holds.sampling, sends.update, sends.sampling]
     return [(value / job.parameters, counted[q] / job.parameters) for q, value in zip(QUANTITIES, planned, strict=True)]
 
@@ -281,7 +281,7 @@ def main():
         if os.environ.get("RANK", "0") == "0":
             Path(file).write_text(json.dumps(counted))
         return
-    print(f"plan / counted, bytes per parameter, {RANKS} ranks, {PIECES} micro-batches a step")
+    print(f"plan / counted, bytes per parameter, {RANKS} ranks, {MICRO_BATCHES} micro-batches a step")
     print(f"{'':16}" + "".join(f"{quantity:>19}" for quantity in QUANTITIES))
     for name in args.methods:
         cells = [f"{planned:.2f} / {count:.2f}" for planned, count in compare_parameters(name)]

@@ -190,7 +190,7 @@ def test_an_unknown_way_to_share_a_prefix_is_refused_with_those_that_work(value)
 
 
 @pytest.mark.parametrize("length", [1, 7])
-def test_a_piece_that_no_completion_fits_in_is_refused_with_the_least_that_works(length):
+def test_a_micro_batch_that_no_completion_fits_in_is_refused_with_the_least_that_works(length):
     for value in (-1, 0, length):
         message = refusal(max_tokens_per_micro_batch=value, max_completion_length=length)
         assert message.startswith(f"max_tokens_per_micro_batch={value} cannot work; ")
@@ -213,7 +213,7 @@ def test_a_piece_that_no_completion_fits_in_is_refused_with_the_least_that_works
         (None, False, (None, "the model's context")),
     ],
 )
-def test_a_prompt_that_is_trained_on_leaves_room_for_its_completion_in_a_piece(context, trained_on, expected):
+def test_a_prompt_that_is_trained_on_leaves_room_for_its_completion_in_a_micro_batch(context, trained_on, expected):
     args = make_config(max_completion_length=10, max_tokens_per_micro_batch=30)
     limit = make_prompt_limit(args, context, trained_on=trained_on)
     assert (limit.max_length, limit.limited_by) == expected
@@ -390,13 +390,13 @@ def world_size(request, monkeypatch):
         ({"per_device_train_batch_size": 3, "num_generations": 6, "steps_per_generation": 2}, 2),
     ],
 )
-def test_the_window_follows_from_the_steps(world_size, options, steps):
+def test_the_generation_batch_follows_from_the_steps(world_size, options, steps):
     config = make_config(**options)
     assert config.steps_per_generation == steps
     assert config.generation_batch_size == config.per_device_train_batch_size * world_size * steps
 
 
-def test_the_steps_follow_from_the_window(world_size):
+def test_the_steps_follow_from_the_generation_batch(world_size):
     config = make_config(per_device_train_batch_size=4, generation_batch_size=16 * world_size)
     assert config.steps_per_generation == 4
     assert config.generation_batch_size == 16 * world_size
@@ -407,7 +407,7 @@ def test_a_resolved_config_can_be_built_again():
     assert dataclasses.replace(config, learning_rate=1e-5).steps_per_generation == 4
 
 
-def test_steps_and_window_that_contradict_each_other_are_refused(world_size):
+def test_steps_and_generation_batch_that_contradict_each_other_are_refused(world_size):
     message = refusal(generation_batch_size=16 * world_size, steps_per_generation=3)
     assert f"generation_batch_size={16 * world_size} and steps_per_generation=3 contradict each other" in message
     assert f"a micro-step has {8 * world_size} completions" in message
@@ -431,7 +431,9 @@ WINDOWS = [
 
 
 @pytest.mark.parametrize("options", WINDOWS)
-def test_a_window_that_is_no_number_of_micro_steps_is_refused_with_windows_that_work(world_size, options):
+def test_a_generation_batch_that_is_no_number_of_micro_steps_is_refused_with_generation_batches_that_work(
+    world_size, options
+):
     options = options | {"generation_batch_size": options["generation_batch_size"] * world_size + world_size // 2}
     message = refusal(**options)
     assert message.startswith(f"generation_batch_size={options['generation_batch_size']} must be a multiple of the ")
@@ -468,7 +470,7 @@ def test_steps_that_split_an_optimizer_step_are_refused_with_steps_that_work(wor
         assert make_config(**options | {"steps_per_generation": value}).steps_per_generation == value
 
 
-def test_a_window_that_splits_an_optimizer_step_is_refused_with_windows_that_work(world_size):
+def test_a_generation_batch_that_splits_an_optimizer_step_is_refused_with_generation_batches_that_work(world_size):
     options = {"generation_batch_size": 24 * world_size, "gradient_accumulation_steps": 2}
     message = refusal(**options)
     assert "steps_per_generation=3 does not go with gradient_accumulation_steps=2" in message
@@ -489,7 +491,7 @@ GROUPS = [
 
 
 @pytest.mark.parametrize("options", GROUPS)
-def test_windows_that_split_a_group_are_refused_with_values_that_work(world_size, options):
+def test_generation_batches_that_split_a_group_are_refused_with_values_that_work(world_size, options):
     given = "per_device_train_batch_size"
     if "generation_batch_size" in options:
         options = options | {"generation_batch_size": options["generation_batch_size"] * world_size}

@@ -271,7 +271,7 @@ def test_without_reference_and_sampler_their_metrics_are_left_out():
 
 
 @pytest.mark.parametrize("loss_level", ["token", "sequence"])
-def test_a_piece_without_completions_has_the_same_metrics_without_values(loss_level):
+def test_a_micro_batch_without_completions_has_the_same_metrics_without_values(loss_level):
     assert make_metrics(loss_level, rows=()) == dict.fromkeys(make_metrics(loss_level))
 
 

@@ -194,7 +194,7 @@ def schedules() -> list[Schedule]:
 SCHEDULES = schedules()
 
 
-def window_rows(s: Schedule, generation_batch: int) -> list[int]:
+def generation_batch_rows(s: Schedule, generation_batch: int) -> list[int]:
     return [row for rank in range(s.world_size) for row in s.rows(generation_batch, rank)]
 
 
@@ -236,24 +236,26 @@ def test_mini_batches_are_equally_large():
         ] * s.mini_batches_per_generation_batch
 
 
-def test_an_epoch_uses_each_prompt_at_most_once_and_drops_less_than_a_window():
+def test_an_epoch_uses_each_prompt_at_most_once_and_drops_less_than_a_generation_batch():
     for s in SCHEDULES:
         for epoch in (0, 1):
             generation_batches = range(
                 epoch * s.generation_batches_per_epoch, (epoch + 1) * s.generation_batches_per_epoch
             )
-            rows = [row for generation_batch in generation_batches for row in window_rows(s, generation_batch)]
+            rows = [
+                row for generation_batch in generation_batches for row in generation_batch_rows(s, generation_batch)
+            ]
             assert len(rows) == len(set(rows))
             assert set(rows) <= set(range(s.num_prompts))
             assert 0 <= s.num_prompts - len(rows) < s.prompts_per_generation_batch
 
 
-def test_without_shuffling_windows_take_the_prompts_in_order_in_every_epoch():
+def test_without_shuffling_generation_batches_take_the_prompts_in_order_in_every_epoch():
     for s in SCHEDULES:
         plain = replace(s, shuffle=False)
         for generation_batch in range(2 * s.generation_batches_per_epoch):
             first = generation_batch % s.generation_batches_per_epoch * s.prompts_per_generation_batch
-            assert sorted(window_rows(plain, generation_batch)) == list(
+            assert sorted(generation_batch_rows(plain, generation_batch)) == list(
                 range(first, first + s.prompts_per_generation_batch)
             )
 
@@ -265,13 +267,15 @@ def test_a_single_rank_takes_the_prompts_in_order():
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_windows_and_steps_have_the_same_prompts_for_any_number_of_ranks(world_size):
+def test_generation_batches_and_steps_have_the_same_prompts_for_any_number_of_ranks(world_size):
     compared = 0
     for s in SCHEDULES:
         if s.world_size == 1 and s.batch_size % world_size == 0:
             split = replace(s, batch_size=s.batch_size // world_size, world_size=world_size)
             for generation_batch in range(3):
-                assert sorted(window_rows(split, generation_batch)) == sorted(window_rows(s, generation_batch))
+                assert sorted(generation_batch_rows(split, generation_batch)) == sorted(
+                    generation_batch_rows(s, generation_batch)
+                )
                 assert step_rows(split, generation_batch) == step_rows(s, generation_batch)
                 compared += len(step_rows(s, generation_batch)) > 1
     assert compared > 10
@@ -319,13 +323,13 @@ def test_places_agree_with_a_simulation_of_the_loop_of_transformers():
                 optimizer_step += 1
 
 
-def test_a_schedule_is_on_policy_exactly_where_no_window_outlives_an_optimizer_step():
+def test_a_schedule_is_on_policy_exactly_where_no_generation_batch_outlives_an_optimizer_step():
     for s in SCHEDULES:
-        steps_of_window: dict[int, set[int]] = {}
+        steps_of_generation_batch: dict[int, set[int]] = {}
         for step in range(s.items_per_epoch // s.accumulation):
             for ref in s.mini_batches(step, s.accumulation):
-                steps_of_window.setdefault(ref.generation, set()).add(step)
-        assert s.on_policy == all(len(steps) == 1 for steps in steps_of_window.values())
+                steps_of_generation_batch.setdefault(ref.generation, set()).add(step)
+        assert s.on_policy == all(len(steps) == 1 for steps in steps_of_generation_batch.values())
 
 
 SMALL = Schedule(
@@ -341,7 +345,7 @@ SMALL = Schedule(
 )
 
 
-def test_a_dataset_smaller_than_a_window_is_refused_with_what_would_do():
+def test_a_dataset_smaller_than_a_generation_batch_is_refused_with_what_would_do():
     with pytest.raises(ValueError, match="train_dataset has 7 prompts and a generation batch needs 8") as raised:
         SMALL.check()
     message = str(raised.value)

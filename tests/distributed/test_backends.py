@@ -62,7 +62,7 @@ def test_weights_are_those_of_one_process(case, one, two):
             assert relative_error(one[case]["before"], rank[case]["after"], one[case]["after"]) < 1e-3
 
 
-def test_gradients_are_in_shards_between_the_pieces_of_a_step(engine, two):
+def test_gradients_are_in_shards_between_the_micro_batches_of_a_step(engine, two):
     if engine != "FSDP2":
         pytest.skip("DDP has none, and DeepSpeed keeps its own")
     for rank in two:
@@ -94,7 +94,7 @@ def test_sampling_resuming_and_saving(run, engine, one, two):
         assert rank[run]["folders"] == []  # of an adapter that is not trained
 
 
-def test_sharded_weights_are_gathered_once_a_window_and_once_an_evaluation(engine, two):
+def test_sharded_weights_are_gathered_once_a_generation_batch_and_once_an_evaluation(engine, two):
     for rank in two:
         counts, with_evaluation = rank["sampled"]["gatherings"], rank["sampled"]["gatherings with evaluation"]
         if engine != "ZeRO-3":

@@ -86,7 +86,7 @@ def loads_of(prompt, completions):
 
 
 # ---- The figures of docs/distributed.md ----
-def ranks_of_a_window(mean, source):
+def ranks_of_a_generation_batch(mean, source):
     """64 ranks with two groups of 8 each, every second of which trains; lengths are log-normal."""
     spread = math.sqrt(math.log(1 + 0.6**2))
     place = math.log(mean) - spread**2 / 2
@@ -103,6 +103,6 @@ def busiest(loads):
 
 @pytest.mark.parametrize("mean", [50, 500])
 def test_ranks_become_as_even_as_the_page_says(mean):
-    generation_batches = [ranks_of_a_window(mean, random.Random(seed)) for seed in range(10)]
+    generation_batches = [ranks_of_a_generation_batch(mean, random.Random(seed)) for seed in range(10)]
     assert 2.45 < statistics.mean(busiest(loads(shares, at_home(shares))) for shares in generation_batches) < 2.75
     assert 1.05 < statistics.mean(busiest(loads(shares, assign(shares))) for shares in generation_batches) < 1.15

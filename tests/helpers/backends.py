@@ -185,7 +185,7 @@ def run_case(name, prompts=PROMPTS, completions=16, lora=None, model=make_model,
         return {"before": start.weights, "after": gathered(trainer.model)}
 
 
-def shards_left_by_pieces(name):
+def shards_left_by_micro_batches(name):
     """For each forward that trains, whether it finds gradients of this rank's shards: those of the micro-batch before."""
     found, model = [], make_model()
 
@@ -446,7 +446,7 @@ def run_all(name, folder):
     results["evaluated first"] = evaluated_first(name, f"{folder}/evaluated")
     results["coarse bases"] = coarse_bases(name, f"{folder}/coarse")
     if name == "FSDP2":
-        results["shards left by micro-batches"] = shards_left_by_pieces(name)
+        results["shards left by micro-batches"] = shards_left_by_micro_batches(name)
     else:  # there model.generate writes
         results["sampling that fails"] = sampling_that_fails(name, f"{folder}/fails")
     if name is None or name == "ZeRO-3":

@@ -164,7 +164,7 @@ class OnLastRank(TrainerCallback):
             self.function()
 
 
-def in_windows_of_two_steps(folder, resume=None, **options):
+def in_generation_batches_of_two_steps(folder, resume=None, **options):
     """Sampled by the trainer; every step is saved. The trainer, and what it raised."""
     trainer = sampling_trainer(folder, completions=8 // (LAST + 1), **options)
     try:
@@ -182,12 +182,12 @@ def end(trainer):
 
 def interrupted(folder):
     """A run, the same run resumed inside a generation batch, and stopped by a signal to one rank and resumed."""
-    whole, _ = in_windows_of_two_steps(f"{folder}/whole")
-    resumed, _ = in_windows_of_two_steps(f"{folder}/resumed", f"{folder}/whole/checkpoint-3")
+    whole, _ = in_generation_batches_of_two_steps(f"{folder}/whole")
+    resumed, _ = in_generation_batches_of_two_steps(f"{folder}/resumed", f"{folder}/whole/checkpoint-3")
     callbacks = [OnLastRank(3, lambda: os.kill(os.getpid(), signal.SIGTERM))]
-    _, stop = in_windows_of_two_steps(f"{folder}/stopped", callbacks=callbacks, save_strategy="no")
+    _, stop = in_generation_batches_of_two_steps(f"{folder}/stopped", callbacks=callbacks, save_strategy="no")
     saved = checkpoints(f"{folder}/stopped")
-    again, _ = in_windows_of_two_steps(f"{folder}/stopped", True, save_strategy="no")
+    again, _ = in_generation_batches_of_two_steps(f"{folder}/stopped", True, save_strategy="no")
     return {"ends": [end(whole), end(resumed), end(again)], "code": stop.code, "saved": saved}
 
 
@@ -205,7 +205,9 @@ def short_of_memory(folder):
                     raise torch.OutOfMemoryError("made up")
 
         model.register_forward_pre_hook(hook, with_kwargs=True)
-        trainer, _ = in_windows_of_two_steps(f"{folder}/{limit}", model=model, save_strategy="no", optim="sgd")
+        trainer, _ = in_generation_batches_of_two_steps(
+            f"{folder}/{limit}", model=model, save_strategy="no", optim="sgd"
+        )
         ends.append(weights(trainer.model))
     return {"ends": ends, "largest": max(sizes, default=None)}
 
@@ -221,7 +223,7 @@ def not_finite(folder):
     model.model.embed_tokens.weight.register_hook(hook)
     snapshots = Snapshots()
     options = {"num_iterations": 1, "beta": 0.0, "save_strategy": "no", "logging_steps": 1}
-    trainer, _ = in_windows_of_two_steps(f"{folder}/run", model=model, callbacks=[snapshots], **options)
+    trainer, _ = in_generation_batches_of_two_steps(f"{folder}/run", model=model, callbacks=[snapshots], **options)
     return {"moved": snapshots.moved, "skipped": [entry.get("nonfinite_steps") for entry in trainer.state.log_history]}
 
 
@@ -245,7 +247,7 @@ def failing_rewards(folder):
     outcome = {}
     for action in ("exclude", "raise"):
         options = {"on_reward_error": action, "reward_funcs": hates_short, "save_strategy": "no", "logging_steps": 1}
-        trainer, stop = in_windows_of_two_steps(f"{folder}/{action}", **options)
+        trainer, stop = in_generation_batches_of_two_steps(f"{folder}/{action}", **options)
         failures = [entry.get("rewards/hates_short/failures") for entry in trainer.state.log_history]
         outcome[action] = {"steps": trainer.state.global_step, "stop": repr(stop), "failures": failures}
     return outcome

@@ -112,7 +112,7 @@ def test_the_gradient_is_that_of_the_plain_forward(shared_prefix):
 
 @PACKED
 @pytest.mark.parametrize("rows", [[], [([5, 6], []), ([7], [])]], ids=["no completions", "empty completions"])
-def test_a_piece_without_tokens_has_no_loss_and_gives_every_parameter_a_gradient_of_zero(shared_prefix, rows):
+def test_a_micro_batch_without_tokens_has_no_loss_and_gives_every_parameter_a_gradient_of_zero(shared_prefix, rows):
     model = make_evaluator()
     micro_batch = micro_batch_of(completions(rows), shared_prefix)
     scores = compute_logprobs(model, micro_batch, 1.0)
@@ -161,7 +161,7 @@ class Wrapper(nn.Module):
 
 @PACKED
 @torch.no_grad()
-def test_a_wrapped_model_scores_as_it_does_without(shared_prefix):
+def test_a_wrapped_model_computes_the_same_logprobs(shared_prefix):
     model, micro_batch = make_evaluator(), micro_batch_of(completions(), shared_prefix)
     torch.testing.assert_close(
         compute_logprobs(Wrapper(model), micro_batch, 1.0).logps_BT, compute_logprobs(model, micro_batch, 1.0).logps_BT
@@ -192,7 +192,7 @@ def test_scoring_many_completions_is_without_dropout_and_without_trace(shared_pr
 @PACKED
 @pytest.mark.parametrize("batch_size, max_tokens", [(1, None), (3, None), (10, None), (3, 14)])
 @torch.no_grad()
-def test_scores_come_in_the_order_of_the_completions(shared_prefix, batch_size, max_tokens):
+def test_logprobs_come_in_the_order_of_the_completions(shared_prefix, batch_size, max_tokens):
     model = make_evaluator()
     mixed = [(completions() + MASKED)[i] for i in (7, 3, 4, 9, 0, 6, 10, 1, 5, 8, 2)]  # prompts apart
     logps = compute_completion_logprobs(model, mixed, make_packer(shared_prefix, batch_size, max_tokens), 1.0)

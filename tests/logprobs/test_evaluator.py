@@ -240,7 +240,7 @@ class Syncs(TrainerCallback):
     "accumulation, limit, micro_batches",
     [(1, None, [1]), (1, 12, [3]), (4, 1000, [0, 0, 0, 1]), (2, None, [0, 2])],
 )
-def test_only_the_last_piece_of_a_step_synchronises(monkeypatch, accumulation, limit, micro_batches):
+def test_only_the_last_micro_batch_of_a_step_synchronises(monkeypatch, accumulation, limit, micro_batches):
     syncs = Syncs()
     from grpo_trl import GRPOTrainer
 
@@ -267,7 +267,7 @@ def test_only_the_last_piece_of_a_step_synchronises(monkeypatch, accumulation, l
     assert counts == micro_batches
 
 
-def test_a_prompt_that_no_piece_can_hold_is_refused_before_training():
+def test_a_prompt_that_no_micro_batch_can_hold_is_refused_before_training():
     with pytest.raises(
         ValueError, match=r"4 fit into max_tokens_per_micro_batch.*set max_tokens_per_micro_batch=16 or more"
     ):

@@ -108,7 +108,7 @@ def assert_same_gradient(actual, expected):
 
 
 @pytest.mark.parametrize("case, masked", [*((case, 0.4) for case in CASES), *((case, 0.0) for case in TELLING)])
-def test_a_packed_row_scores_each_completion_as_if_it_stood_alone(case, masked):
+def test_a_packed_row_gives_each_completion_the_logprobs_of_one_that_stands_alone(case, masked):
     model = make(case)
     plain = plain_copy(model)
     enable_logprobs(model)
@@ -162,7 +162,7 @@ def test_checkpointing_recomputes_the_layers_in_the_backward_pass(case, monkeypa
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen2-window", "gemma2-window", "gpt_neox", "qwen3_moe"])
 @pytest.mark.parametrize("batch_size", [3, 7, 99])
-def test_scores_do_not_depend_on_how_completions_are_cut_into_pieces(case, batch_size):
+def test_logprobs_do_not_depend_on_how_completions_are_cut_into_micro_batches(case, batch_size):
     model = make(case)
     plain = plain_copy(model)
     enable_logprobs(model)
@@ -177,8 +177,8 @@ def test_scores_do_not_depend_on_how_completions_are_cut_into_pieces(case, batch
 
 
 @pytest.mark.parametrize("order", [(0, 3, 1, 4, 2), (0, 1, 3, 4, 2)], ids=str)
-def test_a_prompt_may_come_again_later_in_the_window(order):
-    """Two rows of the dataset may hold one prompt, or a window may reach over the end of an epoch."""
+def test_a_prompt_may_come_again_later_in_the_generation_batch(order):
+    """Two rows of the dataset may hold one prompt, or a generation batch may reach over the end of an epoch."""
     model = make("qwen2")
     plain = plain_copy(model)
     enable_logprobs(model)
@@ -228,7 +228,7 @@ def test_neighbours_in_the_row_change_nothing(case):
 
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("shared_prefix", [True, False])
-def test_a_window_shorter_than_the_sequences_changes_their_scores(name, shared_prefix):
+def test_a_window_shorter_than_the_sequences_changes_their_logprobs(name, shared_prefix):
     completions = make_completions(RAGGED)
     micro_batch = replace(PACKER, shared_prefix=shared_prefix).micro_batch(completions, 1)
     models = [make_scored(name, **WINDOWED[name]), make_scored(name), make_scored(name, **(WINDOWED[name] | LONGER))]

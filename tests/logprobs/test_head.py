@@ -173,7 +173,7 @@ def test_a_token_that_cannot_come_leaves_entropy_and_gradient_finite(slice_lengt
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_half_precision_scores_are_float32_and_double_ones_float64():
+def test_half_precision_logprobs_are_float32_and_double_ones_float64():
     for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
         model = make_family("qwen2").to(dtype)
         enable_logprobs(model)
@@ -329,7 +329,7 @@ READERS = {
 
 
 @pytest.mark.parametrize("reads", READERS)
-def test_a_forward_that_reads_more_of_its_backbone_and_head_scores_too(reads):
+def test_a_forward_that_reads_more_of_its_backbone_and_head_computes_logprobs_too(reads):
     model_class, config_class, values = READERS[reads]
     torch.manual_seed(0)
     model = getattr(transformers, model_class)(getattr(transformers, config_class)(**values)).eval()
@@ -361,7 +361,7 @@ def generated(model):
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma2", "gpt_neox", "qwen3_moe"])
-def test_a_model_that_scores_is_otherwise_as_before(name, tmp_path):
+def test_a_model_that_computes_logprobs_is_otherwise_as_before(name, tmp_path):
     model = make_family(name).eval()
     with torch.no_grad():
         before = model(input_ids=INPUT_IDS, labels=INPUT_IDS)
@@ -399,7 +399,7 @@ def test_an_adapted_model_generates_as_before():
     assert torch.equal(scoring.eval().generate(**ids), plain.eval().generate(**ids))
 
 
-def test_a_copy_scores_with_its_own_weights():
+def test_a_copy_computes_logprobs_with_its_own_weights():
     model = make_family("qwen2")
     enable_logprobs(model)
     before = evaluate(model)[0]
@@ -463,7 +463,7 @@ def test_the_language_model_is_found_under_wrappers():
     assert causal_lm(torch.compile(adapted)) is model
 
 
-def test_all_completions_of_a_piece_get_their_scores_whatever_the_slice(monkeypatch):
+def test_all_completions_of_a_micro_batch_get_their_logprobs_whatever_the_slice(monkeypatch):
     model = make_family("qwen3")
     enable_logprobs(model)
     micro_batch = Packer(99, None, 0).micro_batch(make_completions(RAGGED, masked=0.3), 25)

@@ -166,7 +166,9 @@ def test_a_model_reads_what_stands_before_the_last_trained_token(mask, inputs):
 @PACKED
 @given(completions=lists_of_completions(), batch_size=st.integers(1, 13), extra=st.none() | st.integers(0, 60))
 @SETTINGS
-def test_every_completion_is_in_one_piece_and_no_piece_is_too_large(shared_prefix, completions, batch_size, extra):
+def test_every_completion_is_in_one_micro_batch_and_no_micro_batch_is_too_large(
+    shared_prefix, completions, batch_size, extra
+):
     largest = max((computed([c], shared_prefix) for c in completions), default=1)
     packer = make_packer(shared_prefix, batch_size, None if extra is None else largest + extra)
     cut = packer.cut(completions)
@@ -197,7 +199,7 @@ def test_completions_that_are_not_read_are_cut_too(shared_prefix, max_tokens, ba
     room=st.integers(0, 100),
 )
 @SETTINGS
-def test_with_small_groups_there_are_few_more_pieces_than_the_tokens_need(groups, room):
+def test_with_small_groups_there_are_few_more_micro_batches_than_the_tokens_need(groups, room):
     completions = [c for first, (length, rest) in enumerate(groups) for c in group(first, length, rest)]
     sizes = [computed(group(0, length, rest), True) for length, rest in groups]
     total, largest = sum(sizes), max(sizes)
@@ -212,13 +214,13 @@ def test_with_small_groups_there_are_few_more_pieces_than_the_tokens_need(groups
 @pytest.mark.parametrize(
     "max_tokens, count", [(40, 4), (39, 6), (79, 3), (80, 2), (159, 2), (160, 1), (1000, 1), (10, 16)]
 )
-def test_there_are_as_few_pieces_as_hold_groups_of_one_size(max_tokens, count):
+def test_there_are_as_few_micro_batches_as_hold_groups_of_one_size(max_tokens, count):
     completions = [c for first in range(16) for c in group(first, 4, [3, 5])]  # 4 + 2 + 4 tokens
     assert len(make_packer(max_tokens=max_tokens).cut(completions)) == count
 
 
 @PACKED
-def test_there_is_one_piece_where_all_fits(shared_prefix):
+def test_there_is_one_micro_batch_where_all_fits(shared_prefix):
     completions = group(1, 4, [3, 5, 9]) + group(2, 2, [8])
     total = computed(completions, shared_prefix)
     assert total == {True: 4 + 2 + 4 + 8 + 2 + 7, False: 4 * 12}[shared_prefix]
@@ -234,7 +236,7 @@ def test_there_is_one_piece_where_all_fits(shared_prefix):
     size=st.integers(1, 30),
 )
 @SETTINGS
-def test_whole_groups_make_pieces_that_differ_by_the_largest_group_at_most(limited, groups, size):
+def test_whole_groups_make_micro_batches_that_differ_by_the_largest_group_at_most(limited, groups, size):
     completions = [c for first, (length, rest) in enumerate(groups) for c in group(first, length, rest)]
     largest = max(computed(group(0, length, rest), True) for length, rest in groups)
     batch_size = max(size, math.ceil(len(completions) / len(groups)))  # not more micro-batches than groups
@@ -250,7 +252,7 @@ def assert_no_group_is_split(completions, cut):
     assert sum(map(len, prompts)) == len(set().union(*prompts))
 
 
-def test_pieces_are_balanced_by_tokens_and_not_by_completions():
+def test_micro_batches_are_balanced_by_tokens_and_not_by_completions():
     completions = group(1, 1, [3] * 4) + group(2, 1, [3] * 4) + group(3, 1, [5, 2]) + group(4, 1, [24])
     cut = make_packer(batch_size=6).cut(completions)  # 9, 9, 6 and 24 tokens
     assert sorted(map(sorted, cut)) == [list(range(10)), [10]]
@@ -281,7 +283,7 @@ def test_a_group_of_like_completions_is_split_evenly():
 
 @given(completions=lists_of_completions(min_size=1), batch_size=st.integers(1, 13))
 @SETTINGS
-def test_without_a_limit_groups_are_split_no_more_than_makes_enough_pieces(completions, batch_size):
+def test_without_a_limit_groups_are_split_no_more_than_makes_enough_micro_batches(completions, batch_size):
     cut = make_packer(batch_size=batch_size).cut(completions)
     parts = [(tuple(c.prompt_ids), place) for place, indices in enumerate(cut) for c in chosen(completions, indices)]
     groups = {prompt for prompt, _ in parts}
@@ -310,7 +312,7 @@ def test_with_a_limit_only_groups_above_it_are_split(completions, extra):
     completions=lists_of_completions(min_size=1), batch_size=st.integers(1, 13), extra=st.none() | st.integers(0, 60)
 )
 @SETTINGS
-def test_padded_pieces_hold_completions_of_like_length_and_are_full(completions, batch_size, extra):
+def test_padded_micro_batches_hold_completions_of_like_length_and_are_full(completions, batch_size, extra):
     max_tokens = None if extra is None else max(computed([c], False) for c in completions) + extra
     cut = make_packer(False, batch_size, max_tokens).cut(completions)
     lengths = [[computed([c], False) for c in chosen(completions, indices)] for indices in cut]
@@ -324,7 +326,7 @@ def test_padded_pieces_hold_completions_of_like_length_and_are_full(completions,
 
 @PACKED
 @pytest.mark.parametrize("max_tokens", [None, 9])
-def test_a_completion_above_the_limit_is_alone_in_its_piece(shared_prefix, max_tokens):
+def test_a_completion_above_the_limit_is_alone_in_its_micro_batch(shared_prefix, max_tokens):
     completions = group(1, 3, [40, 2]) + group(2, 2, [3])
     cut = make_packer(shared_prefix, 1, max_tokens).cut(completions)
     assert [0] in cut
@@ -370,7 +372,7 @@ def cut_in_step(packer, completions, number, asked, own):
 
 
 @PACKED
-def test_a_piece_without_completions_is_one_token_to_read(shared_prefix):
+def test_a_micro_batch_without_completions_is_one_token_to_read(shared_prefix):
     packer = Packer(4, None, pad_token_id=7, shared_prefix=shared_prefix)
     (micro_batch,) = packer.micro_batches([], divisor=3)
     assert micro_batch.input_ids_RS.tolist() == [[7]]
@@ -383,7 +385,7 @@ def test_a_piece_without_completions_is_one_token_to_read(shared_prefix):
     assert micro_batch.divisor == 3
 
 
-# ---- Pieces ----
+# ---- Micro-batches ----
 def tensors_by_loops(completions, shared_prefix, pad_token_id):
     """What a micro-batch holds, token by token: input ids, positions, places that predict, targets and mask."""
     rows, predictors, targets = [], [], []
@@ -421,7 +423,7 @@ def tensors_by_loops(completions, shared_prefix, pad_token_id):
 @PACKED
 @given(completions=lists_of_completions(min_size=1))
 @SETTINGS
-def test_a_piece_holds_what_a_slow_reading_finds(shared_prefix, completions):
+def test_a_micro_batch_holds_what_a_slow_reading_finds(shared_prefix, completions):
     completions = grouped(completions) if shared_prefix else completions
     micro_batch = Packer(1, None, pad_token_id=7, shared_prefix=shared_prefix).micro_batch(completions, divisor=9)
     assert {
@@ -468,7 +470,7 @@ def test_what_a_predictor_sees_is_what_stands_before_its_target(completions, bat
 
 
 @PACKED
-def test_a_piece_keeps_the_advantages_in_the_order_of_its_completions(shared_prefix):
+def test_a_micro_batch_keeps_the_advantages_in_the_order_of_its_completions(shared_prefix):
     completions = [Completion([i // 2], [5] * i, [True] * i, advantage=i / 4) for i in range(6)]
     packer = make_packer(shared_prefix, batch_size=2)
     for indices, micro_batch in zip(packer.cut(completions), packer.micro_batches(completions, 6), strict=True):
@@ -479,7 +481,7 @@ def test_a_piece_keeps_the_advantages_in_the_order_of_its_completions(shared_pre
 
 @PACKED
 @pytest.mark.parametrize("name", ["old_logps", "ref_logps", "sampler_logps"])
-def test_a_piece_has_optional_tensors_only_where_every_completion_does(shared_prefix, name):
+def test_a_micro_batch_has_optional_tensors_only_where_every_completion_does(shared_prefix, name):
     def completion(ids, values):
         values = torch.tensor(values) if name != "sampler_logps" and values is not None else values
         return Completion([1], ids, [True] * len(ids), **{name: values})
@@ -497,7 +499,7 @@ def test_a_piece_has_optional_tensors_only_where_every_completion_does(shared_pr
 
 
 @PACKED
-def test_all_tensors_of_a_piece_are_on_its_device(shared_prefix):
+def test_all_tensors_of_a_micro_batch_are_on_its_device(shared_prefix):
     values = torch.tensor([-1.0, -2.0])
     completion = Completion([5], [6, 7], [True] * 2, [-1.0, -2.0], old_logps=values, ref_logps=values)
     for micro_batch in make_packer(shared_prefix, 1, device="meta", gather=lambda n: [n, 3]).micro_batches(

@@ -177,7 +177,7 @@ def test_virtual_tokens_are_a_reason(config):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("lora", [False, True])
-def test_packed_scores_of_the_families_agree(case, lora):
+def test_packed_logprobs_of_the_families_agree(case, lora):
     name, changes = CASES[case]
     model = make_family(name, **changes)
     if lora:
@@ -274,7 +274,7 @@ def test_a_forward_that_raises_is_a_reason_and_leaves_the_model_as_it_was():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_scores_that_are_no_numbers_are_a_reason():
+def test_logprobs_that_are_no_numbers_are_a_reason():
     model = make_family("qwen2")
     plain = model.model.norm.forward
     calls = []

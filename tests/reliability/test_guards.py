@@ -145,7 +145,7 @@ def test_a_run_that_learns_something_says_nothing(caplog):
 @pytest.mark.parametrize(
     "prompts, patience, expected", [(["equal"], 2, True), (["equal", "ab="], 2, False), (["equal", "ab="], 1, True)]
 )
-def test_windows_are_counted_in_a_row(prompts, patience, expected, caplog):
+def test_generation_batches_are_counted_in_a_row(prompts, patience, expected, caplog):
     train(make_model(), prompts, max_steps=6, dead_run_patience=patience)
     assert ("No group" in caplog.text) == expected
 
@@ -260,7 +260,7 @@ def with_room_for(model, tokens, only_training=False):
 
 @pytest.mark.parametrize("shared_prefix", [True, False])
 @pytest.mark.parametrize("options", [{}, {"num_iterations": 2, "beta": 0.1}, {"gradient_accumulation_steps": 2}])
-def test_a_step_that_does_not_fit_is_made_anew_in_smaller_pieces(options, shared_prefix, caplog):
+def test_a_step_that_does_not_fit_is_made_anew_in_smaller_micro_batches(options, shared_prefix, caplog):
     options = {"max_steps": 2, "per_device_train_batch_size": 8, "shared_prefix": shared_prefix} | options
     start = weights(make_model())
     model, sizes = with_room_for(make_model(), math.inf)

@@ -198,7 +198,7 @@ def test_a_signal_in_a_step_lets_it_end_saves_and_exits(number, options, tmp_pat
     assert_same(end_of(run(tmp_path / "stopped", True, save_strategy="no", **options)), uninterrupted)
 
 
-def test_a_signal_in_a_reward_function_ends_it_and_drops_the_window(tmp_path):
+def test_a_signal_in_a_reward_function_ends_it_and_drops_the_generation_batch(tmp_path):
     calls = []
 
     def slow(completions):
@@ -226,7 +226,7 @@ def slow_is_letters(slow):
 
 
 @pytest.mark.parametrize("kwargs, engine", [({}, "group"), ({"guidance_scale": 1.5}, "generate")])
-def test_a_signal_in_sampling_drops_the_window(kwargs, engine, tmp_path, monkeypatch):
+def test_a_signal_in_sampling_drops_the_generation_batch(kwargs, engine, tmp_path, monkeypatch):
     options = {"save_strategy": "no", "generation_kwargs": kwargs}
     uninterrupted = end_of(run(tmp_path / "whole", **options))
     trainer = make_trainer(tmp_path / "stopped", **options)
@@ -417,7 +417,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_another_number_of_ranks_may_go_on_between_windows_alone(step, tmp_path):
+def test_another_number_of_ranks_may_go_on_between_generation_batches_alone(step, tmp_path):
     """Two ranks' shares, as one process reads them."""
     trainer = run(tmp_path, num_iterations=2, max_steps=step, logging_steps=100)
     folder = tmp_path / f"checkpoint-{step}"
@@ -448,7 +448,7 @@ def test_what_reward_functions_note_survives(tmp_path):
     assert [entry["mine"] for entry in resumed.state.log_history if "mine" in entry] == [3.0]
 
 
-def test_a_step_of_several_windows_that_a_signal_ends_leaves_no_trace(tmp_path):
+def test_a_step_of_several_generation_batches_that_a_signal_ends_leaves_no_trace(tmp_path):
     """Three generation batches a step, one in the second; the signal comes in the third one of the third step."""
     options = {"steps_per_generation": 1, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 8}
     options |= {"save_strategy": "no", "max_steps": 4, "logging_steps": 4}
@@ -498,7 +498,7 @@ def test_a_signal_that_comes_too_late_is_forgotten(tmp_path):
     assert "eval_reward" in trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS}))
 
 
-def test_a_step_of_several_windows_that_is_dropped_is_not_counted_as_dead(tmp_path):
+def test_a_step_of_several_generation_batches_that_is_dropped_is_not_counted_as_dead(tmp_path):
     calls = []
 
     def flat(completions):

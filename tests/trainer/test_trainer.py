@@ -139,7 +139,7 @@ def test_an_environments_tokens_are_not_trained_on():
     assert not same(weights(make_model()), weights(trainer.model))
 
 
-def test_ending_an_epoch_early_does_not_train_on_a_window_twice():
+def test_ending_an_epoch_early_does_not_train_on_a_generation_batch_twice():
     class Impatient(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             control.should_epoch_stop = True
@@ -342,7 +342,7 @@ def test_the_best_model_by_eval_reward_is_loaded_at_the_end(tmp_path):
 @pytest.mark.parametrize(
     "options", [{}, {"num_iterations": 2, "beta": 0.1}, {"steps_per_generation": 2, "per_device_train_batch_size": 4}]
 )
-def test_a_run_resumed_between_windows_is_the_uninterrupted_run(tmp_path, options):
+def test_a_run_resumed_between_generation_batches_is_the_uninterrupted_run(tmp_path, options):
     options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "optim": "adamw_torch"} | options
     whole = make_trainer(make_model(), output_dir=str(tmp_path / "whole"), **options)
     whole.train()
@@ -352,7 +352,7 @@ def test_a_run_resumed_between_windows_is_the_uninterrupted_run(tmp_path, option
     assert logged(whole, "reward") == logged(resumed, "reward")
 
 
-def test_a_run_resumed_inside_a_window_goes_on_with_that_windows_prompts(tmp_path):
+def test_a_run_resumed_inside_a_generation_batch_goes_on_with_its_prompts(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "num_iterations": 2, "beta": 0.0}
     make_trainer(make_model(), output_dir=str(tmp_path / "whole"), **options).train()
     resumed = make_trainer(make_model(), output_dir=str(tmp_path / "resumed"), **options)

@@ -76,7 +76,7 @@ def test_every_architecture_with_temperature_and_gradient_checkpointing(level, a
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("iterations", [1, 2])
-def test_a_window_longer_than_an_optimizer_step_keeps_its_old_policy(level, iterations):
+def test_a_generation_batch_longer_than_an_optimizer_step_keeps_its_old_policy(level, iterations):
     model = make_model()
     before = weights(model)
     expected = expected_move(model, level, iterations=iterations, steps=2)
@@ -92,7 +92,7 @@ def test_a_window_longer_than_an_optimizer_step_keeps_its_old_policy(level, iter
     assert relative_error(before, weights(trainer.model), expected) < STEP
 
 
-def test_an_optimizer_step_of_several_windows_divides_by_all_their_completions():
+def test_an_optimizer_step_of_several_generation_batches_divides_by_all_their_completions():
     model = make_model()
     before = weights(model)
     expected = expected_move(model, "token")
