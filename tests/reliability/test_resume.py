@@ -136,7 +136,6 @@ def assert_same(actual, expected):
 
 
 QUICK = (
-    "three iterations",
     "generation batches of two steps, of two micro-steps",
     "adaptive entropy bonus",
     "the reference moves",
@@ -187,8 +186,15 @@ def stopped(folder, **options):
     return trainer
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("options", [{}, {"num_iterations": 3}, {"logging_steps": 5}])
+@pytest.mark.parametrize(
+    "number, options",
+    [
+        (signal.SIGTERM, {"num_iterations": 3}),
+        (signal.SIGUSR1, {"logging_steps": 5}),
+        pytest.param(signal.SIGTERM, {}, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, {"num_iterations": 3}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_in_a_step_lets_it_end_saves_and_exits(number, options, tmp_path):
     uninterrupted = end_of(run(tmp_path / "whole", save_strategy="no", **options))
     callbacks = [SendAt(4, number)]

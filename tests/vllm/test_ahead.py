@@ -61,7 +61,7 @@ def logs(trainer):
     return [log for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize("ahead", [1, *(pytest.param(ahead, marks=pytest.mark.slow) for ahead in (0, 2))])
 def test_weights_do_not_follow_from_the_speed_of_the_server(ahead, tmp_path):
     ends = []
     for place, delay in enumerate((0.0, 0.15)):
@@ -102,8 +102,14 @@ def test_generation_batch_n_is_sampled_from_the_weights_with_which_the_training_
     assert not torch.equal(seen[2][0], seen[3][0])
 
 
-@pytest.mark.parametrize("ahead, steps", [(1, 1), (1, 3), (2, 2)])
-@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize(
+    "iterations, ahead, steps",
+    [
+        (1, 1, 3),
+        (2, 2, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 1, 3))),
+    ],
+)
 def test_a_resumed_run_ends_as_the_one_that_was_not_interrupted(ahead, steps, iterations, tmp_path):
     options = {"generations_ahead": ahead, "num_iterations": iterations}
     with StubServer(model=make_model()).running() as stub:
