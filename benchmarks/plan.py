@@ -1,16 +1,22 @@
-"""The peak of an update on a CPU, counted, beside what `trainer.plan()` says.
+"""What `trainer.plan()` says of memory and time on a CPU, beside what is counted and measured.
 
     python benchmarks/plan.py
+    python benchmarks/plan.py --parts time
 
-Each case runs in a process of its own, which counts the bytes that are allocated above those before the model is made.
+Memory: each case runs in a process of its own, which counts the bytes that are allocated, at the peaks of sampling and of
+the update, above those that libraries keep when the run is gone. Time: a step of each size, beside the bound that follows
+from the rate and the bandwidth that this machine reaches.
 """
 
 import argparse
+import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -20,7 +26,7 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
-from grpo_trl.plan import phases
+from grpo_trl.plan import Card, phases, step_seconds
 
 
 SIZES = {"layers": 8, "hidden": 256, "key_value": 128, "intermediate": 768, "vocabulary": 1024}
@@ -28,63 +34,116 @@ PROMPT, PROMPTS = 500, 8
 CASES = {
     "float32": {},
     "float32, no checkpointing": {"gradient_checkpointing": False},
+    "float32, four micro-batches": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
     "autocast": {"bf16": True},
     "float32, reference": {"beta": 0.1},
     "float32, LoRA": {"lora": True},
     "float32, SGD": {"optim": "sgd"},
 }
+TIMED = {
+    "7 M": SIZES,
+    "32 M": {"layers": 8, "hidden": 512, "key_value": 256, "intermediate": 2048, "vocabulary": 1024},
+}
+STEPS = 3
+PHASES = {"sampling": "time/sampling", "update": "time/update"}
 
 
-class UpdatePeak(TrainerCallback):
-    """The most that is allocated between the start and the end of the third optimizer step's update."""
+class Peaks(TrainerCallback):
+    """The most that is allocated in the sampling and in the update of the last optimizer step."""
 
-    def __init__(self, allocated, before):
-        self.allocated, self.before, self.peak = allocated, before, 0
+    def __init__(self):
+        self.allocated = Allocated()
+        self.before = self.allocated.now()
+        self.sampling = self.update = 0
 
     def on_step_begin(self, args, state, control, **kwargs):  # completions are sampled by now
-        self.allocated.peak_since()
+        self.sampling = self.allocated.peak_since()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.peak = self.allocated.peak_since() - self.before
+        self.update = self.allocated.peak_since()
+
+    def counted(self):
+        """Both, above what is left when the run is gone: code that oneDNN compiles, for the most part."""
+        gc.collect()
+        left = self.allocated.now()
+        return self.sampling - left, self.update - left
+
+
+def trainer_of(folder, sizes, prompt, completion, callbacks=(), lora=None, **options):
+    """A trainer on prompts and completions of these lengths; its rewards differ within each group."""
+    defaults = {
+        "output_dir": folder,
+        "use_cpu": True,
+        "max_steps": STEPS,
+        "max_completion_length": completion,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    texts = [f"{LETTERS[i // 8]}{LETTERS[i % 8]}" + "a" * (prompt - 2) for i in range(STEPS * PROMPTS)]
+    return GRPOTrainer(
+        model(**sizes),
+        lambda completions: [float(i % 2) for i in range(len(completions))],
+        GRPOConfig(**(defaults | options)),
+        Dataset.from_list([{"prompt": text} for text in texts]),
+        processing_class=tokenizer(),
+        peft_config=lora,
+        callbacks=list(callbacks),
+    )
 
 
 def count(options):
-    """Planned and counted bytes of an update at its peak."""
+    """Planned and counted bytes at the peaks of sampling and update."""
     torch.set_num_threads(1)
     lora = LoraConfig(r=16, target_modules="all-linear") if options.pop("lora", False) else None
-    allocated = Allocated()
-    before = allocated.now()
+    peaks = Peaks()
+    options = {"per_device_train_batch_size": 2 * PROMPTS, "num_generations": 2} | options
     with tempfile.TemporaryDirectory() as folder:
-        peak = UpdatePeak(allocated, before)
-        trainer = GRPOTrainer(
-            model(**SIZES),
-            lambda completions: [float(i % 2) for i in range(len(completions))],
-            GRPOConfig(
-                output_dir=folder,
-                use_cpu=True,
-                max_steps=3,
-                per_device_train_batch_size=2 * PROMPTS,
-                num_generations=2,
-                max_completion_length=2,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                **options,
-            ),
-            Dataset.from_list(
-                [{"prompt": f"{LETTERS[i // 8]}{LETTERS[i % 8]}" + "a" * (PROMPT - 2)} for i in range(3 * PROMPTS)]
-            ),
-            processing_class=tokenizer(),
-            peft_config=lora,
-            callbacks=[peak],
-        )
-        planned = sum(phases(trainer.plan().setup)["update"].values())
+        planned = run(folder, peaks, lora, options)
+    return list(zip(planned, peaks.counted(), strict=True))
+
+
+def run(folder, peaks, lora, options):
+    """Train, and leave nothing of it; what was planned of sampling and update."""
+    trainer = trainer_of(folder, SIZES, PROMPT, 2, [peaks], lora, **options)
+    planned = phases(trainer.plan().setup)
+    trainer.train()
+    trainer.callback_handler.callbacks.clear()
+    trainer.model = trainer.model_wrapped = trainer.callback_handler.model = None
+    return sum(planned["sampling"].values()), sum(planned["update"].values())
+
+
+def measured_machine():
+    """The rate of float32 products, and of reading memory, that this machine reaches."""
+
+    def fastest(work):
+        times = []
+        for _ in range(8):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    a, long = torch.randn(1024, 1024), torch.ones(2**26)
+    flops = 2 * 1024**3 / fastest(lambda: a @ a)
+    return Card("this machine", 0, 4 * 2**26 / fastest(long.sum), flops)
+
+
+def times(sizes, card):
+    """Planned and measured seconds of sampling and update."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"per_device_train_batch_size": 32, "num_generations": 8, "gradient_checkpointing": False}
+        trainer = trainer_of(folder, sizes, 75, 100, **options, generation_kwargs={"min_new_tokens": 100})
+        planned = step_seconds(trainer.plan().setup, card)
         trainer.train()
-    return planned, peak.peak
+        logs = [entry for entry in trainer.state.log_history if "time/update" in entry]
+    return [(planned[name], statistics.median(entry[metric] for entry in logs)) for name, metric in PHASES.items()]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=["memory", "time"], choices=["memory", "time"])
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=CASES)
     parser.add_argument("--count", nargs=2, metavar=("CASE", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -92,15 +151,31 @@ def main():
         case, file = args.count
         Path(file).write_text(json.dumps(count(dict(CASES[case]))))
         return
-    print("planned / counted, MiB at the peak of an update")
-    for case in args.cases:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "counted.json"
-            environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384", "OMP_NUM_THREADS": "1"}
-            command = [sys.executable, __file__, "--count", case, str(file)]
-            subprocess.run(command, env=environment, check=True, capture_output=True)
-            planned, counted = json.loads(file.read_text())
-            print(f"{case:28} {planned / 2**20:7.1f} / {counted / 2**20:7.1f}", flush=True)
+    if "memory" in args.parts:
+        print(f"{'planned / counted, MiB at the peak of':36} {'sampling':>24} {'update':>24}")
+        for case in args.cases:
+            pairs = counted_apart(case)
+            print(f"{case:36}", *(compared(planned / 2**20, counted / 2**20) for planned, counted in pairs), flush=True)
+    if "time" in args.parts:
+        card = measured_machine()
+        print(f"{card.flops_per_second / 1e9:.0f} GFLOP/s, {card.bytes_per_second / 1e9:.0f} GB/s")
+        print(f"{'planned / measured, s':36} {'sampling':>24} {'update':>24}")
+        for size, sizes in TIMED.items():
+            print(f"{size:36}", *(compared(*pair) for pair in times(sizes, card)), flush=True)
+
+
+def counted_apart(case):
+    """Count a case in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "counted.json"
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "16384", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__, "--count", case, str(file)]
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        return json.loads(file.read_text())
+
+
+def compared(planned, actual):
+    return f"{planned:8.4g} / {actual:6.4g} {planned / actual - 1:+6.0%}"
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def test_an_epoch_is_a_number_of_whole_generation_batches(groups, accumulation, 
 def test_the_lines_say_what_is_left_out_and_what_is_off_policy():
     text = "\n".join(replace(BATCH, num_iterations=2).lines())
     assert "64 prompts x 8 = 512 completions, 64 on each of 8 ranks" in text
-    assert "off policy: 50% of the steps, up to 1 steps old" in text
-    assert "1000 prompts = 30 optimizer steps; 40 prompts of an epoch fill no generation batch" in text
+    assert "off policy: 50% of the steps, up to 1 step old" in text
+    assert "1,000 prompts = 30 optimizer steps; 40 of them, too few for a generation batch, are left out" in text
     assert "on policy" in "\n".join(BATCH.lines())
 
 
@@ -88,8 +88,26 @@ def test_the_largest_micro_batch_fills_the_card(checkpointing):
     tokens = largest_tokens(setup, 80 * GIB)
     fits, too_large = (sum(phases(replace(setup, max_tokens=n))["update"].values()) for n in (tokens, tokens + 1))
     assert fits <= 80 * GIB < too_large
-    assert largest_tokens(replace(setup, sampler_share=0.5), 80 * GIB) < tokens
+    beside = replace(setup, sampler="vllm", sampler_share=0.5)
+    assert largest_tokens(beside, 80 * GIB) < tokens
+    assert largest_tokens(replace(beside, sampler_sleeps=True), 80 * GIB) == tokens
     assert largest_tokens(setup, GIB) == 0
+
+
+def test_vllm_takes_its_share_of_the_card_and_what_samples_elsewhere_takes_nothing():
+    setup = replace(SETUP, gpu_bytes=80 * GIB, sampler_share=0.3)
+    beside, asleep, server = (
+        phases(replace(setup, **options))
+        for options in ({"sampler": "vllm"}, {"sampler": "vllm", "sampler_sleeps": True}, {"sampler": "server"})
+    )
+    assert all(components["vLLM"] == 0.3 * 80 * GIB for components in beside.values())
+    assert [phase for phase, components in asleep.items() if "vLLM" in components] == ["sampling"]
+    assert server["sampling"].keys() == phases(setup)["update"].keys() - {
+        "gradients",
+        "gathered weights",
+        "activations",
+        "logits",
+    }
 
 
 def test_sharding_and_offload_need_less_in_their_order():

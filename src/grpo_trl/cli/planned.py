@@ -1,5 +1,6 @@
 """The plan of a configuration: the model is built on the meta device, and no weights are loaded."""
 
+import argparse
 import json
 import statistics
 import tempfile
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config
 
 from ..config import GRPOConfig
-from ..plan import Card, RunPlan, setup_of
+from ..plan import Card, RunPlan, offloaded, setup_of
 from .configuration import Configuration, options_of
 
 
@@ -38,8 +39,8 @@ def planned_run(file: Path, overrides: Sequence[str], ranks: int, card: Card | N
     Raises:
         ValueError: The configuration cannot work.
     """
-    options = options_of(file)
-    method, offload = _engine(options)
+    options, overrides = _with_backend(options_of(file), overrides)
+    method, offload = _backend(options)
     options["bf16"] = bool(options.get("bf16", card is not None) or options.pop("fp16", False))
     configuration = _parsed_for(file.name, options, overrides, ranks)
     train, _ = configuration.datasets()
@@ -62,17 +63,24 @@ def planned_run(file: Path, overrides: Sequence[str], ranks: int, card: Card | N
     return RunPlan(setup, card, None if gpu_gib is None else gpu_gib * 2**30)
 
 
-def _engine(options: dict[str, Any]) -> tuple[str, list[str]]:
-    """Take the engine out of the options: one of `METHODS`, and what is offloaded."""
+def _with_backend(options: dict[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Move `--deepspeed` and `--fsdp` of the command line to the options of the file, which they override."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed")
+    parser.add_argument("--fsdp", nargs="?", const="full_shard")
+    known, others = parser.parse_known_args(list(words))
+    return options | vars(known), others
+
+
+def _backend(options: dict[str, Any]) -> tuple[str, list[str]]:
+    """Take the backend out of the options: one of `METHODS`, and what is offloaded."""
     deepspeed, fsdp = options.pop("deepspeed", None), options.pop("fsdp", None)
     options.pop("fsdp_config", None)
     if deepspeed is None:
         return ("FSDP2" if fsdp else "DDP"), []
     content = deepspeed if isinstance(deepspeed, dict) else json.loads(Path(deepspeed).read_text(encoding="utf-8"))
-    zero = content.get("zero_optimization", {})
-    devices = {name: zero.get(f"offload_{name}", {}).get("device", "none") for name in ("optimizer", "param")}
-    stage = zero.get("stage")
-    return (f"ZeRO-{stage}" if stage else "DDP"), [name for name, device in devices.items() if device != "none"]
+    stage = content.get("zero_optimization", {}).get("stage")
+    return (f"ZeRO-{stage}" if stage else "DDP"), offloaded(content)
 
 
 def _parsed_for(name: str, options: dict[str, Any], overrides: Sequence[str], ranks: int) -> Configuration:
@@ -89,7 +97,8 @@ def _meta_model(configuration: Configuration) -> Any:
     path, kwargs = str(configuration.model.model_name_or_path), configuration.model_init_kwargs()
     trust = configuration.training.trust_remote_code
     sizes = AutoConfig.from_pretrained(path, revision=kwargs.get("revision"), trust_remote_code=trust)
-    dtype = kwargs.get("dtype", "float32")
+    frozen_in_half = configuration.model.use_peft and configuration.training.bf16
+    dtype = kwargs.get("dtype", "bfloat16" if frozen_in_half else "float32")
     dtype = (getattr(sizes, "dtype", None) or torch.float32) if dtype == "auto" else dtype
     adapter = get_peft_config(configuration.model)
     with torch.device("meta"):

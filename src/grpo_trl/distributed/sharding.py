@@ -110,6 +110,13 @@ def backend_of(accelerator: Any) -> str:
     return "FSDP" if accelerator.distributed_type == DistributedType.FSDP else "none"
 
 
+def backend_config(accelerator: Any) -> dict[str, Any]:
+    """Return the run's DeepSpeed configuration; empty without DeepSpeed."""
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return {}
+    return cast("dict[str, Any]", accelerator.state.deepspeed_plugin.hf_ds_config.config)
+
+
 def unsharded(parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
     """Inside, parameters that ZeRO-3 shards are whole; what is written to them on every rank stays. A collective there."""
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]

@@ -1,6 +1,7 @@
 """What a configuration does and costs, before it is run."""
 
 from .activations import (
+    PREFILL_TOKENS,
     Precision,
     Shape,
     activation_bytes_per_token,
@@ -12,14 +13,16 @@ from .activations import (
 )
 from .batch import BatchPlan
 from .cards import CARDS, Card, card_named
-from .estimate import Setup, largest_tokens, launches, peak, phases, step_seconds
-from .memory import METHODS, Job, Memory, Traffic, memory, traffic
+from .estimate import LAID_OUT_SHARE, Setup, largest_tokens, launches, peak, phases, step_seconds
+from .memory import METHODS, Job, Memory, Traffic, memory, offloaded, traffic
 from .setup import RunPlan, setup_of
 
 
 __all__ = [
     "CARDS",
+    "LAID_OUT_SHARE",
     "METHODS",
+    "PREFILL_TOKENS",
     "BatchPlan",
     "Card",
     "Job",
@@ -38,6 +41,7 @@ __all__ = [
     "launches",
     "logits_bytes",
     "memory",
+    "offloaded",
     "peak",
     "phases",
     "setup_of",

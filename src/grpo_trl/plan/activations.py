@@ -16,6 +16,8 @@ GPU_SLICE = 2048
 """The same on a GPU with room for it, where a slice also reads and adds to all of the head's weight."""
 GPU_SLICE_SHARE = 0.1
 """Share of a GPU's memory that these logits may take."""
+PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens of prompts that sampling computes at a time at most, if more than one prompt is in it."""
 LOGIT_BYTES = 20
 """Of one logit and what is computed from it, forward and backward."""
 
@@ -86,10 +88,36 @@ def activation_bytes_per_token(shape: Shape, precision: Precision = "bf16", chec
     are in `logits_bytes`, whose size does not grow with the tokens.
     """
     b = LAYER[precision]
-    layer = b.hidden * shape.hidden + b.key_value * shape.key_value + b.intermediate * shape.intermediate
     backward = b.backward_hidden * shape.hidden + b.backward_intermediate * shape.intermediate
-    kept = shape.layers * b.residual * shape.hidden + layer if checkpointing else shape.layers * layer
-    return kept + backward
+    recomputed = _layer_bytes(shape, b) if checkpointing else 0
+    return kept_bytes_per_token(shape, precision, checkpointing) + recomputed + backward
+
+
+def kept_bytes_per_token(shape: Shape, precision: Precision = "bf16", checkpointing: bool = True) -> int:
+    """Count the bytes of activations that each token of a micro-batch holds between its forward and backward pass."""
+    b = LAYER[precision]
+    return shape.layers * (b.residual * shape.hidden if checkpointing else _layer_bytes(shape, b))
+
+
+def forward_bytes_per_token(shape: Shape, precision: Precision = "bf16") -> int:
+    """Count the bytes that each token of a forward pass without gradient takes at its peak, in a feed-forward.
+
+    3 e i + 3 r h       with e bytes of a number of a product: 2, else 4; the rest as in `activation_bytes_per_token`
+    """
+    return 3 * _number_bytes(precision) * shape.intermediate + 3 * LAYER[precision].residual * shape.hidden
+
+
+def layer_weights(shape: Shape) -> int:
+    """Count the weights of all layers, where every token uses all of them: attention, and a gated feed-forward."""
+    return shape.layers * shape.hidden * (2 * shape.hidden + 2 * shape.key_value + 3 * shape.intermediate)
+
+
+def _number_bytes(precision: Precision) -> int:
+    return 4 if precision == "float32" else 2
+
+
+def _layer_bytes(shape: Shape, b: _Bytes) -> int:
+    return b.hidden * shape.hidden + b.key_value * shape.key_value + b.intermediate * shape.intermediate
 
 
 def slice_tokens(vocabulary: int, gpu_bytes: float | None = None) -> int:
@@ -128,4 +156,4 @@ def largest_micro_batch(
 
 def key_value_bytes_per_token(shape: Shape, precision: Precision = "bf16") -> int:
     """Count the bytes of the keys and values of one token over all layers."""
-    return 2 * (4 if precision == "float32" else 2) * shape.layers * shape.key_value
+    return 2 * _number_bytes(precision) * shape.layers * shape.key_value

@@ -62,21 +62,27 @@ class BatchPlan:
         """Describe the plan, a line for each fact."""
         lines = [
             f"generation batch: {self.groups} prompts x {self.num_generations} = {self.completions} completions, "
-            f"{self.completions // self.ranks} on each of {self.ranks} rank{'s' * (self.ranks > 1)}"
+            f"{self.completions // self.ranks} on each of {_count(self.ranks, 'rank')}"
         ]
         served = self.steps_per_generation_batch
         if served >= 1:
-            lines.append(f"optimizer step: {self.mini_batch} completions; a generation batch serves {served:g} steps")
+            lines.append(
+                f"optimizer step: {self.mini_batch} completions; a generation batch serves {_count(served, 'step')}"
+            )
         else:
             lines.append(f"optimizer step: {self.mini_batch} completions, of {1 / served:g} generation batches")
         lines.append(
-            f"off policy: {self.off_policy:.0%} of the steps, up to {served - 1:g} steps old"
+            f"off policy: {self.off_policy:.0%} of the steps, up to {_count(served - 1, 'step')} old"
             if self.off_policy
             else "on policy: every step trains on completions of the current policy"
         )
         if self.num_prompts:
-            unseen = f"; {self.unseen} prompts of an epoch fill no generation batch and are left out" * bool(
-                self.unseen
-            )
-            lines.append(f"epoch: {self.num_prompts} prompts = {self.steps_per_epoch} optimizer steps{unseen}")
+            unseen = f"; {self.unseen} of them, too few for a generation batch, are left out" * bool(self.unseen)
+            steps = _count(self.steps_per_epoch, "optimizer step")
+            lines.append(f"epoch: {_count(self.num_prompts, 'prompt')} = {steps}{unseen}")
         return lines
+
+
+def _count(number: float, name: str) -> str:
+    shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{shown} {name}{'s' * (number != 1)}"

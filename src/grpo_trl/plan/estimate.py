@@ -1,14 +1,19 @@
 """What a run takes: bytes of a rank in each phase, and the time of a step at the limits of a card."""
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from .activations import (
+    PREFILL_TOKENS,
     Precision,
     Shape,
     activation_bytes_per_token,
+    forward_bytes_per_token,
+    kept_bytes_per_token,
     key_value_bytes_per_token,
-    largest_micro_batch,
+    layer_weights,
     logits_bytes,
 )
 from .batch import BatchPlan
@@ -17,6 +22,10 @@ from .memory import Job, memory
 
 
 GIB = 2**30
+LAID_OUT_SHARE = 0.15
+"""Share of the free memory that weights laid out for decoding may take; where they would take more, there are none."""
+Sampler = Literal["engine", "vllm", "server"]
+"""What samples: the engine in the trainer's process, vLLM on its card, or vLLM on cards of its own."""
 Phases = dict[str, dict[str, float]]
 """For "sampling", "logprobs" and "update": what holds how many bytes of a rank."""
 
@@ -42,8 +51,11 @@ class Setup:
     """Whether a frozen copy of the trained weights is kept: `beta > 0` without a new adapter."""
     reference: bool = False
     """Whether a reference is evaluated."""
+    sampler: Sampler = "engine"
     sampler_share: float = 0.0
     """Share of the card that vLLM takes beside the trainer (`vllm_gpu_memory_utilization`)."""
+    sampler_sleeps: bool = False
+    """Whether vLLM is off the card while it does not sample."""
     gpu_bytes: float | None = None
     """Of a rank's card, which decides how many tokens have logits at a time; None on a CPU."""
 
@@ -55,36 +67,86 @@ class Setup:
         groups = -(-self.batch.batch_size // self.batch.num_generations)
         return self.batch.batch_size * self.completion_tokens + groups * self.prompt_tokens
 
+    @property
+    def micro_batches(self) -> int:
+        """Forwards and backwards of an optimizer step, if all completions have full length."""
+        return -(-self.step_tokens // max(self.micro_batch_tokens, 1))
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of a rank in an optimizer step, if all completions have full length."""
+        completions = self.batch.batch_size * self.batch.accumulation
+        return completions * self.completion_tokens + -(-completions // self.batch.num_generations) * self.prompt_tokens
+
 
 def phases(setup: Setup) -> Phases:
     """Count the bytes that a rank holds in each phase, by component; what is offloaded is not on it."""
-    job, shape = setup.job, setup.shape
-    held = _held(setup)
-    taken = memory(job)
-    rows = min(setup.rows_in_flight, max(setup.batch.completions // job.ranks, setup.batch.num_generations))
-    prompts = -(-2 * rows // setup.batch.num_generations)
+    shape, held = setup.shape, _held(setup)
+    vllm = {"vLLM": setup.sampler_share * (setup.gpu_bytes or 0.0)} if setup.sampler == "vllm" else {}
+    awake = {} if setup.sampler_sleeps else vllm
+    gathered = 2 * 2.0 * setup.job.parameters / shape.layers if setup.job.method == "FSDP2" else 0.0
+    logprobs = {
+        "activations": float(setup.micro_batch_tokens * forward_bytes_per_token(shape, setup.precision)),
+        "logits": logits_bytes(shape, setup.gpu_bytes) / 2,
+    }
+    return {
+        "sampling": _nonzero(held | vllm | _sampling(setup)),
+        "logprobs": _nonzero(held | awake | {"gathered weights": gathered} | logprobs),
+        "update": _nonzero(held | awake | {"gathered weights": gathered} | _update(setup)),
+    }
+
+
+def _sampling(setup: Setup) -> dict[str, float]:
+    """What the engine of this process takes on top; vLLM keeps to its share."""
+    if setup.sampler != "engine":
+        return {}
+    job, shape, batch = setup.job, setup.shape, setup.batch
+    groups = max(batch.groups // job.ranks, 1)
+    rows = min(setup.rows_in_flight, groups * batch.num_generations)
+    prompts = min(groups, 2 * -(-rows // batch.num_generations))
     cached = rows * setup.completion_tokens + prompts * setup.prompt_tokens
-    sampling = {
-        "gathered weights": taken.sampling,
+    at_a_time = PREFILL_TOKENS["cpu" if setup.gpu_bytes is None else "cuda"]
+    prefilled = max(setup.prompt_tokens, min(at_a_time, prompts * setup.prompt_tokens))
+    return {
+        "gathered weights": memory(job).sampling,
         "weights in bfloat16": 2.0 * job.trained if setup.precision == "autocast" else 0.0,
+        "weights for decoding": _laid_out(setup),
         "keys and values": float(cached * key_value_bytes_per_token(shape, setup.precision)),
+        "activations": float(prefilled * forward_bytes_per_token(shape, setup.precision)),
         "logits": 3.0 * 4 * rows * shape.vocabulary,
     }
-    logits, tokens = float(logits_bytes(shape, setup.gpu_bytes)), setup.micro_batch_tokens
-    per_token = activation_bytes_per_token(shape, setup.precision, setup.checkpointing)
-    one_layer = activation_bytes_per_token(replace(shape, layers=1), setup.precision, checkpointing=False)
-    gathered = 2 * 2.0 * job.parameters / shape.layers if job.method == "FSDP2" else 0.0
-    return {
-        "sampling": _nonzero(held | sampling),
-        "logprobs": _nonzero(
-            held | {"gathered weights": gathered, "activations": float(tokens * one_layer), "logits": logits / 2}
-        ),
-        "update": _nonzero(
-            held
-            | {"gradients": taken.update, "gathered weights": gathered}
-            | {"activations": float(tokens * per_token), "logits": logits}
-        ),
-    }
+
+
+def _laid_out(setup: Setup) -> float:
+    """Copies of the layers' weights in the order that decoding reads them, made where memory is plenty."""
+    job = setup.job
+    size = job.trained_bytes * job.trained + job.frozen_bytes * job.frozen
+    if setup.gpu_bytes is not None and size > LAID_OUT_SHARE * (setup.gpu_bytes - sum(_held(setup).values())):
+        return 0.0
+    return float((4 if setup.precision == "float32" else 2) * min(layer_weights(setup.shape), job.parameters))
+
+
+def _update(setup: Setup) -> dict[str, float]:
+    """What a forward and backward takes on top, at its peak.
+
+    That is one of three moments: at the head, with the logits; in the backward pass of the last layer, while all others
+    keep their activations; or in that of the first, when all other gradients are there. Gradients of one process, and
+    under DDP, come as activations go, unless an earlier micro-batch of the step has left them.
+    """
+    job, shape, tokens = setup.job, setup.shape, setup.micro_batch_tokens
+    gradients = memory(job).update
+    first, own_head = setup.micro_batches == 1 and job.method == "DDP", job.frozen == 0
+    early = min(job.trained_bytes * shape.vocabulary * shape.hidden * own_head, gradients) if first else gradients
+    kept = kept_bytes_per_token(shape, setup.precision, setup.checkpointing)
+    last = activation_bytes_per_token(shape, setup.precision, setup.checkpointing)
+    only = activation_bytes_per_token(replace(shape, layers=1), setup.precision, setup.checkpointing)
+    logits = float(logits_bytes(shape, setup.gpu_bytes))
+    moments = (
+        {"activations": float(tokens * kept), "gradients": early, "logits": logits},
+        {"activations": float(tokens * last), "gradients": early},
+        {"activations": float(tokens * only), "gradients": gradients},
+    )
+    return max(moments, key=lambda components: sum(components.values()))
 
 
 def _held(setup: Setup) -> dict[str, float]:
@@ -113,10 +175,11 @@ def peak(setup: Setup) -> float:
 
 def largest_tokens(setup: Setup, gpu_bytes: float) -> int:
     """Count the tokens of the largest micro-batch whose update fits on a card; 0 if the rest does not."""
-    update = phases(replace(setup, gpu_bytes=gpu_bytes))["update"]
-    taken = sum(size for name, size in update.items() if name not in ("activations", "logits"))
-    free = gpu_bytes * (1 - setup.sampler_share) - taken
-    return largest_micro_batch(setup.shape, free, setup.precision, setup.checkpointing, gpu_bytes)
+
+    def taken(tokens: int) -> float:
+        return sum(phases(replace(setup, gpu_bytes=gpu_bytes, max_tokens=tokens))["update"].values())
+
+    return max(0, bisect.bisect_right(range(2**40), gpu_bytes, key=taken) - 1)
 
 
 def step_seconds(setup: Setup, card: Card) -> dict[str, float]:
@@ -149,7 +212,8 @@ def _sampling_seconds(setup: Setup, card: Card, completions: float) -> float:
     key_value = key_value_bytes_per_token(setup.shape, setup.precision)
     own = rows * setup.completion_tokens / 2
     shared = rows / setup.batch.num_generations * setup.prompt_tokens
-    read = 2.0 * setup.job.parameters + key_value * (own + shared)
+    weights = (4 if setup.precision == "float32" else 2) * setup.job.trained
+    read = weights + setup.job.frozen_bytes * setup.job.frozen + key_value * (own + shared)
     compute = 2.0 * setup.job.parameters * rows / card.flops_per_second
     return completions / rows * setup.completion_tokens * max(read / card.bytes_per_second, compute)
 

@@ -7,7 +7,9 @@ Source: Rajbhandari et al., arXiv 1910.02054, sections 5 and 7, for what each st
 besides, and which collectives it uses, was read from deepspeed 0.19 and counted.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 METHODS = ("DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2")
@@ -57,6 +59,13 @@ class Job:
     @property
     def parameters(self) -> int:
         return self.trained + self.frozen
+
+
+def offloaded(config: Mapping[str, Any]) -> list[str]:
+    """Return what a DeepSpeed configuration keeps off the device: of `"optimizer"` and `"param"`."""
+    zero = config.get("zero_optimization", {})
+    devices = {name: (zero.get(f"offload_{name}") or {}).get("device", "none") for name in ("optimizer", "param")}
+    return [name for name, device in devices.items() if device != "none"]
 
 
 @dataclass(frozen=True)

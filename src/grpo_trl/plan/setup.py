@@ -1,5 +1,6 @@
 """The plan of a configuration and a model, whose weights need not be loaded."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from .activations import Precision, Shape
 from .batch import BatchPlan
 from .cards import Card
-from .estimate import GIB, Setup, largest_tokens, launches, peak, phases, step_seconds
+from .estimate import GIB, Sampler, Setup, largest_tokens, launches, peak, phases, step_seconds
 from .memory import Job
 
 
@@ -78,7 +79,16 @@ def setup_of(
         max_tokens=args.max_tokens_per_micro_batch,
         reference=args.beta > 0,
         reference_copies=args.beta > 0 and not new_adapter,
+        sampler=_sampler(args),
+        sampler_share=args.vllm_gpu_memory_utilization,
+        sampler_sleeps=args.vllm_enable_sleep_mode,
     )
+
+
+def _sampler(args: Any) -> Sampler:
+    if not args.use_vllm:
+        return "engine"
+    return "server" if args.vllm_mode == "server" else "vllm"
 
 
 def _size(parameter: Any) -> int:
@@ -112,7 +122,7 @@ class RunPlan:
     def lines(self) -> list[str]:
         """Describe the run in about ten lines."""
         lines = [
-            f"model: {self._parameters()}, {self.setup.job.method}, {self.setup.precision}",
+            f"model: {self._parameters()}, {self._launch()}, {self.setup.precision}",
             *self.setup.batch.lines(),
         ]
         for phase, components in phases(self.setup).items():
@@ -131,6 +141,13 @@ class RunPlan:
             shown = ", ".join(f"{name} {value:.2g}" for name, value in seconds.items() if value)
             lines.append(f"{self.card.name}, estimated: at least {sum(seconds.values()):.2g} s a step ({shown})")
         return lines
+
+    def text(self, width: int | None = None) -> str:
+        """Return the lines as one text, those longer than `width` folded."""
+        lines = self.lines()
+        if width is None:
+            return "\n".join(lines)
+        return "\n".join(textwrap.fill(line, width, subsequent_indent="    ") for line in lines)
 
     def fitting(self) -> list[tuple[str, float, bool]]:
         """List the ways to launch this run: the name, bytes of a rank at the peak, and whether they fit."""
@@ -151,6 +168,10 @@ class RunPlan:
             "seconds": seconds,
             "tokens_per_micro_batch": self.setup.micro_batch_tokens,
         }
+
+    def _launch(self) -> str:
+        alone = self.setup.job.ranks == 1 and self.setup.job.method == "DDP"
+        return "one process" if alone else self.setup.job.method
 
     def _parameters(self) -> str:
         job = self.setup.job

@@ -1038,7 +1038,7 @@ def test_logits_that_are_not_finite_at_the_first_rollout_raise():
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_progress_bar_is_written_to_stderr_only_if_shown(model, capsys, shown):
-    engine = GroupEngine(model, make_options(), show_progress=shown)
+    engine = GroupEngine(model, make_options(), show_progress=lambda: shown)
     rollout = engine.rollout(make_request())
     assert ids(rollout) == ids(sample(model))
     captured = capsys.readouterr()

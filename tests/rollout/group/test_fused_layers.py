@@ -137,7 +137,7 @@ def test_a_layer_in_which_something_listens_is_not_fused():
 
 def test_weights_that_would_take_much_of_the_memory_stay_as_they_are():
     model = make_family("qwen2")
-    size = sum(p.nbytes for p in model.parameters() if p.ndim > 1) / fused_layers.FREE_SHARE
+    size = sum(p.nbytes for p in model.parameters() if p.ndim > 1) / fused_layers.LAID_OUT_SHARE
     for free, fused in ((0.9 * size, False), (1.1 * size, True)):
         with laid_out(model, free):
             assert is_fused(model) == [fused] * 2

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from ...plan import LAID_OUT_SHARE
 from .cache import Step
 from .cpu_linear import lay_out, packed_linears
 
@@ -32,15 +33,11 @@ Linear = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
 
 
-FREE_SHARE = 0.15
-"""Share of the free memory that fused copies of weights may take; where they would take more, layers compute as they do."""
-
-
 @contextlib.contextmanager
 def laid_out(model: nn.Module, free_bytes: float) -> Iterator[None]:
     """Inside, `model` computes decoding steps with weights that are laid out for them, which must not change."""
     size = sum(p.numel() * p.element_size() for p in model.parameters() if p.ndim > 1)
-    if size > FREE_SHARE * free_bytes:
+    if size > LAID_OUT_SHARE * free_bytes:
         yield
         return
     layers = [module for module in model.modules() if _is_served(module)]

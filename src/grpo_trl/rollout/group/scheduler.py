@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import StopStringCriteria
 
 from ...attention.layout import Layout
+from ...plan import PREFILL_TOKENS
 from ...seeds import uniforms
 from ...types import Completion
 from ..base import RolloutRequest, SamplingOptions
@@ -26,8 +27,6 @@ from ..sampling import Sampler
 from .cache import GroupCache, Prefill, Step
 
 
-PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
-"""Tokens that one prefill computes at most, if more than one prompt is in it."""
 LUMP = 4
 """Prompts whose rows are free before further prompts are prefilled, if a quarter of all rows is not free earlier."""
 
