@@ -23,7 +23,7 @@ from workload import ANSWER_LENGTHS, MODELS, Case, PeakMemory, ended_at, in_chil
 
 SYSTEMS = ("trl", "grpo_trl")
 CASES = {"zero-shot": Case(4, 75), "eight-shot": Case(2, 1800), "tiny": Case(2, 20, 2)}
-PHASES = ("sampling", "rewards", "scoring", "update")
+PHASES = ("sampling", "rewards", "logprobs", "update")
 WARM_UP = 1
 
 

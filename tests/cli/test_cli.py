@@ -1,15 +1,19 @@
 """The command `grpo-trl`, as a user types it."""
 
+import io
 import json
+import os
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from grpo_trl.cli import app
 from grpo_trl.cli.configuration import REWARDS, Configuration
 from grpo_trl.plan import card_named
 from grpo_trl.report import Run, RunLog
+from grpo_trl.report.live import ASCII_BLOCKS, sparkline, view
 from tests.conftest import make_model, make_tokenizer
 
 
@@ -191,6 +195,31 @@ def test_a_run_is_watched_until_it_ends(folder):
     log.end(2)
     assert "ended" in run("watch", "out").output
     assert run("watch", "model").exit_code == 2
+
+
+def test_a_watch_ends_with_the_reason_of_a_run_that_stopped(folder):
+    log = logged(folder)
+    log.stop(2, "a signal")
+    assert "stopped: a signal" in run("watch", "out").output
+    log.start(2, 4, {})
+    assert not Run.read("out").over  # resumed, by this process
+    lines = (folder / "out" / "log.jsonl").read_text().replace(f'"pid": {os.getpid()}', '"pid": 4194999')
+    (folder / "out" / "log.jsonl").write_text(lines)  # no process has this number
+    assert "stopped: its process is gone" in " ".join(run("watch", "out").output.split())
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_view_has_only_characters_of_its_terminal(folder, encoding):
+    log = logged(folder)
+    table = {"prompt": ["p", "p"], "completion": ["caf\u00e9 \u25c6", "wrong"], "advantage": [0.7, -0.7]}
+    log.completions(3, table, 2)
+    written = io.BytesIO()
+    terminal = io.TextIOWrapper(written, encoding)
+    Console(file=terminal, width=80).print(view(Run.read("out"), folder / "out"))
+    terminal.flush()
+    shown = written.getvalue().decode(encoding)
+    assert "caf\u00e9 \u25c6" in shown or "caf\\xe9 \\u25c6" in shown
+    assert sparkline([0.5, 1.0]) in shown or sparkline([0.5, 1.0], blocks=ASCII_BLOCKS) in shown
 
 
 def test_a_report_is_written_beside_the_run(folder):

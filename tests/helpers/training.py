@@ -89,7 +89,16 @@ def train(
     return trainer
 
 
-def sampling_trainer(folder, completions, model=None, reward_funcs=None, peft_config=None, callbacks=None, **options):
+def sampling_trainer(
+    folder,
+    completions,
+    model=None,
+    reward_funcs=None,
+    peft_config=None,
+    callbacks=None,
+    eval_dataset=None,
+    **options,
+):
     """A trainer that samples itself: `completions` for each of six steps, of generation batches that are used twice.
 
     It saves each step. By default its reward is the length of a completion.
@@ -116,6 +125,7 @@ def sampling_trainer(folder, completions, model=None, reward_funcs=None, peft_co
         reward_funcs or length,
         GRPOConfig(**(defaults | options)),
         Dataset.from_dict({"prompt": ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]}),
+        eval_dataset=eval_dataset,
         processing_class=make_tokenizer(),
         peft_config=peft_config,
         callbacks=callbacks,

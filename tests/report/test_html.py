@@ -5,7 +5,8 @@ import time
 import pytest
 
 from grpo_trl.report import Run, RunLog, write_report
-from grpo_trl.report.html import MOST_COMPLETIONS, planned_and_measured
+from grpo_trl.report.groups import MOST_CHARACTERS, MOST_COMPLETIONS, stride
+from grpo_trl.report.html import planned_and_measured
 
 from .browser import chromium, complaints, opened, requests
 
@@ -16,7 +17,7 @@ HOSTILE = (
 )
 
 
-def logged_run(folder, steps=4, groups=2, size=4, text="it is", keeps_all=False):
+def logged_run(folder, steps=4, groups=2, size=4, text="it is", keeps_all=False, evaluated=False):
     """A run whose rewards are 0 in the first half of a group, and 1 in the second."""
     log = RunLog(folder, keeps_all)
     config = {"learning_rate": 1e-6 if folder.name == "one" else 2e-6, "num_generations": size}
@@ -26,6 +27,10 @@ def logged_run(folder, steps=4, groups=2, size=4, text="it is", keeps_all=False)
             step, {"reward": step / steps, "rewards/right/mean": 0.5, "kl": 0.1, "time/sampling": 1.0, HOSTILE: 1.0}
         )
         log.entry(step, {"eval_reward": step / 10})
+        if evaluated:
+            answers = [f"so {text} 0", f"so {text} {step}"]
+            columns = {"prompt": ["even", "odd"], "completion": answers, "right": [0.5, step / 10]}
+            log.evaluation(step, "eval", columns, 1)
         rows = range(groups * size)
         rewards = [float(row % size >= size // 2) for row in rows]
         log.completions(
@@ -101,6 +106,31 @@ def test_the_browser_of_completions_filters(tmp_path, browser):
     fill(browser, "f-min", 2)
     assert count(browser, ".group") == 0
     assert complaints(browser) == []
+
+
+@pytest.mark.slow
+def test_evaluations_show_what_changed_between_the_first_and_the_last(tmp_path, browser):
+    run = logged_run(tmp_path / "one", evaluated=True, text=HOSTILE)
+    opened(browser, write_report([run], tmp_path / "report.html"))
+    assert count(browser, ".pair") == 2
+    heads = [e.get_attribute("textContent") for e in browser.find_elements("css selector", "#pairs header")]
+    assert heads == ["reward 0.1 → 0.4", "reward 0.5 → 0.5"]  # the most improved first
+    texts = [e.get_attribute("textContent") for e in browser.find_elements("css selector", "#pairs pre")]
+    assert [text[-1] for text in texts] == ["1", "4", "0", "0"]
+    shared = browser.find_element("css selector", "#pairs .same").get_attribute("textContent")
+    assert shared == texts[0][:-1]
+    browser.execute_script("document.getElementById('e-moved').click()")
+    assert count(browser, ".pair") == 1
+    fill(browser, "e-text", "even")
+    assert count(browser, ".pair") == 0
+    assert browser.execute_script("return window.hacked") is None
+    assert complaints(browser) == []
+
+
+def test_evaluations_are_thinned_out_to_their_part_of_the_page():
+    pairs = [{"prompt": "p" * 100, "first": [{"text": "x" * 20_000}], "last": [{"text": "y"}]} for _ in range(1000)]
+    kept = pairs[:: stride(pairs, MOST_COMPLETIONS // 4, MOST_CHARACTERS // 4)]
+    assert MOST_CHARACTERS / 8 < sum(len(pair["first"][0]["text"]) + 101 for pair in kept) <= MOST_CHARACTERS / 4
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_trl.report import Run, RunLog
-from grpo_trl.report.log import SAMPLED_FILES, SAMPLED_GROUPS, completion_files, plain
+from grpo_trl.report.log import SAMPLED_FILES, SAMPLED_GROUPS, completion_files, evaluation_files, plain, step_of
 from grpo_trl.report.run import newest_completions, read_completions
 
 from .test_tolerant import OBJECTS
@@ -103,6 +103,33 @@ def test_all_completions_are_kept_on_request(tmp_path):
     files = completion_files(tmp_path)
     assert len(files) == SAMPLED_FILES + 9
     assert len(read_completions(files[0])["prompt"]) == 4 * (SAMPLED_GROUPS + 2)
+
+
+@pytest.mark.parametrize("keeps_all, kept", [(False, [0, 30]), (True, [0, 10, 20, 30])])
+def test_the_first_and_the_last_evaluation_of_each_dataset_are_kept(tmp_path, keeps_all, kept):
+    log = RunLog(tmp_path, keeps_all)
+    for step in (0, 10, 20, 30):
+        for name in ("eval", "eval_a/b c_7"):
+            log.evaluation(step, name, table(2), 4)
+    files = evaluation_files(tmp_path)
+    assert {name: [step_of(file) for file in of_name] for name, of_name in files.items()} == {
+        "eval": kept,
+        "eval_a/b c_7": kept,
+    }
+    assert read_completions(files["eval"][-1])["group"] == [0] * 4 + [1] * 4
+
+
+def test_completions_of_steps_that_are_done_again_are_deleted(tmp_path):
+    log = RunLog(tmp_path)
+    for step in (1, 2, 3):
+        log.completions(step, table(1), 4)
+        log.evaluation(step, "eval", table(1), 4)
+    (tmp_path / "completions" / "completions_mine.parquet").touch()
+    log.start(2, 9, {})
+    (tmp_path / "completions" / "completions_mine.parquet").unlink()
+    log.start(2, 9, {})
+    assert [step_of(file) for file in completion_files(tmp_path)] == [1, 2]
+    assert [step_of(file) for file in evaluation_files(tmp_path)["eval"]] == [1]
 
 
 def test_a_new_run_in_an_old_folder_sets_the_old_log_aside(tmp_path):

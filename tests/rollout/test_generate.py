@@ -209,7 +209,7 @@ def test_sampling_runs_inside_the_context_and_without_gradient(model):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_the_progress_bar_is_written_to_stderr_only_if_shown(model, capsys, shown):
-    engine = GenerateEngine(model, make_options(), show_progress=shown)
+    engine = GenerateEngine(model, make_options(), show_progress=lambda: shown)
     with_bar = engine.rollout(RolloutRequest(["unread"] * 3, PROMPTS, 3, seeds=[0] * 3))
     assert ids(with_bar) == ids(sample(model))
     captured = capsys.readouterr()

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from transformers import TrainerCallback
 
+from grpo_trl.errors import RunStopped
 from grpo_trl.report import Run
-from grpo_trl.report.log import completion_files
+from grpo_trl.report.log import completion_files, evaluation_files, step_of
 from grpo_trl.report.run import read_completions
-from grpo_trl.trainer.recording import EVENTS, tolerate_reporting
+from grpo_trl.trainer.recording import EVENTS, reason_of, tolerate_reporting
 from tests.conftest import make_model
 from tests.helpers.training import sampling_trainer, train
 
@@ -41,6 +43,27 @@ def test_a_sample_of_completions_is_kept_without_asking(tmp_path):
     table = read_completions(first)
     assert table.keys() >= {"step", "group", "prompt", "completion", "score", "advantage"}
     assert table["group"] == [0] * 4
+
+
+def test_the_first_and_the_last_evaluation_are_kept_prompt_by_prompt(tmp_path):
+    trainer = sampling_trainer(
+        tmp_path,
+        4,
+        eval_dataset=Dataset.from_dict({"prompt": ["ab=", "x"]}),
+        eval_strategy="steps",
+        eval_steps=2,
+        eval_on_start=True,
+        num_generations_eval=2,
+        per_device_eval_batch_size=2,
+        save_strategy="no",
+    )
+    trainer.train()
+    first, last = evaluation_files(tmp_path)["eval"]
+    assert (step_of(first), step_of(last)) == (0, 6)
+    table = read_completions(last)
+    assert (table["prompt"], table["group"]) == (["ab=", "ab=", "x", "x"], [0, 0, 1, 1])
+    (logged,) = [entry for entry in trainer.state.log_history if "eval_reward" in entry and entry["step"] == 6]
+    assert sum(table["length"]) / 4 == pytest.approx(logged["eval_reward"])
 
 
 def test_a_resumed_run_continues_its_log(tmp_path):
@@ -138,6 +161,44 @@ def test_a_terminal_shows_one_live_view(tmp_path, monkeypatch):
     assert "step 2 of 2" in terminal.getvalue()
     assert "best completion" in terminal.getvalue()
     assert terminal.getvalue().count("\x1b[?25h") >= 1  # the cursor is back
+
+
+def test_a_live_view_has_no_bar_beside_it(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    sampling_trainer(tmp_path, 4, max_steps=2, save_strategy="no", disable_tqdm=False).train()
+    assert "completion/s" not in terminal.getvalue() + capfd.readouterr().err
+
+
+def test_without_a_terminal_a_log_is_a_line_and_there_is_no_bar(tmp_path, capfd):
+    sampling_trainer(tmp_path, 4, max_steps=2, logging_steps=1, save_strategy="no", disable_tqdm=False).train()
+    out, err = capfd.readouterr()
+    assert len([line for line in out.splitlines() if line.startswith("{'loss'")]) == 2
+    assert "completion/s" not in err
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (SystemExit(75), "a signal; it is saved, start it again to resume"),
+        (RunStopped("dead run\nmore"), "dead run"),
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (ValueError("no \x1b[2J"), "ValueError: no \x1b[2J"),
+    ],
+)
+def test_why_a_run_has_stopped_is_one_line(error, reason):
+    assert reason_of(error) == reason
+
+
+def test_a_run_that_an_error_ends_is_logged_as_stopped(tmp_path):
+    class Fails(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise ConnectionError("unreachable")
+
+    with pytest.raises(ConnectionError):
+        train(make_model(), PROMPTS, output_dir=str(tmp_path), callbacks=[Fails()])
+    assert Run.read(tmp_path).over == "stopped: ConnectionError: unreachable"
 
 
 def test_completions_reach_tensorboard_as_a_table_that_renders_no_markup(tmp_path):

@@ -167,13 +167,13 @@ def test_the_log_has_trls_metrics_and_the_time_of_each_phase():
         "rewards/share_of_early_letters/std",
         "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
         "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
-        "clip_ratio/region_mean", "time/sampling", "time/rewards", "time/scoring", "time/update",
+        "clip_ratio/region_mean", "time/sampling", "time/rewards", "time/logprobs", "time/update",
     }  # fmt: skip
 
 
 def test_the_phases_add_up_to_the_step():
     entry = sample(make_model(), beta=0.1, max_steps=1, logging_steps=1).state.log_history[0]
-    phases = [entry[f"time/{phase}"] for phase in ("sampling", "rewards", "scoring", "update")]
+    phases = [entry[f"time/{phase}"] for phase in ("sampling", "rewards", "logprobs", "update")]
     assert all(seconds > 0 for seconds in phases)
     assert sum(phases) <= entry["step_time"]
 

@@ -79,10 +79,10 @@ def plan(
     with mistakes():
         card = None if gpu is None else card_named(gpu)
         planned = planned_run(config, context.args, ranks, card, gpu_memory)
-    for line in planned.lines():
-        typer.echo(line)
+    console = Console()
+    typer.echo(planned.text(console.width if console.is_terminal else None))
     if planned.gpu_bytes is not None:
-        Console().print(_launches(planned))
+        console.print(_launches(planned))
 
 
 def _launches(planned: RunPlan) -> Table:
@@ -113,14 +113,14 @@ def watch(
     once: Annotated[bool, typer.Option("--once", help="Show the run as it is now, and leave.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
 ) -> None:
-    """Watch a run of another process until it ends."""
+    """Watch a run of another process until it ends or stops."""
     with mistakes():
         shown: Any = view(Run.read(run), run)
     if once:
         Console().print(shown)
         return
     with Live(shown, refresh_per_second=4) as live:
-        while not (state := Run.read(run)).ended:
+        while not (state := Run.read(run)).over:
             live.update(view(state, run))
             time.sleep(interval)
         live.update(view(state, run))

@@ -21,19 +21,21 @@ class Watchdog:
     def __init__(self, seconds: float | None, rank: int):
         self.seconds = seconds
         self.rank = rank
+        self.now: tuple[str, float] | None = None
+        """The phase that is under way, and when it began, by `time.monotonic`."""
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Watch what runs inside; `name` reads as in "sampling has taken 600 s"."""
-        if self.seconds is None:
-            yield
-            return
+        before, self.now = self.now, (name, time.monotonic())
         ended = threading.Event()
-        threading.Thread(target=self._watch, args=(name, self.seconds, ended), daemon=True).start()
+        if self.seconds is not None:
+            threading.Thread(target=self._watch, args=(name, self.seconds, ended), daemon=True).start()
         try:
             yield
         finally:
             ended.set()
+            self.now = before
 
     def _watch(self, name: str, seconds: float, ended: threading.Event) -> None:
         start = time.monotonic()

@@ -6,24 +6,17 @@ policy keeps the page from any request.
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import Any
 
-from .completions import shown_as
-from .log import completion_files, plain
-from .run import Run, read_completions
+from .groups import MOST_CHARACTERS, MOST_COMPLETIONS, evaluations_of, groups_of, stride
+from .log import plain
+from .run import Run
 from .tolerant import clean
 
-
-MOST_COMPLETIONS = 10_000
-"""Of all runs together; above that, whole groups are left out evenly."""
-MOST_CHARACTERS = 10_000_000
-"""Of all prompts and completions together."""
-LONGEST = 20_000
-"""Characters of a prompt or completion that are shown."""
 
 CHARTS: tuple[dict[str, Any], ...] = (
     {
@@ -120,9 +113,10 @@ def _as_script(data: Any) -> str:
 
 
 def _page_data(runs: list[Run], folders: list[Path]) -> dict[str, Any]:
-    groups = [_all_groups(folder, run) for folder, run in zip(folders, runs, strict=True)]
+    groups = [groups_of(folder, run) for folder, run in zip(folders, runs, strict=True)]
+    evaluations = [evaluations_of(folder, run) for folder, run in zip(folders, runs, strict=True)]
     counts = [sum(len(group["rows"]) for group in of_run) for of_run in groups]
-    step = _stride([group for of_run in groups for group in of_run])
+    _thin_out(groups, evaluations)
     series = [_series(run) for run in runs]
     names = list(dict.fromkeys(name for of_run in series for name in of_run))
     charts = [chart | {"metrics": _matching(chart["metrics"], names)} for chart in CHARTS]
@@ -133,20 +127,32 @@ def _page_data(runs: list[Run], folders: list[Path]) -> dict[str, Any]:
                 "name": run.name,
                 "step": run.step,
                 "max_steps": run.max_steps,
-                "ended": run.ended,
+                "over": clean(run.over),
                 "model": clean(str(run.environment.get("model", ""))),
                 "seconds": run.entries[-1]["time"] - run.started if run.entries else None,
-                "series": of_run,
-                "groups": of_groups[::step],
-                "completion_count": count,
+                "series": series[r],
+                "groups": groups[r],
+                "completion_count": counts[r],
+                "evaluations": evaluations[r],
                 "planned": planned_and_measured(run),
                 "setup": _flat(run.config | run.environment),
             }
-            for run, of_run, of_groups, count in zip(runs, series, groups, counts, strict=True)
+            for r, run in enumerate(runs)
         ],
         "charts": charts,
         "others": sorted(name for name in names if name not in charted),
     }
+
+
+def _thin_out(groups: list[list[dict[str, Any]]], evaluations: list[list[dict[str, Any]]]) -> None:
+    """Leave out groups evenly, so that the page stays within its bounds; a quarter of it is for evaluations."""
+    kept = stride([group for of_run in groups for group in of_run], MOST_COMPLETIONS, MOST_CHARACTERS)
+    for of_run in groups:
+        of_run[:] = of_run[::kept]
+    every = [evaluation["pairs"] for of_run in evaluations for evaluation in of_run]
+    kept = stride([pair for pairs in every for pair in pairs], MOST_COMPLETIONS // 4, MOST_CHARACTERS // 4)
+    for pairs in every:
+        pairs[:] = pairs[::kept]
 
 
 def _series(run: Run) -> dict[str, tuple[list[int], list[Any]]]:
@@ -166,60 +172,6 @@ def _matching(metrics: str | list[str], names: list[str]) -> list[str]:
         return metrics
     head, tail = metrics.split("*")
     return [name for name in names if name.startswith(head) and name.endswith(tail)]
-
-
-def _all_groups(folder: Path, run: Run) -> list[dict[str, Any]]:
-    return [group for file in completion_files(folder) for group in _groups(file, run)]
-
-
-def _groups(file: Path, run: Run) -> Iterable[dict[str, Any]]:
-    """The groups of a file of completions, for the page."""
-    try:
-        table = read_completions(file)
-    except (OSError, ValueError):
-        return  # written by a run that is not over, or that was killed while it wrote
-    weights = _weights(run, table)
-    starts = [row for row, group in enumerate(table["group"]) if row == 0 or group != table["group"][row - 1]]
-    for start, end in zip(starts, [*starts[1:], len(table["group"])], strict=True):
-        yield {
-            "step": int(table["step"][start]),
-            "prompt": _text(table["prompt"][start]),
-            "rows": [_row(table, row, weights) for row in range(start, end)],
-        }
-
-
-def _weights(run: Run, table: dict[str, list[Any]]) -> dict[str, float]:
-    """The weight of each reward function among the columns."""
-    logged = dict.fromkeys(name for entry in run.entries for name in entry)
-    names = [name[len("rewards/") : -len("/mean")] for name in _matching("rewards/*/mean", list(logged))]
-    names = [name for name in table if name in names]
-    given = run.config.get("reward_weights") or [1.0] * len(names)
-    return dict(zip(names, given, strict=False))
-
-
-def _row(table: dict[str, list[Any]], row: int, weights: dict[str, float]) -> dict[str, Any]:
-    values = {name: table[name][row] for name in weights}
-    defined = [weights[name] * value for name, value in values.items() if value is not None and not math.isnan(value)]
-    return {
-        "text": _text(table["completion"][row]),
-        "reward": plain(sum(defined)) if defined else None,
-        "advantage": plain(table["advantage"][row]) if "advantage" in table else None,
-        "parts": {clean(name): plain(value) for name, value in values.items()} if len(values) > 1 else {},
-    }
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")  # one message: who says it is clear
-    text = clean(shown_as(value))
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
-
-
-def _stride(groups: list[dict[str, Any]]) -> int:
-    """Keep every so many groups, so that the page stays within its bounds."""
-    completions = sum(len(group["rows"]) for group in groups)
-    characters = sum(len(group["prompt"]) + sum(len(row["text"]) for row in group["rows"]) for group in groups)
-    return max(1, math.ceil(completions / MOST_COMPLETIONS), math.ceil(characters / MOST_CHARACTERS))
 
 
 def planned_and_measured(run: Run) -> list[tuple[str, Any, Any]]:

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -16,7 +16,7 @@ from .run import Run, newest_completions
 from .tolerant import clean
 
 
-BLOCKS = "▁▂▃▄▅▆▇█"
+BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-=*%#@"
 SPARKS = 48
 EXCERPT = 400
 """Characters of a completion that are shown."""
@@ -30,7 +30,7 @@ NUMBERS = (
 )
 
 
-def sparkline(values: list[float], width: int = SPARKS) -> str:
+def sparkline(values: list[float], width: int = SPARKS, blocks: str = BLOCKS) -> str:
     """Draw values as a line of blocks, the newest at the right; several share a block if there are many."""
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
@@ -38,38 +38,65 @@ def sparkline(values: list[float], width: int = SPARKS) -> str:
     share = max(1, math.ceil(len(finite) / width))
     means = [sum(part) / len(part) for part in (finite[i : i + share] for i in range(0, len(finite), share))]
     low, high = min(means), max(means)
-    return "".join(BLOCKS[int((mean - low) / (high - low) * 7.999) if high > low else 0] for mean in means)
+    top = len(blocks) - 0.001
+    return "".join(blocks[int((mean - low) / (high - low) * top) if high > low else 0] for mean in means)
 
 
-def view(run: Run, folder: Path | None = None, step: int | None = None) -> RenderableType:
+class _Sparkline:
+    """A sparkline in characters that the terminal has."""
+
+    def __init__(self, values: list[float]):
+        self.values = values
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        blocks = ASCII_BLOCKS if options.ascii_only else BLOCKS
+        yield Text(sparkline(self.values, blocks=blocks), style="green")
+
+
+class _Foreign:
+    """Text of others, without control codes, and with escapes for characters that the terminal lacks."""
+
+    def __init__(self, text: str):
+        self.text = clean(text)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.text.encode(options.encoding, "backslashreplace").decode(options.encoding))
+
+
+def view(
+    run: Run, folder: Path | None = None, step: int | None = None, pace: float | None = None, doing: str = ""
+) -> RenderableType:
     """Show a run as it is now.
 
     Args:
         run: What it has logged.
         folder: Where its completions are.
         step: The optimizer step it has reached; that of the last log if None.
+        pace: Seconds of a step; those of the last log if None.
+        doing: The phase that is under way.
     """
-    parts: list[RenderableType] = [_progress(run, run.step if step is None else step), _metrics(run)]
-    table = newest_completions(folder) if folder is not None else {}
+    reached, seconds = run.step if step is None else step, run.last("step_time") if pace is None else pace
+    parts: list[RenderableType] = [_progress(run, reached, seconds, doing), _metrics(run)]
+    table = newest_completions(folder, _differ) if folder is not None else {}
     return Panel(Group(*parts, *_extremes(table)), title=Text(clean(run.name)), border_style="dim")
 
 
-def _progress(run: Run, step: int) -> Table:
+def _progress(run: Run, step: int, seconds: float | None, doing: str) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_row(
         ProgressBar(total=max(run.max_steps, 1), completed=step, width=40),
         Text(f"step {step} of {run.max_steps}"),
-        Text("ended" if run.ended else f"{_eta(run, step)} left"),
+        Text(clean(run.over) or _left(max(run.max_steps - step, 0), seconds)),
+        Text(clean(doing), style="dim"),
     )
     return grid
 
 
-def _eta(run: Run, step: int) -> str:
-    """The time that is left, at the pace of the last log."""
-    seconds = run.last("step_time")
+def _left(steps: int, seconds: float | None) -> str:
+    """The time that is left for so many steps; empty while it is unknown."""
     if seconds is None or not math.isfinite(seconds):
-        return "?"
-    return str(datetime.timedelta(seconds=round(seconds * max(run.max_steps - step, 0))))
+        return ""
+    return f"{datetime.timedelta(seconds=round(seconds * steps))} left"
 
 
 def _metrics(run: Run) -> Table:
@@ -80,7 +107,7 @@ def _metrics(run: Run) -> Table:
             grid.add_row(
                 Text(title, style="dim"),
                 Text(f"{values[-1]:.4g}", style="bold"),
-                Text(sparkline(values), style="green"),
+                _Sparkline(values),
             )
     for name, title in NUMBERS:
         value = run.last(name)
@@ -99,11 +126,20 @@ def _add_phases(grid: Table, run: Run) -> None:
         grid.add_row(Text("a step takes", style="dim"), Text(f"{total:.3g} s"), Text(shares))
 
 
+def _known(table: dict[str, list[Any]]) -> list[int]:
+    """The rows that have an advantage."""
+    advantages = table.get("advantage", [])
+    return [row for row, value in enumerate(advantages) if isinstance(value, float) and math.isfinite(value)]
+
+
+def _differ(table: dict[str, list[Any]]) -> bool:
+    return len({table["advantage"][row] for row in _known(table)}) > 1
+
+
 def _extremes(table: dict[str, list[Any]]) -> list[RenderableType]:
     """The completions of the largest and of the smallest advantage."""
-    advantages = table.get("advantage", [])
-    rows = [row for row, value in enumerate(advantages) if isinstance(value, float) and math.isfinite(value)]
-    if not rows or len({advantages[row] for row in rows}) == 1:
+    rows, advantages = _known(table), table.get("advantage", [])
+    if not rows:
         return []
     best, worst = max(rows, key=advantages.__getitem__), min(rows, key=advantages.__getitem__)
     return [_excerpt(table, best, "best", "green"), _excerpt(table, worst, "worst", "red")]
@@ -113,4 +149,4 @@ def _excerpt(table: dict[str, list[Any]], row: int, title: str, color: str) -> P
     text = clean(shown_as(table["completion"][row]))
     text = text if len(text) <= EXCERPT else f"{text[:EXCERPT]}..."
     label = f"{title} completion, advantage {table['advantage'][row]:+.3g}"
-    return Panel(Text(text), title=Text(label), title_align="left", border_style=color)
+    return Panel(_Foreign(text), title=Text(label), title_align="left", border_style=color)

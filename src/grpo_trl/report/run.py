@@ -1,13 +1,20 @@
 """A run as it was logged: read from its folder, of this process or of another."""
 
 import json
+import platform
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet
 
 from .log import CONFIG, ENVIRONMENT, LOG, PLAN, completion_files
+
+
+LOOKED_AT = 8
+"""Files of completions, the newest, of which one is shown."""
 
 
 @dataclass
@@ -21,6 +28,10 @@ class Run:
     started: float = 0.0
     """Time of the first start, in seconds since 1970."""
     ended: bool = False
+    stopped: str = ""
+    """Why it stopped before its end; empty if it did not."""
+    process: tuple[str, int] = ("", 0)
+    """Host and number of the process that started or resumed it last."""
     config: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     plan: dict[str, Any] = field(default_factory=dict)
@@ -49,12 +60,24 @@ class Run:
         event = entry.get("event")
         if event == "start":
             self.entries = [e for e in self.entries if e["step"] <= entry["step"] and entry["step"] > 0]
-            self.max_steps, self.ended = entry["max_steps"], False
+            self.max_steps, self.ended, self.stopped = entry["max_steps"], False, ""
+            self.process = (str(entry.get("host", "")), int(entry.get("pid", 0)))
             self.started = self.started if self.entries else entry["time"]
         elif event == "end":
             self.ended = True
+        elif event == "stop":
+            self.stopped = str(entry["reason"])
         else:
             self.entries.append({name: _number(value) for name, value in entry.items()})
+
+    @property
+    def over(self) -> str:
+        """How the run came to its end, as a phrase; empty while it goes on, as far as this machine can tell."""
+        if self.ended or self.stopped:
+            return "ended" if self.ended else f"stopped: {self.stopped}"
+        host, number = self.process
+        here = host == platform.node() and number > 0
+        return "" if not here or psutil.pid_exists(number) else "stopped: its process is gone"
 
     @property
     def step(self) -> int:
@@ -77,13 +100,17 @@ def read_completions(file: Path) -> dict[str, list[Any]]:
     return pyarrow.parquet.read_table(file).to_pydict()
 
 
-def newest_completions(folder: Path) -> dict[str, list[Any]]:
-    """Read the newest file of completions that is complete; empty if there is none."""
-    for file in reversed(completion_files(folder)):
+def newest_completions(
+    folder: Path, wanted: Callable[[dict[str, list[Any]]], bool] = lambda table: True
+) -> dict[str, list[Any]]:
+    """Read the newest file of completions that is complete and as `wanted`; empty if none of the last few is."""
+    for file in reversed(completion_files(folder)[-LOOKED_AT:]):
         try:
-            return read_completions(file)
+            table = read_completions(file)
         except (OSError, ValueError):
             continue  # another process is writing it
+        if wanted(table):
+            return table
     return {}
 
 

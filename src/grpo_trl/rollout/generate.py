@@ -42,7 +42,7 @@ class GenerateEngine:
         tokenizer: Finds `stop_strings`.
         context: What the forward passes run in, e.g. the accelerator's autocast.
         gather: From a list of objects on this rank to the concatenated lists of all ranks; called only `in_step`.
-        show_progress: Draw a bar with the decoding steps and tokens/s.
+        show_progress: Whether to draw a bar with the decoding steps and tokens/s; asked in each rollout.
         check: Called at each decoding step, unless ranks wait for each other there; may raise.
         in_step: Whether ranks wait for each other in every forward, so that they must make equally many.
     """
@@ -58,7 +58,7 @@ class GenerateEngine:
         tokenizer: PreTrainedTokenizerBase | None = None,
         context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         gather: Callable[[list[Any]], list[Any]] = list,
-        show_progress: bool = False,
+        show_progress: Callable[[], bool] = lambda: False,
         check: Callable[[], None] = lambda: None,
         in_step: bool = False,
     ):
@@ -108,7 +108,7 @@ class GenerateEngine:
         """A completion of each row, and the tokens that were computed for them."""
         input_ids, attention_mask = _left_pad(rows, self.options.pad_token_id, self.model.device)
         check = (lambda: None) if self.in_step else self.check
-        ends = _Ends(self.options, self._stop, len(rows), self.model.device, self.show_progress, check)
+        ends = _Ends(self.options, self._stop, len(rows), self.model.device, self.show_progress(), check)
         config = generation_config(self.options)
         config.stop_strings = None  # `ends` finds them
         unchanged = _as_it_was(self.model, seed, config)

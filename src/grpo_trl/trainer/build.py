@@ -272,7 +272,7 @@ def make_engine(
     context: Callable[[], AbstractContextManager[None]],
     check: Callable[[], None],
     in_step: bool,
-    show_progress: bool,
+    show_progress: Callable[[], bool],
 ) -> GroupEngine:
     """Build the rollout engine; see `GroupEngine`."""
     return GroupEngine(

@@ -35,6 +35,9 @@ from .weight_sync import WeightSync
 
 logger = get_logger(__name__)
 
+RECORDED_PROMPTS = 64
+"""Of an evaluation, whose completions are recorded."""
+
 
 @dataclass
 class EvaluatedCompletions:
@@ -61,9 +64,9 @@ def evaluate_prompts(
     seed: int,
     ranks: Ranks,
     trainer_state: Any,
-    compute_metrics: ComputeMetrics | None = None,
+    kept_prompts: int | None = None,
     show_progress: bool = False,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], EvaluatedCompletions]:
     """Sample `num_generations` completions of each prompt once, over all ranks, and reduce their metrics.
 
     The noise of a prompt follows from `seed` and its row: two evaluations of one run sample the same completions, whatever
@@ -77,17 +80,18 @@ def evaluate_prompts(
         seed: Of the run.
         ranks: Of the run.
         trainer_state: Shown to reward functions.
-        compute_metrics: Computes further metrics from the completions and their rewards.
+        kept_prompts: Return the completions of so many prompts, the first of the dataset; of all if None.
         show_progress: Show a bar over the batches.
 
     Returns:
-        TRL's metrics, without a prefix. Those of rewards are NaN if no completion has a reward.
+        TRL's metrics, without a prefix, those of rewards NaN if no completion has a reward; and the completions, over all
+        ranks.
 
     Raises:
         StopRequested, RunStopped, RuntimeError: See `run_on_all_ranks`.
-        TypeError: `compute_metrics` returned no dict.
     """
     rows: list[tuple[Any, ...]] = []
+    kept = len(prompts) if kept_prompts is None else kept_prompts
     metrics, unread = MetricLog(), MetricLog()
     own = range(ranks.rank, len(prompts), ranks.world_size)
     most = -(-len(prompts) // ranks.world_size)  # prompts of a rank
@@ -101,8 +105,8 @@ def evaluate_prompts(
         def sample(batch: range = batch or range(1), log: MetricLog = log) -> None:
             sampled = runner.run(prompts.prompts(batch), num_generations, derive_seed(seed, "eval"), trainer_state, log)
             log.add_all(sampled.metrics())
-            if compute_metrics is not None:
-                rows.extend(_rows(sampled, batch) if log is metrics else [])
+            if log is metrics:
+                rows.extend(row for row in _rows(sampled, batch) if row[0] < kept)
 
         run_on_all_ranks(sample, ranks)
     means = ["reward", *(f"rewards/{name}/mean" for name in runner.rewards.names)]
@@ -113,9 +117,7 @@ def evaluate_prompts(
             "rewards/NAME/failures). Its reward is NaN, which counts as no improvement.",
             prompts.name,
         )
-    if compute_metrics is not None:
-        reduced |= _computed(compute_metrics, runner.rewards.names, ranks.gather(rows))
-    return reduced
+    return reduced, _in_order(runner.rewards.names, ranks.gather(rows))
 
 
 def _rows(sampled: RewardedRollout, indices: range) -> list[tuple[Any, ...]]:
@@ -126,7 +128,8 @@ def _rows(sampled: RewardedRollout, indices: range) -> list[tuple[Any, ...]]:
     return list(zip(*columns, strict=True))
 
 
-def _computed(compute_metrics: ComputeMetrics, names: list[str], rows: list[tuple[Any, ...]]) -> dict[str, float]:
+def _in_order(names: list[str], rows: list[tuple[Any, ...]]) -> EvaluatedCompletions:
+    """Bring the rows of all ranks into the order of the dataset."""
     evaluated = EvaluatedCompletions(rewards_per_func={name: [] for name in names})
     for _, prompt, completion, reward, by_function in sorted(rows, key=lambda row: row[0]):
         evaluated.prompts.append(prompt)
@@ -134,6 +137,15 @@ def _computed(compute_metrics: ComputeMetrics, names: list[str], rows: list[tupl
         evaluated.rewards.append(reward)
         for name, value in zip(names, by_function, strict=True):
             evaluated.rewards_per_func[name].append(value)
+    return evaluated
+
+
+def _computed(compute_metrics: ComputeMetrics, evaluated: EvaluatedCompletions) -> dict[str, float]:
+    """Call `compute_metrics`.
+
+    Raises:
+        TypeError: It returned no dict.
+    """
     computed = compute_metrics(evaluated)
     if not isinstance(computed, dict):
         raise TypeError(
@@ -206,8 +218,8 @@ class EvaluatingTrainer(ResumableTrainer):
         """Whether ranks wait for each other in every forward and backward, so that they must make equally many."""
         return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
-    @property
     def _shows_progress(self) -> bool:
+        """Whether to draw a bar of what is sampled; a subclass shows it in another way."""
         return not self.args.disable_tqdm and self.is_world_process_zero()
 
     def evaluate(
@@ -257,12 +269,13 @@ class EvaluatingTrainer(ResumableTrainer):
         self._memory_tracker.start()
         start_time = time.time()
         in_process = self._runner.engine.in_process
+        compute_metrics = cast("ComputeMetrics | None", self.compute_metrics)
         if in_process and self._waits_in_forward and self.model_wrapped is self.model:
             move_to_device(self.model, self.args.device, self.args.ds3_gather_for_generation)
         set_optimizer_mode(self.optimizer, training=False)
         self._sync_engine(prompts)
         with evaluation_mode(self.model), self._gathered_policy() if in_process else nullcontext():
-            metrics = evaluate_prompts(
+            metrics, evaluated = evaluate_prompts(
                 self._runner,
                 prompts,
                 num_generations=self.args.eval_generations,
@@ -270,15 +283,21 @@ class EvaluatingTrainer(ResumableTrainer):
                 seed=self.args.seed,
                 ranks=self._ranks,
                 trainer_state=self.state,
-                compute_metrics=cast("ComputeMetrics | None", self.compute_metrics),
-                show_progress=self._shows_progress,
+                kept_prompts=None if compute_metrics is not None or self.args.log_completions else RECORDED_PROMPTS,
+                show_progress=self._shows_progress(),
             )
+        if compute_metrics is not None:
+            metrics |= _computed(compute_metrics, evaluated)
         set_optimizer_mode(self.optimizer, training=self.is_in_train)
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
         metrics |= speed_metrics(prefix, start_time, num_samples=len(prompts))
         self.log(metrics)
+        self._record_evaluation(prefix, evaluated)
         self._memory_tracker.stop_and_update_metrics(metrics)
         return metrics
+
+    def _record_evaluation(self, name: str, evaluated: EvaluatedCompletions) -> None:
+        """A subclass may keep the completions of an evaluation; `name` is the prefix of its metrics."""
 
     def _sync_engine(self, prompts: PromptSet) -> None:
         """Give an engine with weights of its own those of now; what is sampled ahead is from those of its turn."""

@@ -273,7 +273,7 @@ class GenerationBatchBuilder:
         rewards = torch.tensor([reward for summary in summaries for reward in summary.rewards], dtype=torch.float64)
         advantages = self.advantages(sampled, rewards) if groups else []
         own = [replace(c, advantage=a) for c, a in zip(own, advantages, strict=True)]
-        with log.timed("time/scoring"), self.phase("computing logprobs of the old policy and the reference"):
+        with log.timed("time/logprobs"), self.phase("computing logprobs of the old policy and the reference"):
             self.evaluator.compare(policy, sampled.completions)
             mini_batches = self.balancer.balance(
                 self._divide(groups, own), self.evaluator.has_gradient, self.evaluator.packer.group_size

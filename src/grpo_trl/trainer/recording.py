@@ -3,35 +3,43 @@
 import atexit
 import functools
 import resource
+import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from rich.live import Live
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import TrainOutput
 
 from ..config import GRPOConfig
 from ..data.prompts import PromptSet
 from ..data.schedule import Schedule
-from ..distributed.sharding import backend_of
-from ..plan import RunPlan, card_named, setup_of
+from ..distributed.sharding import backend_config, backend_of
+from ..errors import RunStopped
+from ..plan import RunPlan, card_named, offloaded, setup_of
+from ..reliability.signals import EXIT_CODE
 from ..report import RunLog, merge_tables, print_completions
 from ..report.environment import environment
 from ..report.live import view
 from ..report.log import CONFIG, ENVIRONMENT, PLAN
 from ..report.run import Run
-from ..report.tolerant import tolerated
+from ..report.tolerant import str_of, tolerated
 from ..report.trackers import track_completions
+from .evaluation import RECORDED_PROMPTS, EvaluatedCompletions
 from .generation import GenerationBatchBuilder
 from .interface import TrlInterface
 
 
+PACES = 20
+"""Steps whose mean time says how long the rest takes."""
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
 
 
@@ -45,6 +53,7 @@ def make_plan(
     *,
     prompts: PromptSet | None,
     backend: str,
+    offload: Sequence[str] = (),
     reference_copies: bool,
     gpu: str | None,
     gpu_memory: float | None,
@@ -59,8 +68,9 @@ def make_plan(
         model,
         num_prompts=count,
         prompt_tokens=int(statistics.median(lengths)) if lengths else 0,
-        method={"none": "DDP", "FSDP": "FSDP2"}.get(backend, backend),
+        method={"none": "DDP", "ZeRO-0": "DDP", "FSDP": "FSDP2"}.get(backend, backend),
         ranks=args.world_size,
+        offload=offload,
         new_adapter=not reference_copies,
     )
     return RunPlan(setup, card, None if gib is None else gib * 2**30)
@@ -94,7 +104,7 @@ class RunRecorder(TrainerCallback):
             plan = self.plan()
             facts[PLAN] = plan.as_dict()
             if not self.args.disable_tqdm and state.global_step == 0:
-                print("\n".join(plan.lines()))
+                print(plan.text(shutil.get_terminal_size().columns if has_terminal(sys.stdout) else None))
         self.log.start(state.global_step, state.max_steps, facts)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -102,8 +112,13 @@ class RunRecorder(TrainerCallback):
             self.log.entry(state.global_step, (logs or {}) | {"memory/peak_gib": peak_memory() / 2**30})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._records and state.global_step >= state.max_steps:
+        if self._records:
             self.log.end(state.global_step)
+
+    def stopped(self, step: int, error: BaseException) -> None:
+        """Note what ends the run before its last step."""
+        if self._records:
+            self.log.stop(step, reason_of(error))
 
     def completions(self, step: int, table: dict[str, list[Any]]) -> None:
         """Keep the completions of a generation batch; with `log_completions`, print them and send them to trackers.
@@ -118,25 +133,49 @@ class RunRecorder(TrainerCallback):
             print_completions(shown, step, self.args.num_completions_to_print)
             track_completions(shown, step, list(self.args.report_to or []), str(self.args.output_dir))
 
+    def evaluation(self, step: int, name: str, evaluated: EvaluatedCompletions) -> None:
+        """Keep completions of an evaluation during training: with `log_completions` of all prompts.
+
+        Args:
+            step: The optimizer step.
+            name: Of what was evaluated, e.g. `"eval"`.
+            evaluated: In the order of the dataset.
+        """
+        if self._records:
+            size = self.args.eval_generations
+            rows = None if self.args.log_completions else RECORDED_PROMPTS * size
+            columns = {"prompt": evaluated.prompts, "completion": evaluated.completions} | evaluated.rewards_per_func
+            self.log.evaluation(step, name, {key: values[:rows] for key, values in columns.items()}, size)
+
 
 class LiveView(TrainerCallback):
-    """One view of the run on the terminal, in place of a progress bar."""
+    """One view of the run on the terminal, in place of a progress bar.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: The output directory.
+        phase: Returns the phase that is under way, and when it began, by `time.monotonic`.
+    """
+
+    def __init__(self, folder: Path, phase: Callable[[], tuple[str, float] | None]):
         self.folder = folder
+        self.phase = phase
         self.run = Run(folder.resolve().name)
         self.step = 0
         self._live: Live | None = None
+        self._paces: deque[float] = deque(maxlen=PACES)
+        self._began = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step = state.global_step
+        self.step, self._began = state.global_step, time.monotonic()
         self.run.add({"event": "start", "step": self.step, "max_steps": state.max_steps, "time": time.time()})
         self._live = Live(get_renderable=self._view, refresh_per_second=2, transient=False)
         self._live.start()
         atexit.register(self.stop)  # a run that ends in an error leaves the terminal as it was
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.step = state.global_step
+        now = time.monotonic()
+        self._paces.append(now - self._began)
+        self.step, self._began = state.global_step, now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self.run.add((logs or {}) | {"step": state.global_step, "time": time.time()})
@@ -153,13 +192,31 @@ class LiveView(TrainerCallback):
             atexit.unregister(self.stop)
 
     def _view(self) -> Any:
-        return view(self.run, self.folder, self.step)
+        pace = statistics.mean(self._paces) if self._paces else None
+        return view(self.run, self.folder, self.step, pace, "" if self._live is None else self._doing())
+
+    def _doing(self) -> str:
+        name, began = self.phase() or ("", 0.0)
+        return f"{name}, {time.monotonic() - began:.0f} s" if name else ""
+
+
+def reason_of(error: BaseException) -> str:
+    """Say in one line why a run has stopped."""
+    if isinstance(error, SystemExit) and error.code == EXIT_CODE:
+        return "a signal; it is saved, start it again to resume"
+    kind = "" if isinstance(error, RunStopped) else type(error).__name__
+    first = next(iter(str_of(error).splitlines()), "")
+    return ": ".join(filter(None, [kind, first]))
+
+
+def has_terminal(stream: TextIO | None) -> bool:
+    """Whether somebody watches what is written to a stream."""
+    return stream is not None and not stream.closed and stream.isatty()
 
 
 def shows_live_view(args: GRPOConfig) -> bool:
     """Whether this process has a terminal, and the user wants to see progress."""
-    terminal = sys.stdout is not None and not sys.stdout.closed and sys.stdout.isatty()
-    return terminal and not args.disable_tqdm and args.process_index == 0
+    return has_terminal(sys.stdout) and not args.disable_tqdm and args.process_index == 0
 
 
 def tolerate_reporting(callbacks: Iterable[TrainerCallback]) -> None:
@@ -203,10 +260,32 @@ class RecordedTrainer(TrlInterface):
         """Have the run logged, and shown where there is a terminal."""
         self._recorder = RunRecorder(self.args, self.plan, str(self.model.config._name_or_path))
         self.add_callback(self._recorder)
+        self._live_view: LiveView | None = None
         if shows_live_view(self.args):
             self.remove_callback(ProgressCallback)
-            self.add_callback(LiveView(Path(str(self.args.output_dir))))
+            self._live_view = LiveView(Path(str(self.args.output_dir)), lambda: self._watchdog.now)
+            self.add_callback(self._live_view)
+        self._quiet = not has_terminal(sys.stderr) and self.pop_callback(ProgressCallback) is not None
+        if self._quiet:  # a line for each log, without bars; a notebook has a callback of its own
+            self.add_callback(PrinterCallback)
         tolerate_reporting(self.callback_handler.callbacks)
+
+    def _train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        try:
+            return super()._train(*args, **kwargs)
+        except BaseException as error:
+            if self._live_view is not None:
+                self._live_view.stop()
+            self._recorder.stopped(self.state.global_step, error)
+            raise
+
+    def _shows_progress(self) -> bool:
+        """Bars are for a terminal that has no live view at the time, and for a notebook."""
+        watched = has_terminal(sys.stderr) or not self._quiet
+        return super()._shows_progress() and watched and not (self.is_in_train and shows_live_view(self.args))
+
+    def _record_evaluation(self, name: str, evaluated: EvaluatedCompletions) -> None:
+        self._recorder.evaluation(self.state.global_step, name, evaluated)
 
     def plan(self, gpu: str | None = None, gpu_memory: float | None = None) -> RunPlan:
         """Plan this run: its batches, and the memory of a rank by phase.
@@ -223,6 +302,7 @@ class RecordedTrainer(TrlInterface):
             self.model,
             prompts=None if self._schedule is None else self._builder.prompts,
             backend=backend_of(self.accelerator),
+            offload=offloaded(backend_config(self.accelerator)),
             reference_copies=self._reference is not None and self._reference.model is not None,
             gpu=gpu,
             gpu_memory=gpu_memory,

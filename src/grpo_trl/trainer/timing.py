@@ -8,7 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ..metrics import Mean, MetricLog
 
 
-PHASES = ("time/sampling", "time/rewards", "time/scoring", "time/update")
+PHASES = ("time/sampling", "time/rewards", "time/logprobs", "time/update")
 
 
 class StepTimer(TrainerCallback):

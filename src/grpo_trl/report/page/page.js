@@ -46,7 +46,7 @@ function overview() {
       times.length ? [duration(mean(times)), "per optimizer step"] : null,
       [shown(run.completion_count), "completions kept"],
     ].filter(Boolean);
-    const title = make("h3", { text: run.name }, make("small", { text: `${run.ended ? "ended" : "not ended"} · ${run.model || "model unknown"}` }));
+    const title = make("h3", { text: run.name }, make("small", { text: `${run.over || "not ended yet"} · ${run.model || "model unknown"}` }));
     const tilesBox = make("div", { class: "tiles" }, ...tiles.map(([value, label]) =>
       make("div", { class: "tile" }, make("b", { text: value }), make("span", { text: label }))));
     byId("runs").append(make("div", { class: "run", hue: i }, title, tilesBox));
@@ -137,15 +137,15 @@ function curves() {
 
 // ---- Completions ----
 const groups = DATA.runs.flatMap((run, r) => run.groups.map((group) => ({ ...group, run: r })));
-let selected = groups, page = 0;
-const rewardsOf = (group) => group.rows.map((row) => row.reward).filter((reward) => typeof reward === "number");
+const showGroups = paged(byId("groups"), byId("pager"), PAGE, groupBox);
+const rewardsOf = (rows) => rows.map((row) => row.reward).filter((reward) => typeof reward === "number");
 const ORDERS = {
   new: (a, b) => b.step - a.step, old: (a, b) => a.step - b.step,
-  best: (a, b) => Math.max(...rewardsOf(b)) - Math.max(...rewardsOf(a)),
-  worst: (a, b) => (mean(rewardsOf(a)) ?? 0) - (mean(rewardsOf(b)) ?? 0),
+  best: (a, b) => Math.max(...rewardsOf(b.rows)) - Math.max(...rewardsOf(a.rows)),
+  worst: (a, b) => (mean(rewardsOf(a.rows)) ?? 0) - (mean(rewardsOf(b.rows)) ?? 0),
   spread: (a, b) => spread(b) - spread(a),
 };
-const spread = (group) => { const r = rewardsOf(group); return r.length ? Math.max(...r) - Math.min(...r) : -1; };
+const spread = (group) => { const r = rewardsOf(group.rows); return r.length ? Math.max(...r) - Math.min(...r) : -1; };
 const within = (reward) => {
   const least = byId("f-min").value, most = byId("f-max").value;
   return (least === "" || reward >= Number(least)) && (most === "" || reward <= Number(most));
@@ -153,39 +153,51 @@ const within = (reward) => {
 
 function filter() {
   const run = byId("f-run").value, step = byId("f-step").value, text = byId("f-text").value.toLowerCase();
-  selected = groups.filter((group) => (run === "" || group.run === Number(run)) && (step === "" || group.step === Number(step))
+  const selected = groups.filter((group) => (run === "" || group.run === Number(run)) && (step === "" || group.step === Number(step))
     && group.rows.some((row) => within(row.reward))
     && (!text || group.prompt.toLowerCase().includes(text) || group.rows.some((row) => row.text.toLowerCase().includes(text))));
   selected.sort(ORDERS[byId("f-order").value]);
-  page = 0;
-  showPage();
+  showGroups(selected);
+  byId("f-count").textContent = `${shown(selected.length)} of ${shown(groups.length)} groups`;
+}
+
+function scoresOf(row) {
+  const named = [["reward", row.reward], ...(typeof row.advantage === "number" ? [["advantage", row.advantage]] : []), ...Object.entries(row.parts)];
+  return make("div", { class: "scores" }, ...named.map(([name, value]) => make("span", { text: `${name} ` }, make("b", { text: shown(value) }))));
 }
 
 function completion(row, largest) {
-  const scores = make("div", { class: "scores" });
-  const score = (name, value) => scores.append(make("span", { text: `${name} ` }, make("b", { text: shown(value) })));
-  score("reward", row.reward);
-  score("advantage", row.advantage);
-  for (const [name, value] of Object.entries(row.parts)) score(name, value);
-  const box = make("article", { class: within(row.reward) ? "completion" : "completion hidden" }, scores, make("pre", { text: row.text }));
+  const box = make("article", { class: within(row.reward) ? "completion" : "completion hidden" }, scoresOf(row), make("pre", { text: row.text }));
   const share = typeof row.advantage === "number" && largest ? Math.abs(row.advantage) / largest : 0;
   if (share) box.style.background = `rgb(var(--${row.advantage > 0 ? "good" : "bad"}) / ${(0.04 + 0.2 * share).toFixed(3)})`;
   return box;
 }
 
-function showPage() {
-  const pages = Math.max(1, Math.ceil(selected.length / PAGE));
-  const boxes = selected.slice(page * PAGE, (page + 1) * PAGE).map((group) => {
-    const largest = Math.max(0, ...group.rows.map((row) => Math.abs(row.advantage) || 0));
-    const head = [DATA.runs.length > 1 ? DATA.runs[group.run].name : "", `step ${group.step}`, `mean reward ${shown(mean(rewardsOf(group)))}`];
-    return make("div", { class: "group", hue: group.run }, make("header", {}, ...head.filter(Boolean).map((text) => make("span", { text }))),
-      make("div", { class: "prompt", text: group.prompt }), make("div", { class: "side" }, ...group.rows.map((row) => completion(row, largest))));
-  });
-  byId("groups").replaceChildren(...boxes);
-  byId("f-count").textContent = `${shown(selected.length)} of ${shown(groups.length)} groups`;
-  byId("page-number").textContent = `page ${page + 1} of ${pages}`;
-  byId("prev").disabled = page === 0;
-  byId("next").disabled = page + 1 >= pages;
+function groupBox(group) {
+  const largest = Math.max(0, ...group.rows.map((row) => Math.abs(row.advantage) || 0));
+  const head = [DATA.runs.length > 1 ? DATA.runs[group.run].name : "", `step ${group.step}`, `mean reward ${shown(mean(rewardsOf(group.rows)))}`];
+  return make("div", { class: "group", hue: group.run }, make("header", {}, ...head.filter(Boolean).map((text) => make("span", { text }))),
+    make("div", { class: "prompt", text: group.prompt }), make("div", { class: "side" }, ...group.rows.map((row) => completion(row, largest))));
+}
+
+// A list of which a page is shown at a time; what is returned shows other items.
+function paged(list, bar, size, box) {
+  const previous = make("button", { type: "button", text: "Previous" }), next = make("button", { type: "button", text: "Next" });
+  const number = make("output");
+  let items = [], page = 0;
+  const draw = () => {
+    const pages = Math.max(1, Math.ceil(items.length / size));
+    list.replaceChildren(...items.slice(page * size, (page + 1) * size).map(box));
+    number.textContent = `page ${page + 1} of ${pages}`;
+    previous.disabled = page === 0;
+    next.disabled = page + 1 >= pages;
+    bar.hidden = pages === 1;
+  };
+  const turn = (by) => { page += by; draw(); list.closest("section").scrollIntoView({ behavior: "instant" }); };
+  previous.addEventListener("click", () => turn(-1));
+  next.addEventListener("click", () => turn(1));
+  bar.append(previous, number, next);
+  return (found) => { items = found; page = 0; draw(); };
 }
 
 function completions() {
@@ -195,8 +207,6 @@ function completions() {
   byId("f-step").append(option("", "all"), ...steps.map((step) => option(step, step)));
   byId("filters").addEventListener("input", filter);
   byId("filters").addEventListener("submit", (event) => event.preventDefault());
-  byId("prev").addEventListener("click", () => { page -= 1; showPage(); });
-  byId("next").addEventListener("click", () => { page += 1; showPage(); });
   filter();
 }
 
@@ -204,6 +214,51 @@ function completions() {
 function table(head, rows) {
   const body = rows.map(([cells, changed]) => make("tr", { class: changed ? "changed" : "" }, ...cells.map((cell) => make("td", { text: shown(cell) }))));
   return make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { text })))), make("tbody", {}, ...body)));
+}
+
+// ---- Evaluations ----
+const pairs = DATA.runs.flatMap((run, r) => run.evaluations.flatMap((evaluation, e) => evaluation.pairs.map((pair) => {
+  const [first, last] = [mean(rewardsOf(pair.first)), mean(rewardsOf(pair.last))];
+  const moved = pair.first.some((row, i) => row.text !== (pair.last[i] || {}).text);
+  return { ...pair, set: `${r}.${e}`, run: r, name: evaluation.name, steps: evaluation.steps, rewards: [first, last], change: (last ?? 0) - (first ?? 0), moved };
+})));
+const EVALUATION_ORDERS = { data: () => 0, up: (a, b) => b.change - a.change, down: (a, b) => a.change - b.change };
+
+// The beginning that two completions share is shown apart from what follows.
+function compared(row, other) {
+  let shared = 0;
+  while (shared < row.text.length && row.text[shared] === other.text[shared]) shared += 1;
+  return make("article", { class: "completion" }, scoresOf(row),
+    make("pre", {}, make("span", { class: "same", text: row.text.slice(0, shared) }), row.text.slice(shared)));
+}
+
+function pairBox(pair) {
+  const head = [DATA.runs.length > 1 ? DATA.runs[pair.run].name : "", pair.name === "eval" ? "" : pair.name, `reward ${pair.rewards.map(shown).join(" → ")}`];
+  const side = make("div", { class: "pair" }, ...pair.steps.map((step) => make("b", { text: `step ${shown(step)}` })));
+  pair.first.forEach((row, i) => { if (pair.last[i]) side.append(compared(row, pair.last[i]), compared(pair.last[i], row)); });
+  const hue = pair.change > 0 ? "better" : pair.change < 0 ? "worse" : "";
+  return make("div", { class: `group ${hue}`, hue: pair.run }, make("header", {}, ...head.filter(Boolean).map((text) => make("span", { text }))),
+    make("div", { class: "prompt", text: pair.prompt }), side);
+}
+
+function pairBrowser() {
+  byId("eval-browser").hidden = !pairs.length;
+  const sets = [...new Map(pairs.map((pair) => [pair.set, pair])).values()];
+  const name = (pair) => [DATA.runs.length > 1 ? DATA.runs[pair.run].name : "", pair.name].filter(Boolean).join(" · ");
+  byId("e-set").append(make("option", { value: "", text: "all" }), ...sets.map((pair) => make("option", { value: pair.set, text: name(pair) })));
+  byId("e-set").closest("label").hidden = sets.length < 2;
+  const show = paged(byId("pairs"), byId("e-pager"), PAGE / 2, pairBox);
+  const select = () => {
+    const set = byId("e-set").value, text = byId("e-text").value.toLowerCase(), onlyMoved = byId("e-moved").checked;
+    const has = (part) => part.toLowerCase().includes(text);
+    const selected = pairs.filter((pair) => (set === "" || pair.set === set) && (!onlyMoved || pair.moved)
+      && (!text || has(pair.prompt) || [...pair.first, ...pair.last].some((row) => has(row.text))));
+    show(selected.sort(EVALUATION_ORDERS[byId("e-order").value]));
+    byId("e-count").textContent = `${shown(selected.length)} of ${shown(pairs.length)} prompts`;
+  };
+  byId("e-filters").addEventListener("input", select);
+  byId("e-filters").addEventListener("submit", (event) => event.preventDefault());
+  select();
 }
 
 function evaluations() {
@@ -220,8 +275,10 @@ function evaluations() {
     parent.append(make("h3", { text: run.name }), table(["metric", `step ${steps[0]}`, `step ${steps.at(-1)}`, "change"], rows));
   });
   if (!parent.children.length) parent.append(make("p", { class: "none", text: "No evaluation was logged." }));
+  pairBrowser();
 }
 
+// ---- Plan and setup ----
 function plans() {
   const parent = byId("plans");
   DATA.runs.forEach((run) => {

@@ -55,7 +55,7 @@ class GroupEngine:
         context: What the forward passes run in, e.g. the accelerator's autocast.
         mixed_precision: Whether that is half precision, whatever the weights are.
         gather: From a list of objects on this rank to the concatenated lists of all ranks, which decide together.
-        show_progress: Draw a bar with completions and tokens/s.
+        show_progress: Whether to draw a bar with completions and tokens/s; asked in each rollout.
         check: Called after each decoding step; may raise.
         in_step: Whether ranks wait for each other in every forward: sharded weights that `context` does not gather. Then
             `model.generate` writes all completions, since ranks would compute different numbers of steps here.
@@ -73,7 +73,7 @@ class GroupEngine:
         context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         mixed_precision: bool = False,
         gather: Callable[[list[Any]], list[Any]] = list,
-        show_progress: bool = False,
+        show_progress: Callable[[], bool] = lambda: False,
         check: Callable[[], None] = lambda: None,
         in_step: bool = False,
     ):
@@ -121,7 +121,7 @@ class GroupEngine:
         """Sample; where memory runs out, once more with half of the rows, which gives the same completions."""
         cache = self._sized_cache(request)
         while True:
-            with _Bar(len(request.prompt_ids) * request.num_generations, self.show_progress, self.check) as on_tokens:
+            with _Bar(len(request.prompt_ids) * request.num_generations, self.show_progress(), self.check) as on_tokens:
                 try:
                     return self._sample(request, self.options, self._stop, cache, on_tokens)
                 except Exception as error:
