@@ -1,4 +1,4 @@
-"""Command lines that the README and docs/distributed.md show, on two CPU processes with local files.
+"""Command lines that the README and docs/deepspeed.md show, on two CPU processes with local files.
 
 All train the same two steps: completions follow from their prompts, whatever the number of ranks, so the log is that of one
 process with the same batch.
@@ -101,8 +101,8 @@ def alone(shared, tmp_path_factory):
     "page, beginning",
     [
         ("README.md", "deepspeed examples/gsm8k.py --deepspeed ds_configs/zero3.json"),
-        ("docs/distributed.md", "torchrun --nproc_per_node 8 examples/gsm8k.py --deepspeed ds_configs/zero2.json"),
-        ("docs/distributed.md", "accelerate launch --config_file ds_configs/accelerate/zero3.yaml"),
+        ("docs/deepspeed.md", "torchrun --nproc_per_node 8 examples/gsm8k.py --deepspeed ds_configs/zero2.json"),
+        ("docs/deepspeed.md", "accelerate launch --config_file ds_configs/accelerate/zero3.yaml"),
     ],
     ids=["deepspeed", "torchrun", "accelerate"],
 )

@@ -75,10 +75,14 @@ class Configuration:
         parts: Any = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
         parser = TrlParser(parts)
         known = {action.dest for action in parser._actions} | {"env"}
-        for name in [*options_of(file), *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]:
-            _check_known(name.replace("-", "_"), known, file)
+        given = [*options_of(file), *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]
+        given = [name.replace("-", "_") for name in given]
+        for name in given:
+            _check_known(name, known, file)
         parsed = parser.parse_args_and_config(["--config", str(file), *overrides])
         configuration = cls(*parsed)
+        if "dtype" not in given:
+            configuration.model.dtype = None  # the trainer's default, which depends on the adapter
         if configuration.model.model_name_or_path is None:
             raise ValueError(f"{file} names no model; set model_name_or_path, e.g. to Qwen/Qwen2.5-0.5B-Instruct.")
         return configuration
