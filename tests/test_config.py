@@ -320,6 +320,10 @@ def test_the_ends_of_the_ranges_are_accepted(options):
     [
         ({"reward_timeout": 2.0}, "reward_timeout=2.0 needs reward_workers=1 or more"),
         (
+            {"loss_type": "vespo", "top_p": 0.9},
+            "vllm_importance_sampling_mode='sequence_mask' does not go with loss_type='vespo'",
+        ),
+        (
             {"reward_timeout": math.nan, "reward_workers": 1},
             "reward_timeout=nan cannot work; it must be above 0, or None",
         ),

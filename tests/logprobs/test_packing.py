@@ -480,10 +480,10 @@ def test_a_micro_batch_keeps_the_advantages_in_the_order_of_its_completions(shar
 
 
 @PACKED
-@pytest.mark.parametrize("name", ["old_logps", "ref_logps", "sampler_logps"])
+@pytest.mark.parametrize("name", ["old_logps", "ref_logps", "sampler_logps", "drawn_logps"])
 def test_a_micro_batch_has_optional_tensors_only_where_every_completion_does(shared_prefix, name):
     def completion(ids, values):
-        values = torch.tensor(values) if name != "sampler_logps" and values is not None else values
+        values = torch.tensor(values) if name in ("old_logps", "ref_logps") and values is not None else values
         return Completion([1], ids, [True] * len(ids), **{name: values})
 
     packer = make_packer(shared_prefix)
@@ -492,8 +492,8 @@ def test_a_micro_batch_has_optional_tensors_only_where_every_completion_does(sha
     values = getattr(micro_batch, name + "_BT")
     assert values.tolist() == [[-1.0, 0.0], [-1.5, -2.0], [0.0, 0.0]]
     assert values.dtype == torch.float32
-    others = {"old_logps_BT", "ref_logps_BT", "sampler_logps_BT"} - {name + "_BT"}
-    assert [getattr(micro_batch, other) for other in others] == [None, None]
+    others = {"old_logps_BT", "ref_logps_BT", "sampler_logps_BT", "drawn_logps_BT"} - {name + "_BT"}
+    assert [getattr(micro_batch, other) for other in others] == [None, None, None]
     assert micro_batch.divisor == 7
     assert getattr(packer.micro_batch([both[0], completion([2], None)], 2), name + "_BT") is None
 

@@ -89,3 +89,34 @@ def test_weights_scale_the_policy_term_of_the_loss_and_not_the_kl(level, mode):
     if level == "sequence":  # one term per completion, which has the mean weight of its tokens
         weights_BT = (correction_BT.sum(1) / MASK.sum(1).clamp(min=1))[:, None]
     torch.testing.assert_close(corrected, plain * weights_BT)
+
+
+def gamma(log_ratio, advantage):
+    k, decay = (2.0, 3.0) if advantage >= 0 else (3.0, 2.0)
+    return math.exp(decay + k * log_ratio - decay * math.exp(log_ratio))
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask"])
+def test_vespo_s_ratio_is_that_of_the_policy_over_what_sampled(mode):
+    """The weights of a completion's tokens multiply its ratio; one that is 0 leaves nothing of its term."""
+    advantages = [1.0, -2.0, 3.0]
+    objective = make_objective(ObjectiveOptions(loss_type="vespo", beta=0.3, use_bias_correction_kl=True))
+    correction_BT = Correction(mode).weights(OLD, DRAWN, MASK)
+    shift = 0.1
+
+    def gradient(**options):
+        logps_BT = (OLD + shift).requires_grad_()
+        advantages_B1 = torch.tensor(advantages).double()[:, None]
+        output = grpo_loss(logps_BT, OLD, advantages_B1, MASK, objective=objective, ref_logps_BT=OLD - 0.2, **options)
+        output.loss.backward()
+        return logps_BT.grad
+
+    for row, mask in enumerate(MASK.tolist()):
+        log_ratio = shift * sum(mask)
+        weights = [weight for weight, counts in zip(correction_BT[row].tolist(), mask, strict=True) if counts]
+        corrected = log_ratio + sum(math.log(max(weight, 1e-8)) for weight in weights)
+        change = gamma(corrected, advantages[row]) - gamma(log_ratio, advantages[row])
+        difference = (gradient(correction_BT=correction_BT) - gradient())[row]
+        for counts, slope in zip(mask, difference.tolist(), strict=True):
+            assert slope == pytest.approx(-change * advantages[row] * counts, abs=1e-12)
+    assert 0 in correction_BT[MASK]

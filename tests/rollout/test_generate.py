@@ -7,6 +7,7 @@ from transformers import GenerationConfig
 
 from grpo_trl.rollout.base import Rollout, RolloutRequest, SamplingOptions
 from grpo_trl.rollout.generate import GenerateEngine, _Ends
+from grpo_trl.rollout.sampling import generation_config
 from tests.helpers.models import make_model
 
 
@@ -33,7 +34,7 @@ def test_rows_come_group_after_group_with_their_prompt(model):
     assert rollout.columns == {}
     for completion in rollout.completions:
         assert completion.mask == [True] * len(completion.ids)
-        assert completion.sampler_logps is None
+        assert completion.sampler_logps is completion.drawn_logps is None
         assert completion.ended == (completion.ids[-1] == EOS)
     assert rollout.computed_tokens == 9 * 6
 
@@ -175,6 +176,42 @@ def test_every_sampling_option_reaches_the_sampler(model, option):
     expected = [greedy(model, prompt, 6) for prompt in PROMPTS]
     assert ids(sample(model, num_generations=1, **option)) == expected
     assert ids(sample(model, num_generations=1)) != expected
+
+
+OPTIONS_THAT_CHANGE = [
+    {"top_p": 0.7}, {"repetition_penalty": 1.5, "top_k": 9}, {"generation_kwargs": {"typical_p": 0.6}},
+    {"generation_kwargs": {"do_sample": False}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", OPTIONS_THAT_CHANGE, ids=str)
+def test_drawn_logprobs_are_those_of_the_distribution_that_was_sampled_from(model, settings):
+    options = make_options(temperature=0.8, eos_token_ids=(EOS, 7, 12, 20), **settings)
+    rollout = GenerateEngine(model, options).rollout(RolloutRequest(["unread"] * 3, PROMPTS, 8, [0] * 3))
+    assert len({len(c.ids) for c in rollout.completions}) > 1
+    config = generation_config(options)
+    for completion in rollout.completions:
+        assert len(completion.drawn_logps) == len(completion.ids)
+        processors = model._get_logits_processor(config, input_ids_seq_length=len(completion.prompt_ids))
+        for n, (token, logp) in enumerate(zip(completion.ids, completion.drawn_logps, strict=True)):
+            before = torch.tensor([completion.prompt_ids + completion.ids[:n]])
+            scores = processors(before, model(input_ids=before).logits[:, -1])[0]
+            expected = scores.double().log_softmax(-1)[token].item() if config.do_sample else 0.0
+            assert logp == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_scores_of_earlier_steps_are_not_held(model):
+    held, ends = [], _Ends.__call__
+
+    def watch(self, input_ids, scores):
+        result = ends(self, input_ids, scores)
+        held.append(sum(one.untyped_storage().nbytes() for one in scores))
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Ends, "__call__", watch)
+        sample(model, top_p=0.9)
+    assert held == [0] * 6
 
 
 def test_the_repetition_penalty_reaches_the_sampler(model):

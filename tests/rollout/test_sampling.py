@@ -28,14 +28,18 @@ def make_sampler(**changes) -> Sampler:
 
 
 def sample(sampler, logits, noise, prompts=None, generated=None):
-    """Tokens and log-probabilities."""
+    """Tokens and log-probabilities under the policy."""
+    return sample_with_drawn_logps(sampler, logits, noise, prompts, generated)[:2]
+
+
+def sample_with_drawn_logps(sampler, logits, noise, prompts=None, generated=None):
     rows = len(logits)
     history = make_history(prompts or [[5, 6]] * rows, generated or [[]] * rows) if sampler.reads_tokens else None
-    tokens, logps = sampler.sample(logits, torch.as_tensor(noise, dtype=torch.float64), history)
-    assert tokens.shape == logps.shape == (rows,)
+    tokens, logps, drawn_logps = sampler.sample(logits, torch.as_tensor(noise, dtype=torch.float64), history)
+    assert tokens.shape == logps.shape == drawn_logps.shape == (rows,)
     assert tokens.dtype == torch.long
-    assert logps.dtype == torch.float64
-    return tokens, logps
+    assert logps.dtype == drawn_logps.dtype == torch.float64
+    return tokens, logps, drawn_logps
 
 
 def make_history(prompts, generated) -> History:
@@ -257,8 +261,49 @@ def test_narrowed_tokens_have_their_probabilities_among_what_transformers_keeps(
 
 def test_tokens_as_probable_as_the_last_of_the_nucleus_belong_to_it():
     logits = torch.zeros(400, 8)
-    tokens, _ = sample(make_sampler(top_p=0.5), logits, np.random.default_rng(2).random(400))
+    tokens, _, drawn_logps = sample_with_drawn_logps(
+        make_sampler(top_p=0.5), logits, np.random.default_rng(2).random(400)
+    )
     assert set(tokens.tolist()) == set(range(8))
+    assert drawn_logps.tolist() == pytest.approx([math.log(1 / 8)] * 400)
+
+
+CHANGED = [
+    {"top_p": 0.6}, {"top_k": 3}, {"min_p": 0.1}, {"top_p": 0.9, "top_k": 6, "min_p": 0.05, "temperature": 0.7},
+    {"repetition_penalty": 1.4}, {"repetition_penalty": 1.4, "top_p": 0.7}, {"generation_kwargs": {"typical_p": 0.5}},
+    {"generation_kwargs": {"suppress_tokens": [5, 6, 7]}, "top_k": 9},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", CHANGED, ids=str)
+def test_drawn_logprobs_are_those_of_the_distribution_that_transformers_samples_from(settings):
+    model, options = make_model(), make_options(**settings)
+    logits, history = random_logits(60), torch.tensor([[5, 6]])
+    processors_ = model._get_logits_processor(generation_config(options), input_ids_seq_length=2)
+    sampler = Sampler(model, options)
+    tokens, _, drawn_logps = sample_with_drawn_logps(sampler, logits, np.random.default_rng(9).random(60))
+    expected = processors_(history.expand(60, -1), logits).double().log_softmax(-1)
+    assert drawn_logps.tolist() == pytest.approx(expected[torch.arange(60), tokens].tolist(), abs=2e-6)
+    assert not sampler.samples_from_policy
+
+
+@pytest.mark.parametrize("top_p", [0.5, 0.95])
+def test_a_nucleus_may_have_more_tokens_than_are_sorted_at_first(top_p):
+    logits = random_logits(20, vocabulary=6000, scale=0.3)
+    logits[:5] *= 30  # these few need no more
+    tokens, _, drawn_logps = sample_with_drawn_logps(make_sampler(top_p=top_p), logits, [0.3] * 20)
+    expected = TopPLogitsWarper(top_p)(None, logits.double()).log_softmax(-1)
+    sizes = expected.isfinite().sum(-1)
+    assert sizes.min() < inversion.NUCLEUS_TOKENS < sizes.max()
+    assert drawn_logps.tolist() == pytest.approx(expected[torch.arange(20), tokens].tolist(), abs=2e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_drawn_logprobs_are_the_policy_s_where_nothing_changes_its_distribution(temperature):
+    sampler = make_sampler(temperature=temperature)
+    _, logps, drawn_logps = sample_with_drawn_logps(sampler, random_logits(60), [0.4] * 60)
+    assert torch.equal(logps, drawn_logps)
+    assert sampler.samples_from_policy
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -287,8 +332,9 @@ def test_greedy_takes_the_most_probable_token_whatever_the_noise():
     logits = random_logits(50)
     sampler = make_sampler(temperature=0.5, generation_kwargs={"do_sample": False})
     for noise in (0.0, LARGEST):
-        tokens, logps = sample(sampler, logits, [noise] * 50)
+        tokens, logps, drawn_logps = sample_with_drawn_logps(sampler, logits, [noise] * 50)
         assert torch.equal(tokens, logits.argmax(-1))
+        assert not drawn_logps.any()
         expected = [math.log(probabilities(row, 0.5).max()) for row in logits]
         assert logps.tolist() == pytest.approx(expected, abs=2e-6)
 

@@ -47,7 +47,10 @@ class VLLMOptions:
     )
     vllm_importance_sampling_correction: bool = field(
         default=True,
-        metadata={"help": "Weigh the policy gradient by old policy / sampling distribution (with vLLM)."},
+        metadata={
+            "help": "Weigh the policy gradient by old policy / sampling distribution: with vLLM, and where top_p and the "
+            "like change the distribution."
+        },
     )
     vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
         field(
@@ -93,11 +96,6 @@ def check_vllm_options(args: Any) -> None:
     Raises:
         ValueError: They cannot work.
     """
-    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
-    if low is not None and high is not None and not 0 <= low <= high:
-        raise ValueError(
-            f"vllm_importance_sampling_clip_min={low} must be between 0 and vllm_importance_sampling_clip_max={high}."
-        )
     if args.world_size % args.vllm_tensor_parallel_size:
         raise ValueError(
             f"vllm_tensor_parallel_size={args.vllm_tensor_parallel_size} must divide the {args.world_size} processes of "
@@ -116,17 +114,38 @@ def check_vllm_options(args: Any) -> None:
             "by the time the completions are there; set old_logprobs='auto'."
         )
     sampler = args.old_logprobs == "sampler" or args.generations_ahead > 0
+    if args.use_vllm and sampler and (found := changed_distribution(args)):
+        raise ValueError(
+            f"old_logprobs={args.old_logprobs!r} with generations_ahead={args.generations_ahead} takes the sampler's "
+            f"logprobs, and with {', '.join(found)} vLLM reports those of another distribution than the policy's. Set "
+            "old_logprobs='trainer' and generations_ahead=0, or do not change the distribution."
+        )
+    _check_correction(args)
+
+
+def changed_distribution(args: Any) -> list[str]:
+    """List the options that make tokens come from another distribution than the policy's, e.g. `["top_p=0.9"]`."""
     changed = {
         "top_p": args.top_p < 1,
         "top_k": args.top_k > 0,
         "min_p": bool(args.min_p),
         "repetition_penalty": args.repetition_penalty != 1,
+        "generation_kwargs": set(args.generation_kwargs or {}) - {"stop_strings"},
         "vllm_structured_outputs_regex": args.vllm_structured_outputs_regex is not None,
     }
-    found = [f"{name}={getattr(args, name)}" for name, changes in changed.items() if changes]
-    if args.use_vllm and sampler and found:
+    return [f"{name}={getattr(args, name)}" for name, changes in changed.items() if changes]
+
+
+def _check_correction(args: Any) -> None:
+    low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+    if low is not None and high is not None and not 0 <= low <= high:
         raise ValueError(
-            f"old_logprobs={args.old_logprobs!r} with generations_ahead={args.generations_ahead} takes the sampler's "
-            f"logprobs, and with {', '.join(found)} vLLM reports those of another distribution than the policy's. Set "
-            "old_logprobs='trainer' and generations_ahead=0, or do not change the distribution."
+            f"vllm_importance_sampling_clip_min={low} must be between 0 and vllm_importance_sampling_clip_max={high}."
+        )
+    mode = args.vllm_importance_sampling_mode
+    corrects = args.vllm_importance_sampling_correction and (args.use_vllm or changed_distribution(args))
+    if args.loss_type == "vespo" and corrects and not mode.startswith("token"):
+        raise ValueError(
+            f"vllm_importance_sampling_mode={mode!r} does not go with loss_type='vespo', which multiplies the weights of a "
+            "completion's tokens itself; use 'token_truncate' or 'token_mask'."
         )

@@ -6,6 +6,7 @@ The loss is a sum over completions. The caller divides it by `objective.aggregat
 whole mini-batch, so that no cut into micro-batches changes the gradient.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,10 @@ from torch import Tensor
 from .ratios import EXP_LIMIT, exp_tangent, unit_mask
 from .recipes import Objective
 from .surrogates import Clipped
+
+
+LEAST_LOG_WEIGHT = math.log(1e-8)
+"""Of a correction that multiplies the ratio, where its weight is 0."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,8 @@ def grpo_loss(
         mask_policy_BT: True for tokens with a policy term and an entropy term (`top_entropy_quantile`); all by default.
         entropy_BT: Entropies (nats) of the policy, of shape (B, T), with gradient; required if `entropy_weight` is not 0.
         entropy_weight: Weight of a token's entropy in the sum.
-        correction_BT: Weights of the policy term, of shape (B, T), without gradient; all 1 by default. See `Correction`.
+        correction_BT: Weights of old policy over sampler (see `Correction`), of shape (B, T), without gradient; all 1 by
+            default. They multiply the policy term, or the ratio where `objective.corrects_ratio`.
 
     Returns:
         The sum, which the caller divides by `objective.aggregation.divisor(counts)`, and detached tensors that explain it.
@@ -114,7 +120,11 @@ def grpo_loss(
     advantages_BU = torch.where(unit_mask(advantages_BU, mask_BT), advantages_BU, 0.0).to(logps_BT.dtype)
 
     log_ratio_BU = objective.ratio(logps_BT - old_logps_BT, mask_BT)
-    terms = objective.surrogate(log_ratio_BU, advantages_BU, torch.where(mask_BT, logps_BT, 0.0))
+    corrected_BU = log_ratio_BU
+    if correction_BT is not None and objective.corrects_ratio:
+        corrected_BU = log_ratio_BU + torch.where(mask_BT, correction_BT.log().clamp(min=LEAST_LOG_WEIGHT), 0.0)
+        correction_BT = None
+    terms = objective.surrogate(corrected_BU, advantages_BU, torch.where(mask_BT, logps_BT, 0.0))
     effective_BT = mask_BT if mask_policy_BT is None else mask_BT & mask_policy_BT
     kept_BT = effective_BT & _near_policy(logps_BT, old_logps_BT, sampler_logps_BT, advantages_BU, mask_BT, objective)
     scale_BT = kept_BT if correction_BT is None else kept_BT * correction_BT

@@ -57,6 +57,8 @@ class Recipe:
     """Numbers on arXiv."""
     levels: tuple[str, ...] = ("token", "sequence")
     """The values of `importance_sampling_level` that may replace its ratio."""
+    corrects_ratio: bool = False
+    """Whether the weights of old policy over sampler multiply the ratio; else they multiply the policy term."""
 
 
 LOSS_TYPES = {
@@ -67,9 +69,10 @@ LOSS_TYPES = {
     "cispo": Recipe("token", CISPO, "token", PER_TOKEN, ("2506.13585", "2510.13786")),
     "sapo": Recipe("token", SAPO, "token", PER_COMPLETION, ("2511.20347",)),
     "luspo": Recipe("sequence_mean", CLIP, "token", LENGTH_WEIGHTED, ("2602.05261",)),
-    "vespo": Recipe("token", VESPO, "token", PER_TOKEN, ("2602.10693",), levels=("token",)),
+    "vespo": Recipe("token", VESPO, "token", PER_TOKEN, ("2602.10693",), levels=("token",), corrects_ratio=True),
 }
-"""`loss_type` -> what it chooses. `grpo` is DeepSeekMath's, Eq. (3) and (4). VESPO multiplies the token ratios itself."""
+"""`loss_type` -> what it chooses. `grpo` is DeepSeekMath's, Eq. (3) and (4). VESPO multiplies the token ratios
+itself, and its ratio is that of the policy over what sampled."""
 
 LOSS_LEVELS = {
     "token": LOSS_TYPES["grpo"],
@@ -102,6 +105,8 @@ class Objective:
     aggregation: Aggregation
     papers: tuple[str, ...]
     """Numbers on arXiv."""
+    corrects_ratio: bool
+    """See `Recipe`."""
 
 
 def make_objective(options: ObjectiveOptions) -> Objective:
@@ -124,6 +129,7 @@ def make_objective(options: ObjectiveOptions) -> Objective:
         off_policy_threshold=options.off_policy_mask_threshold,
         aggregation=recipe.aggregation,
         papers=(*recipe.papers, *([GSPO_PAPER] if ratio == "sequence_mean" else [])),
+        corrects_ratio=recipe.corrects_ratio,
     )
 
 

@@ -29,6 +29,15 @@ class SamplingOptions:
     repetition_penalty: float = 1.0
     generation_kwargs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def samples_from_policy(self) -> bool:
+        """Whether tokens are sampled from the model's distribution at the temperature, unchanged.
+
+        False where one of `generation_kwargs` might change it.
+        """
+        changed = set(self.generation_kwargs) - {"stop_strings"}
+        return not changed and (self.top_p, self.top_k, self.repetition_penalty) == (1, 0, 1) and not self.min_p
+
 
 @dataclass(frozen=True)
 class RolloutRequest:

@@ -1,7 +1,7 @@
 """The engine that calls `model.generate`, for what the group engine cannot serve.
 
-It prefills a prompt once per completion, and reports no log-probabilities: `generate` would have to hold the scores of all
-steps for them. Its noise follows from the request as a whole, so that it depends on the batch.
+It prefills a prompt once per completion, and reports logprobs only of a distribution that is not the model's own. Its noise
+follows from the request as a whole, so that it depends on the batch.
 """
 
 import contextlib
@@ -111,6 +111,8 @@ class GenerateEngine:
         ends = _Ends(self.options, self._stop, len(rows), self.model.device, self.show_progress(), check)
         config = generation_config(self.options)
         config.stop_strings = None  # `ends` finds them
+        reports = not self.options.samples_from_policy
+        config.output_scores = config.return_dict_in_generate = reports  # `ends` reads them
         unchanged = _as_it_was(self.model, seed, config)
         with unchanged, torch.no_grad(), self.context(), contextlib.closing(ends):
             output = self.model.generate(
@@ -119,18 +121,20 @@ class GenerateEngine:
                 stopping_criteria=StoppingCriteriaList([ends]),
                 synced_gpus=self.in_step,
             )
-        generated = output[:, input_ids.shape[1] :].tolist()
+        sequences = output.sequences if reports else output
+        generated = sequences[:, input_ids.shape[1] :].tolist()
+        drawn_logps = torch.stack(ends.drawn_logps, dim=1).tolist() if reports else [None] * len(rows)
         completions = [
-            Completion(prompt, ids[:length], [True] * length, ended=ended)
-            for prompt, ids, length, ended in zip(
-                rows, generated, ends.lengths.tolist(), ends.ended.tolist(), strict=True
+            Completion(prompt, ids[:length], [True] * length, ended=ended, drawn_logps=logps and logps[:length])
+            for prompt, ids, length, ended, logps in zip(
+                rows, generated, ends.lengths.tolist(), ends.ended.tolist(), drawn_logps, strict=True
             )
         ]
         return completions, len(rows) * len(generated[0])
 
 
 class _Ends(StoppingCriteria):
-    """Ends rows at their end tokens and stop strings, counts their tokens, and moves a progress bar."""
+    """Ends rows at their end tokens and stop strings, counts their tokens, notes logprobs, and moves a progress bar."""
 
     def __init__(
         self,
@@ -143,9 +147,12 @@ class _Ends(StoppingCriteria):
     ):
         self.stop = stop
         self.check = check
+        self.greedy = not generation_config(options).do_sample
         self.eos = torch.tensor(options.eos_token_ids, dtype=torch.long, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.drawn_logps: list[Tensor] = []
+        """Of each step, if `generate` has scores: those of the distribution that its tokens were sampled from."""
         self.start = time.perf_counter()
         self.bar = tqdm(
             total=options.max_completion_length,
@@ -156,8 +163,13 @@ class _Ends(StoppingCriteria):
             position=1,
         )
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: object) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: tuple[Tensor, ...] | None, **kwargs: object) -> Tensor:
         self.check()
+        if scores:
+            logps_RV = scores[-1].double().log_softmax(-1)
+            chosen_R = logps_RV.gather(1, input_ids[:, -1:])[:, 0]
+            self.drawn_logps.append(torch.zeros_like(chosen_R) if self.greedy else chosen_R)
+            scores[-1].untyped_storage().resize_(0)  # generate keeps the scores of all steps; this gives back their memory
         self.lengths += ~self.ended
         self.ended |= torch.isin(input_ids[:, -1], self.eos)
         if self.stop is not None:

@@ -28,6 +28,8 @@ logger = get_logger(__name__)
 
 NOISE_BITS = 52
 """Resolution of the noise, see `seeds.uniforms`."""
+NUCLEUS_TOKENS = 1024
+"""The largest weights that are sorted to find where a nucleus ends; all of them where it does not end among these."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Weights:
         return self.max_R.double() + (total_R.double() * 2.0**-self.bits).log()
 
 
-def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> tuple[Tensor, Tensor]:
+def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one token per row from softmax(logits), narrowed.
 
     Args:
@@ -85,11 +87,12 @@ def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> t
         narrowing: Leaves out improbable tokens.
 
     Returns:
-        The tokens; and the log-sum-exp of each row's logits before narrowing, in float64. It is not finite where the logits
-        allow no sample.
+        The tokens; and the log-sum-exp of each row's logits before and after narrowing, in float64. They are not finite
+        where the logits allow no sample.
     """
     if not narrowing.narrows:
-        return _on_device(logits_RV.device.type)(logits_RV, noise_R)
+        tokens_R, lse_R = _on_device(logits_RV.device.type)(logits_RV, noise_R)
+        return tokens_R, lse_R, lse_R
     weights = Weights.of(logits_RV)
     lse_R = weights.logsumexp(weights.weights_RNK.sum((1, 2)))
     if 0 < narrowing.top_k < logits_RV.shape[1]:
@@ -99,14 +102,15 @@ def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> t
     if narrowing.min_p > 0:
         least_R1 = narrowing.min_p * weights.by_token.amax(-1, keepdim=True).double()
         weights = _without(weights, weights.by_token < least_R1)
-    tokens_R, _ = _invert(weights.weights_RNK, noise_R)
+    tokens_R, total_R = _invert(weights.weights_RNK, noise_R)
     if narrowing.top_p < 1:
         _resample_outside(weights, tokens_R, noise_R, nucleus_R)
-    return tokens_R, lse_R
+        total_R = _weight_of_nucleus(weights.by_token, nucleus_R)
+    return tokens_R, lse_R, weights.logsumexp(total_R)
 
 
 def _sample_from_all(logits_RV: Tensor, noise_R: Tensor) -> tuple[Tensor, Tensor]:
-    """As `sample_tokens`, without narrowing."""
+    """Sample without narrowing; return the tokens and the log-sum-exp of each row's logits."""
     weights = Weights.of(logits_RV)
     tokens_R, total_R = _invert(weights.weights_RNK, noise_R)
     return tokens_R, weights.logsumexp(total_R)
@@ -165,6 +169,17 @@ def _resample_outside(weights: Weights, tokens_R: Tensor, noise_R: Tensor, nucle
         row_R, weights_RV = row_R[outside_R], above_RV[outside_R]
         noise_R = _fresh(noise_R[outside_R])
         tokens_R[row_R], _ = _invert(weights_RV.view(-1, *weights.weights_RNK.shape[1:]), noise_R)
+
+
+def _weight_of_nucleus(weights_RV: Tensor, nucleus_R: Tensor, tokens: int = NUCLEUS_TOKENS) -> Tensor:
+    """Sum each row's weights that have less than `nucleus_R` above them."""
+    tokens = min(tokens, weights_RV.shape[1])
+    top_RK = weights_RV.topk(tokens, dim=-1).values
+    inside_RK = (top_RK.cumsum(-1) - top_RK).double() < nucleus_R[:, None]
+    if tokens < weights_RV.shape[1] and inside_RK[:, -1].any():
+        return _weight_of_nucleus(weights_RV, nucleus_R, weights_RV.shape[1])
+    least_R1 = top_RK.gather(1, (inside_RK.sum(-1, keepdim=True) - 1).clamp(min=0))
+    return (weights_RV * (weights_RV >= least_R1)).sum(-1)  # with all that weigh as much as the last one inside
 
 
 def _fresh(noise_R: Tensor) -> Tensor:

@@ -108,7 +108,14 @@ class Sampler:
         """Whether `sample` needs the rows' history."""
         return self._processors.reads_tokens
 
-    def sample(self, logits_RV: Tensor, noise_R: Tensor, history: History | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def samples_from_policy(self) -> bool:
+        """Whether tokens are sampled from the model's distribution at the sampling temperature, unchanged."""
+        return self._processors.only_temperature and not self._processors.narrowing.narrows and not self._greedy
+
+    def sample(
+        self, logits_RV: Tensor, noise_R: Tensor, history: History | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One token per row.
 
         Args:
@@ -117,17 +124,18 @@ class Sampler:
             history: The rows' tokens so far; not needed where none are read.
 
         Returns:
-            The tokens, and their log-probabilities (nats, float64) under the model at the sampling temperature.
+            The tokens, their logprobs (nats, float64) under the model at the sampling temperature, and those of the
+            distribution that they were sampled from.
         """
         size = max(1, ELEMENTS_AT_A_TIME.get(logits_RV.device.type, 2**24) // logits_RV.shape[1])
         parts = [
             self._sample(logits_RV[rows], noise_R[rows], history and history[rows])
             for rows in (slice(start, start + size) for start in range(0, len(logits_RV), size))
         ]
-        tokens, logps = zip(*parts, strict=True)
-        return torch.cat(tokens), torch.cat(logps)
+        tokens, logps, drawn_logps = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(logps), torch.cat(drawn_logps)
 
-    def _sample(self, logits_RV: Tensor, noise_R: Tensor, history: History | None) -> tuple[Tensor, Tensor]:
+    def _sample(self, logits_RV: Tensor, noise_R: Tensor, history: History | None) -> tuple[Tensor, Tensor, Tensor]:
         logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
         policy_RV = logits_RV if self._temperature == 1 else logits_RV / self._temperature
         as_they_are = self._processors.only_temperature
@@ -135,8 +143,14 @@ class Sampler:
         if self._greedy:
             tokens_R = scores_RV.argmax(-1)
             lse_R = policy_RV.logsumexp(-1).double()
+            drawn_logps_R = torch.zeros_like(lse_R)
         else:
-            tokens_R, lse_R = sample_tokens(scores_RV, noise_R, self._processors.narrowing)
+            tokens_R, lse_R, narrowed_lse_R = sample_tokens(scores_RV, noise_R, self._processors.narrowing)
+            drawn_logps_R = _of(scores_RV, tokens_R) - narrowed_lse_R
             if not as_they_are:
                 lse_R = torch.where(lse_R.isfinite(), policy_RV.logsumexp(-1).double(), lse_R)
-        return tokens_R, policy_RV.gather(1, tokens_R[:, None])[:, 0].double() - lse_R
+        return tokens_R, _of(policy_RV, tokens_R) - lse_R, drawn_logps_R
+
+
+def _of(scores_RV: Tensor, tokens_R: Tensor) -> Tensor:
+    return scores_RV.gather(1, tokens_R[:, None])[:, 0].double()

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import GRPOConfig
+from ..config.vllm import changed_distribution
+from ..logging import get_logger
 from ..logprobs.evaluator import LogprobEvaluator
 from ..model_utils import causal_lm
 from ..objective.correction import Correction
@@ -25,6 +27,8 @@ from .ahead import SamplesAhead
 from .build import make_ranks, make_sampling_options
 from .weight_sync import HALF_TOLERANCE, TOLERANCE, WeightSync
 
+
+logger = get_logger(__name__)
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "0.0.0.0", "::1")
 SHARED_MEMORY = Path("/dev/shm")
@@ -85,14 +89,18 @@ def make_ahead(engine: RolloutEngine, args: GRPOConfig, check: Callable[[], None
 
 
 def make_correction(args: GRPOConfig) -> Correction | None:
-    """Return how the loss corrects for a sampler that is not the trainer's own; None without one, or if it is off."""
-    if not (args.use_vllm and args.vllm_importance_sampling_correction):
+    """Return how the loss corrects for a sampler that is not the old policy; None if it is off."""
+    if not args.vllm_importance_sampling_correction:
         return None
-    return Correction(
-        args.vllm_importance_sampling_mode,
-        args.vllm_importance_sampling_clip_max,
-        args.vllm_importance_sampling_clip_min,
-    )
+    mode = args.vllm_importance_sampling_mode
+    if mode.startswith("sequence") and (found := changed_distribution(args)):
+        logger.warning(
+            "With %s, vllm_importance_sampling_mode=%r weighs a completion by the probability of sampling nothing else at "
+            "any of its tokens, which vanishes with its length; 'token_truncate' weighs each token by itself.",
+            ", ".join(found),
+            mode,
+        )
+    return Correction(mode, args.vllm_importance_sampling_clip_max, args.vllm_importance_sampling_clip_min)
 
 
 def _url(args: GRPOConfig) -> str:

@@ -6,6 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
+from grpo_trl.objective.correction import Correction
 from grpo_trl.rollout.base import Rollout, RolloutRequest, SamplingOptions
 from grpo_trl.rollout.generate import GenerateEngine
 from grpo_trl.rollout.group import cache, comparison, scheduler
@@ -59,8 +60,8 @@ def sample(model, prompts=PROMPTS, num_generations: int = 3, seeds=None, rows: i
     return rollout
 
 
-def generate(model, prompts=PROMPTS, num_generations: int = 3, **changes) -> Rollout:
-    engine = GenerateEngine(model, make_options(**changes), tokenizer=make_tokenizer())
+def generate(model, prompts=PROMPTS, num_generations: int = 3, rows: int = 256, **changes) -> Rollout:
+    engine = GenerateEngine(model, make_options(**changes), max_rows_in_flight=rows, tokenizer=make_tokenizer())
     return engine.rollout(make_request(prompts, num_generations))
 
 
@@ -280,7 +281,28 @@ def test_log_probabilities_are_those_of_plain_forwards_before_and_after_processi
         probs = distributions(model, completion, temperature)
         policy = [probs[n][token] for n, token in enumerate(completion.ids)]
         assert completion.sampler_logps == pytest.approx(torch.tensor(policy).log().tolist(), abs=1e-4)
-        assert all(keep(probs[n])[token] > 0 for n, token in enumerate(completion.ids))
+        drawn = [keep(probs[n])[token] for n, token in enumerate(completion.ids)]
+        expected = None if keep is keep_all else pytest.approx(torch.tensor(drawn).log().tolist(), abs=1e-3)
+        assert completion.drawn_logps == expected
+
+
+@pytest.mark.parametrize("engine", [sample, generate])
+@pytest.mark.parametrize("option, keep", [({"top_p": 0.7}, keep_top_p(0.7)), ({"top_k": 5}, keep_top_k(5))], ids=str)
+def test_the_corrected_estimate_of_an_expectation_is_unbiased(engine, option, keep):
+    """20,000 tokens of a truncated distribution; the exact sum is over the tokens that it has."""
+    model = make_family("llama")
+    value_V = torch.rand(48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    completions = engine(model, [PROMPTS[0]], 20_000, rows=1000, max_completion_length=1, **option).completions
+    (policy,) = distributions(model, completions[0], 1.0)
+    policy_V, drawn_V = torch.tensor(policy), torch.tensor(keep(policy))
+    exact = float((policy_V * value_V)[drawn_V > 0].sum())
+    tokens_R = torch.tensor([c.ids[0] for c in completions])
+    old_R1, drawn_R1 = policy_V.log()[tokens_R, None], torch.tensor([c.drawn_logps for c in completions]).double()
+    weights_R1 = Correction("token_truncate", None).weights(old_R1, drawn_R1, torch.ones_like(old_R1, dtype=torch.bool))
+    terms_R = weights_R1[:, 0] * value_V[tokens_R]
+    assert abs(terms_R.mean() - exact) < 4 * terms_R.std() / len(tokens_R) ** 0.5 + 1e-5
+    uncorrected_R = value_V[tokens_R]
+    assert abs(uncorrected_R.mean() - exact) > 10 * uncorrected_R.std() / len(tokens_R) ** 0.5
 
 
 def test_greedy_tokens_have_the_models_log_probability_and_no_other_choice():

@@ -47,13 +47,21 @@ class _Row:
     noise: np.ndarray
     ids: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    drawn_logps: list[float] = field(default_factory=list)
     sampled: int = 0
     """Tokens so far, those included that the host has not read yet."""
     ended: bool = False
     slot: int = -1
 
-    def completion(self) -> Completion:
-        return Completion(self.prompt.ids, self.ids, [True] * len(self.ids), ended=self.ended, sampler_logps=self.logps)
+    def completion(self, from_policy: bool) -> Completion:
+        return Completion(
+            self.prompt.ids,
+            self.ids,
+            [True] * len(self.ids),
+            ended=self.ended,
+            sampler_logps=self.logps,
+            drawn_logps=None if from_policy else self.drawn_logps,
+        )
 
 
 @dataclass(frozen=True)
@@ -147,7 +155,7 @@ class Scheduler:
             if self._running:
                 self._step()
             elif not self._unread:
-                return [row.completion() for row in self._rows]
+                return [row.completion(self.sampler.samples_from_policy) for row in self._rows]
             self._read(self.lag if self._running else 0)
 
     # ---- Starting rows ----
@@ -269,10 +277,10 @@ class Scheduler:
         if self._history:
             lengths = [len(row.prompt.ids) for row in rows], [row.sampled for row in rows]
             history = History(state.history_RL[:, : max(map(sum, zip(*lengths, strict=True)))], *lengths)
-        tokens_R, logps_R = self.sampler.sample(logits_RV, state.next_noise_R, history)
+        tokens_R, *logps = self.sampler.sample(logits_RV, state.next_noise_R, history)
         for row in rows:
             row.sampled += 1
-        self._unread.append(_Unread(rows, tokens_R, logps_R))
+        self._unread.append(_Unread(rows, tokens_R, *logps))
         return state.advanced(tokens_R)
 
     # ---- Reading, and ending rows ----
@@ -280,12 +288,12 @@ class Scheduler:
         """Take notice of what was sampled, but for the last `lag` steps."""
         while len(self._unread) > lag:
             unread = self._unread.popleft()
-            tokens, logps = unread.values()
             fresh = [row for row in unread.rows if not row.ended]  # others ended before the host knew
-            for row, token, logp in zip(unread.rows, tokens, logps, strict=True):
+            for row, token, logp, drawn_logp in zip(unread.rows, *unread.values(), strict=True):
                 if not row.ended:
-                    row.ids.append(token)
+                    row.ids.append(int(token))
                     row.logps.append(logp)
+                    row.drawn_logps.append(drawn_logp)
             ends = self._ends(fresh)
             for row, end in zip(fresh, ends, strict=True):
                 row.ended = end
@@ -346,17 +354,20 @@ class Scheduler:
 class _Unread:
     """Tokens and log-probabilities on their way to the host."""
 
-    def __init__(self, rows: list[_Row], tokens_R: Tensor, logps_R: Tensor):
+    def __init__(self, rows: list[_Row], tokens_R: Tensor, logps_R: Tensor, drawn_logps_R: Tensor):
         self.rows = rows
         on_gpu = tokens_R.device.type == "cuda"
-        self._values = torch.stack([tokens_R.double(), logps_R]).to("cpu", non_blocking=on_gpu)  # one transfer
+        values_3R = torch.stack([tokens_R.double(), logps_R, drawn_logps_R])
+        self._values = values_3R.to("cpu", non_blocking=on_gpu)  # one transfer
         self._copied = torch.cuda.Event() if on_gpu else None
         if self._copied is not None:
             self._copied.record()
 
-    def values(self) -> tuple[list[int], list[float]]:
-        """Raises:
-        FloatingPointError: A log-probability is not finite.
+    def values(self) -> list[list[float]]:
+        """Tokens, their logprobs, and those of the distribution they were sampled from.
+
+        Raises:
+            FloatingPointError: A log-probability is not finite.
         """
         if self._copied is not None:
             self._copied.synchronize()
@@ -365,5 +376,5 @@ class _Unread:
                 "The model's logits are not finite, so that no token can be sampled: its weights are broken (a learning "
                 "rate that is too high?), or a logits processor forbids every token."
             )
-        tokens, logps = self._values.tolist()
-        return list(map(int, tokens)), logps
+        values: list[list[float]] = self._values.tolist()
+        return values

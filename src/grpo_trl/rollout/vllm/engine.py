@@ -66,7 +66,7 @@ class VLLMEngine:
         self._check_steps = check_steps
         self._interruptible = interruptible
         self._params = _sampling_params(options, regex)
-        self._plain = is_plain(options) and regex is None
+        self._plain = options.samples_from_policy and regex is None
         self._syncs = 0
         self.max_model_length = client.max_model_length
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
@@ -126,12 +126,6 @@ class VLLMEngine:
         finally:
             for _ in weights:  # what is not sent is gathered all the same: other ranks wait for this one
                 pass
-
-
-def is_plain(options: SamplingOptions) -> bool:
-    """Whether tokens are sampled from the model's distribution at the temperature, unchanged."""
-    changed = set(options.generation_kwargs) - {"stop_strings"}
-    return not changed and (options.top_p, options.top_k, options.repetition_penalty) == (1, 0, 1) and not options.min_p
 
 
 def _sampling_params(options: SamplingOptions, regex: str | None) -> dict[str, Any]:
