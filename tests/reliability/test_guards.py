@@ -392,6 +392,25 @@ def test_a_signal_breaks_into_what_may_be_broken_alone():
             time.sleep(20)
 
 
+def test_what_another_thread_may_break_off_does_not_break_the_main_thread():
+    """It samples ahead there; a signal must not end the update that the main thread is in."""
+    signals, entered, leave = StopSignals(), threading.Event(), threading.Event()
+
+    def sample():
+        with signals.interruptible():
+            entered.set()
+            leave.wait(20)
+
+    thread = threading.Thread(target=sample)
+    with signals.listening():
+        thread.start()
+        entered.wait(20)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.received == "SIGTERM"
+        leave.set()
+        thread.join(20)
+
+
 def test_a_run_in_a_thread_does_not_listen():
     before = signal.getsignal(signal.SIGTERM)
     seen = []

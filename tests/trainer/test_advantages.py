@@ -10,7 +10,7 @@ import torch
 
 from grpo_trl.rewards import RewardLogs, RewardTable
 from grpo_trl.trainer.advantages import FunctionRule, GdpoRule, GroupRule, check_advantages
-from grpo_trl.trainer.generation import RewardedRollout
+from grpo_trl.trainer.runner import RewardedRollout
 from grpo_trl.types import Completion, Ranks
 from tests.helpers import oracle
 from tests.helpers.models import make_model

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from grpo_trl.rollout.base import RolloutRequest, SamplingOptions
-from tests.conftest import make_model, make_tokenizer
+from grpo_trl.rollout.vllm import VLLMEngine, VLLMServer
+from tests.helpers.models import make_model, make_tokenizer
 
 
 PROMPTS = [[5, 6, 7, 8, 9] * 40, [9, 10, 11], [12, 13]]  # the first fills a block of the prefix cache
@@ -26,9 +27,9 @@ def request(prompts=PROMPTS, num_generations=3, seed=1):
     return RolloutRequest(prompts, prompts, num_generations, [seed + 10 * place for place in range(len(prompts))])
 
 
-def policy(tied: bool = True, lora: bool = False, seed: int = 0) -> PreTrainedModel:
+def policy(tied: bool = True, lora: bool = False, seed: int = 0, **changes) -> PreTrainedModel | PeftModel:
     """Heads of 32, the smallest that vLLM serves on a CPU; seeds differ visibly."""
-    model = make_model(seed=seed, hidden_size=128, tie_word_embeddings=tied, max_position_embeddings=512)
+    model = make_model(seed=seed, hidden_size=128, tie_word_embeddings=tied, max_position_embeddings=512, **changes)
     if not lora:
         return model
     torch.manual_seed(seed)
@@ -62,6 +63,10 @@ def largest_difference(model, completions) -> float:
     )
 
 
+def make_server_engine(server, model, folder: Path, **changes) -> VLLMEngine:
+    return VLLMEngine(VLLMServer(server.url, timeout=120, folder=folder), model, OPTIONS, folder, **changes)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -71,17 +76,18 @@ def free_port() -> int:
 class Server:
     """A real vLLM server in a process of its own."""
 
-    def __init__(self, model, folder: Path, *arguments: str, port: int | None = None):
+    def __init__(self, model, folder: Path, *arguments: str, tokenizer=None, max_model_length: int = 256):
         model.save_pretrained(folder)
-        make_tokenizer().save_pretrained(folder)
-        self.folder, self.arguments, self.port = folder, arguments, port or free_port()
+        (tokenizer or make_tokenizer()).save_pretrained(folder)
+        self.folder, self.port = folder, free_port()
+        self.arguments = ["--max-model-len", str(max_model_length), *arguments]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder.parent / f"server-{self.port}.log"
 
     def start(self) -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
-        command += ["--max-model-len", "256", "--logprobs-mode", "processed_logprobs", *self.arguments]
+        command += ["--logprobs-mode", "processed_logprobs", *self.arguments]
         environment = {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

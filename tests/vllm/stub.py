@@ -24,11 +24,12 @@ class StubServer:
         logprob: Of each token, if several are allowed.
         processed: Whether logprobs are those of the distribution that is sampled from.
         missing: Paths that this version of the server does not have.
+        max_model_length: Tokens of prompt and completion together.
         model: Gets the weights that are sent; completions follow from them, and logprobs are its own. None: neither.
     """
 
-    def __init__(self, delay=0.0, logprob=-1.0, processed=True, missing=(), model=None):
-        self.model = model
+    def __init__(self, delay=0.0, logprob=-1.0, processed=True, missing=(), max_model_length=64, model=None):
+        self.model, self.max_model_length = model, max_model_length
         self.lock = threading.Lock()
         self.delay, self.logprob, self.processed, self.missing = delay, logprob, processed, missing
         self.port = free_port()
@@ -85,7 +86,7 @@ class StubServer:
         if path == "/metrics":
             return 200, f"# a comment\nprocess_start_time_seconds {self.starts}\n"
         if path == "/v1/models":
-            return 200, {"data": [{"id": "model", "max_model_len": 64}]}
+            return 200, {"data": [{"id": "model", "max_model_len": self.max_model_length}]}
         if path == "/v1/completions":
             self.completions += 1
             return self.complete(body)

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -9,7 +10,11 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
-from tests.conftest import make_model, make_tokenizer
+from grpo_trl.rewards import RewardLogs, RewardTable
+from grpo_trl.rollout.base import Rollout
+from grpo_trl.trainer.ahead import SampledAhead, SamplesAhead
+from grpo_trl.types import Completion
+from tests.helpers.models import make_model, make_tokenizer
 
 from .stub import StubServer
 
@@ -23,7 +28,11 @@ def letters(completion_ids, **columns):
     return [float(sum(14 < token < 30 for token in ids)) for ids in completion_ids]
 
 
-def make_trainer(folder, stub, callbacks=None, **options):
+async def letters_async(completion_ids):
+    return letters(completion_ids)
+
+
+def make_trainer(folder, stub, callbacks=None, reward_funcs=letters, **options):
     defaults = {
         "use_vllm": True,
         "vllm_mode": "server",
@@ -45,7 +54,7 @@ def make_trainer(folder, stub, callbacks=None, **options):
     }
     return GRPOTrainer(
         make_model(),
-        letters,
+        reward_funcs,
         GRPOConfig(**(defaults | options)),
         Dataset.from_dict({"prompt": ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]}),
         processing_class=make_tokenizer(),
@@ -103,15 +112,18 @@ def test_generation_batch_n_is_sampled_from_the_weights_with_which_the_training_
 
 
 @pytest.mark.parametrize(
-    "iterations, ahead, steps",
+    "iterations, ahead, steps, workers",
     [
-        (1, 1, 3),
-        (2, 2, 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 1, 3))),
+        (1, 1, 3, 0),
+        (2, 2, 2, 1),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((1, 1, 1, 1), (1, 2, 2, 0), (2, 1, 1, 0), (2, 1, 3, 1))
+        ),
     ],
 )
-def test_a_resumed_run_ends_as_the_one_that_was_not_interrupted(ahead, steps, iterations, tmp_path):
-    options = {"generations_ahead": ahead, "num_iterations": iterations}
+def test_a_resumed_run_ends_as_the_one_that_was_not_interrupted(ahead, steps, iterations, workers, tmp_path):
+    options = {"generations_ahead": ahead, "num_iterations": iterations, "reward_workers": workers}
     with StubServer(model=make_model()).running() as stub:
         whole = make_trainer(tmp_path / "whole", stub, **options)
         whole.train()
@@ -148,6 +160,93 @@ def test_the_next_generation_batch_is_sampled_while_this_one_is_trained_on(tmp_p
         trainer.train()
         trainer._ahead.wait()
     assert waited == [True, True]
+
+
+class Gated:
+    """A reward function of workers: all calls but the first wait until an update has begun."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __call__(self, completion_ids):
+        if (self.folder / "rewarded").exists():
+            end = time.monotonic() + 30
+            while not (self.folder / "updating").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            assert (self.folder / "updating").exists(), "waited in vain"
+        (self.folder / "rewarded").touch()
+        return letters(completion_ids)
+
+
+def test_the_next_generation_batch_is_rewarded_by_workers_while_this_one_is_trained_on(tmp_path, monkeypatch):
+    """Rewards of generation batch 1 are done before the update ends; waiting for each other, neither would be."""
+    step = GRPOTrainer.training_step
+
+    def waits(self, *arguments, **kwargs):
+        (tmp_path / "updating").touch()
+        assert self._ahead.take(1).rewards is not None
+        return step(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "training_step", waits)
+    with StubServer(model=make_model()).running() as stub:
+        options = {"max_steps": 1, "save_strategy": "no", "reward_workers": 1, "on_reward_error": "raise"}
+        trainer = make_trainer(tmp_path, stub, reward_funcs=Gated(tmp_path), **options)
+        trainer.train()
+        trainer._runner.rewards.close()
+
+
+@pytest.mark.parametrize("reward_funcs", [letters, [letters, letters_async]])
+def test_rewards_are_the_same_whoever_computes_them(reward_funcs, tmp_path):
+    ends = []
+    with StubServer(model=make_model()).running() as stub:
+        for workers in (0, 1):
+            trainer = make_trainer(
+                *(tmp_path / str(workers), stub),
+                **{"reward_funcs": reward_funcs, "reward_workers": workers, "save_strategy": "no", "max_steps": 3},
+            )
+            trainer.train()
+            trainer._runner.rewards.close()
+            ends.append((weights(trainer), [log["reward"] for log in logs(trainer)]))
+    assert ends[0][0].equal(ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
+def test_a_checkpoint_holds_rewards_that_were_computed_ahead(tmp_path):
+    notes = RewardLogs()
+    notes.log_extra("parsed", ["x", {1: (2.0, None)}])
+    notes.log_metric("length", 3.0)
+    values, failed = torch.tensor([[1.0], [float("nan")]]).double(), torch.tensor([[False], [True]])
+    table = RewardTable(["f"], values, values[:, 0], notes, failed, frozenset({"f"}))
+    completion = Completion([1, 2], [3], [True], sampler_logps=[-1.0], drawn_logps=[-1.0])
+    for rewards in (table, None):
+        torch.save(SampledAhead(Rollout([completion]), 1.5, rewards).state_dict(), tmp_path / "state")
+        loaded = SampledAhead.of_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        assert (loaded.rollout.completions, loaded.seconds) == ([completion], 1.5)
+    assert loaded.rewards is None
+    torch.save(SampledAhead(Rollout([]), 0.0, table).state_dict(), tmp_path / "state")
+    rewards = SampledAhead.of_state_dict(torch.load(tmp_path / "state", weights_only=True)).rewards
+    torch.testing.assert_close(rewards.values_BF, values, equal_nan=True)
+    torch.testing.assert_close(rewards.total_B, values[:, 0], equal_nan=True)
+    assert (rewards.names, rewards.watching, rewards.failed_BF.tolist()) == (["f"], {"f"}, failed.tolist())
+    assert rewards.logs.columns == {"parsed": ["x", {"1": [2.0, None]}]}
+    assert rewards.logs.metrics == {"length": [3.0]}
+
+
+def test_what_could_not_be_sampled_is_in_no_checkpoint_and_its_error_is_heard_in_its_turn():
+    class Broken:
+        def rollout(self, request):
+            if request == "breaks":
+                raise ConnectionError("gone")
+            return Rollout([])
+
+    ahead = SamplesAhead(Broken(), 1)
+    for index, request in enumerate(["works", "breaks"]):
+        ahead.submit(index, request, lambda rollout: None)
+    assert list(ahead.state_dict()) == ["0"]
+    assert ahead.take(0).rewards is None
+    for wait in (ahead.wait, lambda: ahead.take(1)):
+        with pytest.raises(ConnectionError, match="gone"):
+            wait()
 
 
 def test_sampling_ahead_of_the_trainer_s_own_logprobs_is_refused(tmp_path):

@@ -107,7 +107,7 @@ def resumed_state(folder: Path, ranks: Ranks, expected: dict[str, Any]) -> RunSt
 
 def training_options(args: dict[str, Any]) -> dict[str, Any]:
     """Return what a run trains with, in plain types, from all options by name."""
-    return {name: _plain(value) for name, value in args.items() if name not in PER_PROCESS}
+    return {name: plain(value) for name, value in args.items() if name not in PER_PROCESS}
 
 
 def changed_options(old: dict[str, Any], new: dict[str, Any]) -> str | None:
@@ -164,18 +164,18 @@ def _plain_generation_batch(generation_batch: GenerationBatch) -> dict[str, Any]
         "mini_batches": [
             [dict(vars(completion)) for completion in mini_batch] for mini_batch in generation_batch.mini_batches
         ],
-        "table": {name: [_plain(value) for value in values] for name, values in generation_batch.table.items()},
+        "table": {name: [plain(value) for value in values] for name, values in generation_batch.table.items()},
         "counts": [vars(counts) for counts in generation_batch.counts],
         "tokens": generation_batch.tokens,
     }
 
 
-def _plain(value: Any) -> Any:
-    """What reward functions note may be anything; what is not plain becomes text."""
+def plain(value: Any) -> Any:
+    """Return a value in types that can be loaded without running code; what is not plain becomes text."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if value is None or type(value) in (bool, int, float, str):
         return value
     return str(value)

@@ -39,11 +39,14 @@ class StopSignals:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, which is somebody else's code, a signal raises at once.
+        """Inside, which is somebody else's code, a signal raises at once. Other threads than the main one hear nothing.
 
         Raises:
             StopRequested: A signal comes, or has come.
         """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         self._interruptible = True
         try:
             self.check()

@@ -58,6 +58,11 @@ class RewardPool:
                 self._work(deque((tracker, call) for tracker in pooled for call in tracker.calls(len(self._workers))))
         return [tracker for tracker in trackers if tracker.name not in self._packed]
 
+    def serves(self, tracker: RewardCallTracker) -> bool:
+        """Whether workers can call a function, as far as is known before it is packed."""
+        function = tracker.function
+        return isinstance(function, FunctionReward) and not function.is_async and tracker.name not in self._kept_out
+
     def close(self) -> None:
         """End all workers."""
         for worker in self._workers:

@@ -137,6 +137,22 @@ class Rewards:
         self.check_columns(batch.columns)
         trackers = self._trackers(batch)
         self._fill(trackers, phase)
+        return self._table(trackers)
+
+    def in_workers(self, batch: RewardBatch, phase: Phase = nullcontext) -> RewardTable | None:
+        """Call every function in the workers; None, and nothing is called here, if one of them cannot be called there.
+
+        Unlike `__call__`, it does not touch what belongs to this process, and may run in any thread, alone.
+
+        Raises:
+            ValueError, RewardError: See `__call__`.
+        """
+        trackers = self._trackers(batch)
+        if self._pool is None or not all(map(self._pool.serves, trackers)) or self._pool.run(trackers, phase):
+            return None
+        return self._table(trackers)
+
+    def _table(self, trackers: list[RewardCallTracker]) -> RewardTable:
         logs = RewardLogs()
         columns = []
         for tracker in trackers:

@@ -169,7 +169,9 @@ class _Ends(StoppingCriteria):
             logps_RV = scores[-1].double().log_softmax(-1)
             chosen_R = logps_RV.gather(1, input_ids[:, -1:])[:, 0]
             self.drawn_logps.append(torch.zeros_like(chosen_R) if self.greedy else chosen_R)
-            scores[-1].untyped_storage().resize_(0)  # generate keeps the scores of all steps; this gives back their memory
+            scores[-1].untyped_storage().resize_(
+                0
+            )  # generate keeps the scores of all steps; this gives back their memory
         self.lengths += ~self.ended
         self.ended |= torch.isin(input_ids[:, -1], self.eos)
         if self.stop is not None:

@@ -14,7 +14,8 @@ from ..distributed.collectives import run_on_all_ranks
 from ..objective import gdpo_advantages, group_advantages, normalized_sums
 from ..objective.options import ScaleRewards
 from ..types import Ranks
-from .generation import Advantages, RewardedRollout
+from .generation import Advantages
+from .runner import RewardedRollout
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
-"""Sampling ahead: generation batches are sampled while earlier ones are trained on."""
+"""Sampling ahead: generation batches are sampled, and rewarded by workers, while earlier ones are trained on."""
 
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillRunning
+from dataclasses import dataclass
 from typing import Any
 
+from ..reliability.run_state import plain
+from ..rewards import RewardLogs, RewardTable
 from ..rollout.base import Rollout, RolloutEngine, RolloutRequest
 from ..types import Completion
 
@@ -13,8 +16,43 @@ from ..types import Completion
 CHECK_SECONDS = 0.2
 
 
+@dataclass(frozen=True)
+class SampledAhead:
+    """A generation batch before its turn."""
+
+    rollout: Rollout
+    seconds: float
+    """That sampling took."""
+    rewards: RewardTable | None
+    """None where they must be computed by the main thread."""
+
+    def state_dict(self) -> dict[str, Any]:
+        completions = [vars(completion) for completion in self.rollout.completions]
+        rewards = None if self.rewards is None else _plain_rewards(self.rewards)
+        return {"completions": completions, "seconds": self.seconds, "rewards": rewards}
+
+    @classmethod
+    def of_state_dict(cls, state: dict[str, Any]) -> "SampledAhead":
+        rewards = state["rewards"]
+        return cls(
+            Rollout([Completion(**completion) for completion in state["completions"]]),
+            state["seconds"],
+            None if rewards is None else _rewards(**rewards),
+        )
+
+
+def _plain_rewards(table: RewardTable) -> dict[str, Any]:
+    """Rewards in types that can be loaded without running code; what reward functions logged becomes plain."""
+    logs = {"columns": plain(table.logs.columns), "metrics": plain(table.logs.metrics)}
+    return vars(table) | {"logs": logs, "watching": sorted(table.watching)}
+
+
+def _rewards(*, logs: dict[str, Any], watching: list[str], **values: Any) -> RewardTable:
+    return RewardTable(logs=RewardLogs(**logs), watching=frozenset(watching), **values)
+
+
 class SamplesAhead:
-    """Samples generation batches in a thread, one after the other, and keeps them until they are used.
+    """Samples generation batches in a thread, one after the other, rewards them in another, and keeps them until used.
 
     Weights must not change while it samples: `wait` comes before a sync. A checkpoint holds what is sampled and not used
     yet, and waits for what is being sampled; so which weights a generation batch is sampled from follows from its number
@@ -30,58 +68,75 @@ class SamplesAhead:
         self.distance = distance
         self._engine = engine
         self._check = check
-        self._thread = ThreadPoolExecutor(1, "sampling-ahead")
-        self._running: dict[int, Future[Rollout]] = {}
-        self._rollouts: dict[int, Rollout] = {}
+        self._sampler = ThreadPoolExecutor(1, "sampling-ahead")
+        self._rewarder = ThreadPoolExecutor(1, "rewarding-ahead")
+        self._sampling: list[Future[tuple[Rollout, float]]] = []
+        self._running: dict[int, Future[SampledAhead]] = {}
+        self._done: dict[int, SampledAhead] = {}
         self._idle_since = 0.0
 
     def missing(self, index: int) -> list[int]:
         """Which generation batches must be sampled from the weights with which generation batch `index` begins."""
-        return [
-            i for i in range(index, index + self.distance + 1) if i not in self._running and i not in self._rollouts
-        ]
+        return [i for i in range(index, index + self.distance + 1) if i not in self._running and i not in self._done]
 
-    def submit(self, index: int, request: RolloutRequest) -> None:
-        """Sample generation batch `index` once those submitted before are done."""
-        self._running[index] = self._thread.submit(self._sample, request)
+    def submit(self, index: int, request: RolloutRequest, reward: Callable[[Rollout], RewardTable | None]) -> None:
+        """Sample generation batch `index` once those submitted before are sampled; then `reward` it."""
 
-    def take(self, index: int) -> Rollout:
+        def finish() -> SampledAhead:
+            rollout, seconds = sampling.result()
+            return SampledAhead(rollout, seconds, reward(rollout))
+
+        sampling = self._sampler.submit(self._sample, request)
+        self._sampling.append(sampling)
+        self._running[index] = self._rewarder.submit(finish)
+
+    def take(self, index: int) -> SampledAhead:
         """Wait for generation batch `index`. It stays until it is `used`, so that nothing is lost with an interruption."""
-        self._finish(index)
-        return self._rollouts[index]
+        if index in self._running:
+            self._done[index] = self._result(self._running[index])
+            del self._running[index]
+        return self._done[index]
 
     def used(self, index: int) -> None:
         """Forget generation batch `index`."""
-        del self._rollouts[index]
+        del self._done[index]
 
     def wait(self) -> float:
         """Wait until nothing is being sampled; return the seconds since then."""
-        for index in list(self._running):
-            self._finish(index)
+        while self._sampling:
+            self._result(self._sampling[0])
+            del self._sampling[0]
         return time.perf_counter() - self._idle_since if self._idle_since else 0.0
 
+    def wait_for_rewards(self) -> None:
+        """Wait until nothing is being sampled or rewarded."""
+        for index in list(self._running):
+            self.take(index)
+
     def state_dict(self) -> dict[str, Any]:
-        """All that is sampled and not used, once nothing is being sampled."""
-        for index, future in list(self._running.items()):
-            self._rollouts[index] = future.result()
-            del self._running[index]
-        return {str(index): [vars(c) for c in rollout.completions] for index, rollout in self._rollouts.items()}
+        """All that is sampled and not used, once nothing is being sampled or rewarded.
+
+        What could not be sampled is left out: whoever takes it hears why.
+        """
+        finished = {index: future.result() for index, future in self._running.items() if not future.exception()}
+        return {str(index): one.state_dict() for index, one in (self._done | finished).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._running = {}
-        self._rollouts = {int(index): Rollout([Completion(**c) for c in saved]) for index, saved in state.items()}
+        self._sampling, self._running = [], {}
+        self._done = {int(index): SampledAhead.of_state_dict(saved) for index, saved in state.items()}
 
-    def _sample(self, request: RolloutRequest) -> Rollout:
+    def _sample(self, request: RolloutRequest) -> tuple[Rollout, float]:
+        start = time.perf_counter()
         try:
-            return self._engine.rollout(request)
+            return self._engine.rollout(request), time.perf_counter() - start
         finally:
             self._idle_since = time.perf_counter()
 
-    def _finish(self, index: int) -> None:
-        while index in self._running:
+    def _result(self, future: "Future[Any]") -> Any:
+        while True:
             self._check()
             try:
-                self._rollouts[index] = self._running[index].result(timeout=CHECK_SECONDS)
+                return future.result(timeout=CHECK_SECONDS)
             except StillRunning:
-                continue
-            del self._running[index]
+                if future.done():  # a TimeoutError of its own
+                    raise

@@ -42,8 +42,9 @@ from ..rollout.base import SamplingOptions
 from ..rollout.group.engine import GroupEngine
 from ..types import Ranks
 from .advantages import AdvantageFunc, FunctionRule, GdpoRule, GroupRule
-from .generation import Advantages, RewardedRollout
+from .generation import Advantages
 from .router import router_coefficient
+from .runner import RewardedRollout
 
 
 def make_ranks(args: GRPOConfig) -> Ranks:

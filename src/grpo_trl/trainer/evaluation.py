@@ -28,8 +28,8 @@ from ..types import Ranks
 from .ahead import SamplesAhead
 from .build import make_engine, make_prompts
 from .build_vllm import make_vllm_engine
-from .generation import RewardedRollout, RolloutRunner, make_request, reward_columns
 from .resumable import ResumableTrainer
+from .runner import RewardedRollout, RolloutRunner, make_request, reward_columns
 from .weight_sync import WeightSync
 
 
@@ -304,6 +304,6 @@ class EvaluatingTrainer(ResumableTrainer):
         if self._sync is None:
             return
         if self._ahead is not None:
-            run_on_all_ranks(self._ahead.wait, self._ranks)
+            run_on_all_ranks(self._ahead.wait_for_rewards, self._ranks)
         request = make_request(prompts.prompts(range(min(4, len(prompts)))), 1, self.args.seed)
         self._sync.run(self.model_wrapped, request, MetricLog())

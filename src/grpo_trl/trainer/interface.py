@@ -9,7 +9,7 @@ from ..models import Reference
 from ..report import append_objective
 from ..rewards.call import FunctionReward
 from .evaluation import EvaluatingTrainer
-from .generation import RolloutRunner
+from .runner import RolloutRunner
 
 
 def _option(name: str) -> Any:

@@ -4,7 +4,7 @@ The route of a completion, from a row of the dataset to the gradient:
 
     dataset row -> Prompt                      data/prompts.py; which rows, data/schedule.py
     Prompt -> Completion, G of each            rollout/group/engine.py
-    Completion -> reward -> advantage          rewards/rewards.py, objective/advantages.py, called by generation.py
+    Completion -> reward -> advantage          rewards/rewards.py, objective/advantages.py, called by runner.py
     -> GenerationBatch, one MiniBatch a step   generation.py; which rank, distributed/load_balance.py
     MiniBatch -> MicroBatch                    logprobs/packing.py
     MicroBatch -> logprobs                     logprobs/compute.py, through the wrapped model
@@ -61,10 +61,11 @@ from .build import (
 from .build_vllm import make_ahead, make_correction, make_weight_sync
 from .entropy import EntropyControl
 from .evaluation import ComputeMetrics
-from .generation import GenerationBatchBuilder, RolloutRunner
+from .generation import GenerationBatchBuilder
 from .loss_metrics import loss_metrics
 from .recording import RecordedTrainer
 from .router import RouterBalance, router_coefficient
+from .runner import RolloutRunner
 from .timing import StepTimer
 
 

@@ -9,7 +9,7 @@ from grpo_trl.metrics import MetricLog
 from grpo_trl.rewards import RewardLogs, Rewards, RewardTable
 from grpo_trl.rollout.base import Rollout
 from grpo_trl.seeds import derive_seed
-from grpo_trl.trainer.generation import RewardedRollout, RolloutRunner
+from grpo_trl.trainer.runner import RewardedRollout, RolloutRunner
 from grpo_trl.types import Completion, Prompt
 
 

@@ -1,0 +1,217 @@
+"""Sampling and rewarding the completions of some prompts.
+
+Axes: P prompts, G completions per prompt, B = P*G completions, F reward functions.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ..metrics import Max, Mean, Metric, MetricLog, Min, Quantile, Std, Sum
+from ..rewards import RewardBatch, Rewards, RewardTable
+from ..rollout.base import Rollout, RolloutEngine, RolloutRequest
+from ..seeds import derive_seed, seeded
+from ..types import Completion, Prompt
+from .ahead import SampledAhead
+
+
+TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "step_time", "kl", "entropy")
+"""What the log contains besides the metrics of a rollout."""
+
+TABLE_COLUMNS = ("step", "group", "prompt", "completion", "advantage")
+"""Columns of the completions table besides the rewards."""
+
+
+@dataclass(frozen=True)
+class RewardedRollout:
+    """G completions of each prompt, group after group, and their rewards."""
+
+    num_generations: int
+    prompts: list[Any]
+    """What each row was prompted with, as in the dataset."""
+    completions: list[Completion]
+    texts: list[Any]
+    """What each row reads: a string, or a list with one assistant message for a conversational prompt."""
+    rewards: RewardTable
+    computed_tokens: int | None = None
+    """See `Rollout`."""
+
+    @property
+    def total_PG(self) -> Tensor:
+        """Rewards by group, float64, NaN where undefined."""
+        return self.rewards.total_B.view(-1, self.num_generations)
+
+    @property
+    def has_signal_P(self) -> Tensor:
+        """Whether the rewards of each group differ."""
+        return self.total_PG.nan_to_num(-torch.inf).amax(1) > self.total_PG.nan_to_num(torch.inf).amin(1)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows, the prompt counted with each of its completions."""
+        return sum(len(c.prompt_ids) + len(c.ids) for c in self.completions)
+
+    def metrics(self) -> dict[str, Metric]:
+        """TRL's metrics of rewards and lengths, under TRL's names."""
+        return self._reward_metrics() | self._length_metrics()
+
+    def table(self) -> dict[str, list[Any]]:
+        """Prompts, completions, rewards and what reward functions noted, by column, one entry per completion.
+
+        Raises:
+            ValueError: A reward function gave `log_extra` another number of values than completions, or the name of
+                another column.
+        """
+        rewards = dict(zip(self.rewards.names, self.rewards.values_BF.T.tolist(), strict=True))
+        table = {"prompt": self.prompts, "completion": self.texts} | rewards
+        for name, values in self.rewards.logs.columns.items():
+            if len(values) != len(self.texts):
+                raise ValueError(
+                    f"log_extra({name!r}, ...) got {len(values)} values for {len(self.texts)} completions; give one each."
+                )
+            if name in (*table, *TABLE_COLUMNS):
+                raise ValueError(f"log_extra({name!r}, ...) names a column that the table has; choose another name.")
+        return table | self.rewards.logs.columns
+
+    def _reward_metrics(self) -> dict[str, Metric]:
+        total_B = self.rewards.total_B
+        metrics: dict[str, Metric] = {
+            "reward": Mean.of(total_B, ~total_B.isnan()),
+            "reward_std": Std.of(total_B),
+            "reward/quantile_10": Quantile.of(total_B, 0.1),
+            "reward/quantile_90": Quantile.of(total_B, 0.9),
+            "frac_reward_zero_std": Mean.of((~self.has_signal_P).double()),
+        }
+        for f, name in enumerate(self.rewards.names):
+            values_B = self.rewards.values_BF[:, f]
+            metrics[f"rewards/{name}/mean"] = Mean.of(values_B, ~values_B.isnan())
+            metrics[f"rewards/{name}/std"] = Std.of(values_B)
+            metrics[f"rewards/{name}/failures"] = Sum(self.rewards.failed_BF[:, f].sum())
+        for name, values in self.rewards.logs.metrics.items():
+            if name in metrics or name in TRAINER_METRICS:
+                raise ValueError(f"log_metric({name!r}, ...) names a metric that the log has; choose another name.")
+            metrics[name] = Mean(sum(values), len(values))
+        return metrics
+
+    def _length_metrics(self) -> dict[str, Metric]:
+        length_B = torch.tensor([sum(c.mask) for c in self.completions], dtype=torch.float64)
+        ended_B = torch.tensor([c.ended for c in self.completions])
+        metrics: dict[str, Metric] = {"completions/clipped_ratio": Mean.of((~ended_B).double())}
+        for suffix, mask_B in (("", torch.ones_like(ended_B)), ("terminated_", ended_B)):
+            metrics[f"completions/mean_{suffix}length"] = Mean.of(length_B, mask_B)
+            metrics[f"completions/min_{suffix}length"] = Min.of(length_B, mask_B)
+            metrics[f"completions/max_{suffix}length"] = Max.of(length_B, mask_B)
+        if self.computed_tokens is not None:
+            metrics["sampling/useful_share"] = Mean(length_B.sum(), self.computed_tokens)
+        return metrics
+
+
+class RolloutRunner:
+    """Samples with an engine, decodes, and rewards.
+
+    Args:
+        engine: Samples the completions.
+        rewards: Rewards them.
+        tokenizer: Decodes them, without special tokens.
+        phase: Entered around each phase with its name.
+        interruptible: Entered around code of the user, which a signal may end at any point.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        rewards: Rewards,
+        tokenizer: PreTrainedTokenizerBase,
+        phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
+        interruptible: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ):
+        self.engine = engine
+        self.rewards = rewards
+        self.tokenizer = tokenizer
+        self.phase = phase
+        self.interruptible = interruptible
+
+    def run(
+        self,
+        prompts: list[Prompt],
+        num_generations: int,
+        seed: int,
+        trainer_state: Any,
+        metrics: MetricLog,
+        take: Callable[[], SampledAhead] | None = None,
+    ) -> RewardedRollout:
+        """`num_generations` rewarded completions of each prompt; the time of both phases goes to `metrics`.
+
+        A prompt's noise follows from `seed` and its row in the dataset; reward functions that draw random numbers draw the
+        same ones for the same `seed` and prompts. `take` gives what has been sampled ahead.
+        """
+        ahead = None
+        with metrics.timed("time/sampling") as timer, self.phase("sampling"):
+            if take is None:
+                rollout = self.engine.rollout(make_request(prompts, num_generations, seed))
+            else:
+                ahead = take()
+                rollout = ahead.rollout
+        tokens = sum(len(c.ids) for c in rollout.completions)
+        metrics.add("sampling/tokens_per_second", Mean(tokens, timer.seconds if ahead is None else ahead.seconds))
+        batch = self._reward_batch(prompts, num_generations, rollout, trainer_state)
+        with metrics.timed("time/rewards"):
+            if ahead is not None and ahead.rewards is not None:
+                rewards = ahead.rewards
+            else:
+                with seeded(derive_seed(seed, "rewards", prompts[0].row)), self.interruptible():
+                    rewards = self.rewards(batch, self.phase)
+        return RewardedRollout(
+            num_generations, batch.prompts, rollout.completions, batch.completions, rewards, rollout.computed_tokens
+        )
+
+    def reward_in_workers(
+        self, prompts: list[Prompt], num_generations: int, trainer_state: Any, rollout: Rollout
+    ) -> RewardTable | None:
+        """Reward what was sampled for `prompts`, in any thread; None where workers cannot."""
+        return self.rewards.in_workers(self._reward_batch(prompts, num_generations, rollout, trainer_state), self.phase)
+
+    def _reward_batch(
+        self, prompts: list[Prompt], num_generations: int, rollout: Rollout, trainer_state: Any
+    ) -> RewardBatch:
+        rows = [prompt for prompt in prompts for _ in range(num_generations)]
+        return RewardBatch(
+            prompts=[row.example["prompt"] for row in rows],
+            completions=self._texts(rows, rollout.completions),
+            completion_ids=[c.ids for c in rollout.completions],
+            columns=_columns(rows) | rollout.columns,
+            num_generations=num_generations,
+            trainer_state=trainer_state,
+        )
+
+    def _texts(self, rows: list[Prompt], completions: list[Completion]) -> list[Any]:
+        texts = self.tokenizer.batch_decode([c.ids for c in completions], skip_special_tokens=True)
+        return [
+            text if isinstance(row.example["prompt"], str) else [{"role": "assistant", "content": text}]
+            for row, text in zip(rows, texts, strict=True)
+        ]
+
+
+def make_request(prompts: Sequence[Prompt], num_generations: int, seed: int) -> RolloutRequest:
+    """Ask for `num_generations` completions of each prompt, whose noise follows from `seed` and its row."""
+    return RolloutRequest(
+        prompts=[prompt.example["prompt"] for prompt in prompts],
+        prompt_ids=[prompt.ids for prompt in prompts],
+        num_generations=num_generations,
+        seeds=[derive_seed(seed, prompt.row) for prompt in prompts],
+    )
+
+
+def reward_columns(columns: Iterable[str]) -> list[str]:
+    """Return the columns of a dataset that reward functions get; the others come under the names of the trainer."""
+    return [name for name in columns if name not in ("prompt", "completion", "completion_ids")]
+
+
+def _columns(rows: list[Prompt]) -> dict[str, list[Any]]:
+    names = [name for name in rows[0].example if name not in ("prompt", "completion", "completion_ids")]
+    return {name: [row.example[name] for row in rows] for name in names}
