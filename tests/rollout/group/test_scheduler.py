@@ -3,6 +3,7 @@ import torch
 
 from grpo_trl.model_utils import attending_by
 from grpo_trl.rollout.base import RolloutRequest
+from grpo_trl.rollout.group import step as step_module
 from grpo_trl.rollout.group.cache import NAME, GroupCache
 from grpo_trl.rollout.group.cuda_graphs import EagerSteps
 from grpo_trl.rollout.group.scheduler import LUMP, Scheduler
@@ -32,7 +33,7 @@ class Run:
             None,
             request,
             cache,
-            EagerSteps(model, cache),
+            self._steps(EagerSteps(model, cache)),
             lambda *step: self.told.append(step),
             lag,
         )
@@ -48,6 +49,15 @@ class Run:
         with torch.no_grad(), attending_by(model, NAME):
             self.completions = scheduler.run()
         self.computed = scheduler.computed
+
+    def _steps(self, eager):
+        self.steps = []
+
+        def compute(step):
+            self.steps.append(step)
+            return eager(step)
+
+        return compute
 
 
 @pytest.mark.parametrize("lag", [1, 3])
@@ -82,3 +92,20 @@ def test_prompts_are_admitted_in_lumps(model):
     assert len(run.prefills) < 6
     alone = Run(model, RolloutRequest(["unread"] * 24, prompts, 2, list(range(24))), rows=3)
     assert [c.ids for c in alone.completions] == [c.ids for c in run.completions]
+
+
+@pytest.mark.parametrize("rows", [12, 32])
+def test_rows_of_as_many_tokens_are_next_to_each_other_and_attended_to_together(model, monkeypatch, rows):
+    monkeypatch.setattr(step_module, "CALL", 0)
+    prompts = make_prompts(*[3 + i % 5 for i in range(24)])
+    run = Run(model, RolloutRequest(["unread"] * 24, prompts, 2, list(range(24))), rows, prompts=24)
+    for step in run.steps:
+        held = step.lengths_R.tolist()
+        assert held == sorted(held, reverse=True)
+        assert [(part.start, part.stop, part.columns) for part in step.own_parts] == [
+            (held.index(n), held.index(n) + held.count(n), n + 1) for n in sorted(set(held), reverse=True)
+        ]
+        asked = [(step.prompt_R == n).sum().item() for n in range(len(step.prompt_lengths_N))]
+        computed = sum((part.stop - part.start) * part.queries for part in step.prompt_parts)
+        assert computed == sum(asked) == len(held)
+    assert max(len(step.own_parts) for step in run.steps) > 1

@@ -4,15 +4,14 @@ A prompt's keys and values are held once and serve all of its completions: the r
 product with them. A row's own keys and values stand in a slot of preallocated memory. The two parts' outputs are merged
 by their log-sum-exps, as in packed scoring.
 
-Nothing that changes between two decoding steps is a Python number here: `Step` brings it as tensors, so that the
-launches of a step can be recorded once and repeated.
-
 Axes: R rows in flight, N prompts in flight, G most rows of a prompt, H query heads, K key-value heads, Q query heads per
 key-value head, D head size, S prompt tokens, T completion tokens, L queries of a part.
 """
 
+import functools
 import math
 import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,97 +20,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...attention.flash import merge_parts
-from ...attention.layout import Layout
 from ...attention.shared_prefix import shared_prefix_attention
+from .step import Part, Prefill, Step
 
 
 NAME = "grpo_trl_group_cache"
 _aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Prefill:
-    """A forward over prompts, one behind the other in one row, and the slots that their keys and values go to."""
-
-    layout: Layout
-    slots: list[int]
-
-
-@dataclass(frozen=True)
-class Step:
-    """A forward over the last token of each row."""
-
-    tokens_R: Tensor
-    positions_R: Tensor
-    """Of the token in prompt and completion together."""
-    lengths_R: Tensor
-    """How many tokens of the completion are held already: the column that this one goes to."""
-    rows_NG: Tensor
-    """The rows of each prompt in flight; any row where it has fewer than G."""
-    prompt_R: Tensor
-    """The prompt of each row, and its place in that prompt's line of `rows_NG`."""
-    place_R: Tensor
-    row_R: Tensor
-    """0, 1, ..."""
-    prompt_lengths_N: Tensor
-    prompt_columns: int
-    """S, at least the longest prompt in flight."""
-    columns: int
-    """T, above the largest of `lengths_R`."""
-    _shared: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False)
-    """What layers that are alike have in common."""
-
-    def masks(self, window: int | None, dtype: torch.dtype, queries_per_row: int) -> tuple[Tensor, Tensor]:
-        """What is added to products: of shape (R, 1, 1, T) for own keys, (N, 1, 1 or G*Q, S) for those of prompts."""
-        if window is not None and window >= self.prompt_columns + self.columns:
-            window = None
-        key = window, dtype, queries_per_row
-        if key not in self._shared:
-            self._shared[key] = self._make_masks(window, dtype, queries_per_row)
-        return self._shared[key]
-
-    def rotation(self, cos_R1D: Tensor, sin_R1D: Tensor) -> tuple[Tensor, Tensor]:
-        """The cosines, and the sines for components whose halves have changed places, of which the first is negated."""
-        key = id(cos_R1D), id(sin_R1D)
-        if key not in self._shared:
-            first, second = sin_R1D.chunk(2, dim=-1)
-            self._shared[key] = cos_R1D, torch.cat([-first, second], dim=-1)
-        return self._shared[key]
-
-    def routes(self, key_heads: int) -> tuple[Tensor, Tensor]:
-        """From queries (R*K, ...) to those of prompts (N*K*G, ...), and from their outputs (N*G, ...) to rows (R, ...)."""
-        key = "routes", key_heads
-        if key not in self._shared:
-            group = self.rows_NG.shape[1]
-            head_K1 = torch.arange(key_heads, device=self.rows_NG.device)[:, None]
-            there_NKG = self.rows_NG[:, None] * key_heads + head_K1
-            self._shared[key] = there_NKG.flatten(), self.prompt_R * group + self.place_R
-        return self._shared[key]
-
-    def _make_masks(self, window: int | None, dtype: torch.dtype, queries_per_row: int) -> tuple[Tensor, Tensor]:
-        device = self.tokens_R.device
-        column_T = torch.arange(self.columns, device=device)
-        column_S = torch.arange(self.prompt_columns, device=device)
-        own_RT = column_T <= self.lengths_R[:, None]
-        prompt_NGS = (column_S < self.prompt_lengths_N[:, None])[:, None]
-        if window is not None:
-            own_RT &= self.lengths_R[:, None] - column_T < window
-            distance_NGS = self.positions_R[self.rows_NG][:, :, None] - column_S
-            prompt_NGS = (prompt_NGS & (distance_NGS < window)).repeat_interleave(queries_per_row, dim=1)
-        return _additive(own_RT[:, None, None], dtype), _additive(prompt_NGS[:, None], dtype)
-
-
-def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, hidden(dtype))
-
-
-def hidden(dtype: torch.dtype) -> float:
-    """What is added to the product of a query with a key that it does not see.
-
-    Not -inf: a row that sees nothing must have a log-sum-exp that makes it weightless. Nor the least number: CUDA's kernel
-    multiplies by log2(e) in float32, which would make -inf of it, and gives such a row the log-sum-exp 0.
-    """
-    return max(torch.finfo(dtype).min, -1e30)
 
 
 @dataclass
@@ -126,18 +40,64 @@ class _Layer:
     window: int | None
     softcap: float | None
 
-    def split(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of shape (slots, K, tokens, D)."""
+    @functools.cached_property
+    def own_memory(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of shape (rows, K, T, D)."""
+        return self._split(self.own)
+
+    @functools.cached_property
+    def prompt_memory(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of shape (slots, K, S, D)."""
+        return self._split(self.prompts)
+
+    def _split(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = memory.tensor_split((self.key_heads * self.key_size,), dim=-1)
         key, value = (x.unflatten(-1, (self.key_heads, -1)).transpose(1, 2) for x in (keys, values))
         return key, value
+
+    def attend(
+        self, query: Tensor, memory: tuple[Tensor, Tensor], parts: Sequence[Part], mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Attend to a part of the slots after the other.
+
+        Args:
+            query: Of shape (n*K*g, Q, D) for each part of n slots with g rows each, one part behind the other.
+            memory: Keys and values of all slots.
+            parts: Of slots.
+            mask: Added to products with the keys of all slots; None where all of a part's keys are seen.
+
+        Returns:
+            The output, of shape (rows of all parts, Q, K, D of the values), and the log-sum-exp, of shape (..., Q, K).
+        """
+        queries = query.shape[1]
+        outputs, first = [], 0
+        for part in parts:
+            slots, lines = slice(part.start, part.stop), part.queries * queries
+            rows = (part.stop - part.start) * part.queries
+            lined_up = query[first * self.key_heads : (first + rows) * self.key_heads]
+            key, value = (x[slots, :, : part.columns] for x in memory)
+            output, lse = attend_part(
+                lined_up.view(-1, self.key_heads, lines, query.shape[2]),
+                key,
+                value,
+                None if mask is None else mask[slots, :, :lines, : part.columns],
+                self.scaling,
+                self.softcap,
+            )
+            # kernels leave it in memory as (n, g*Q, K, ...)
+            outputs.append(
+                [x.transpose(1, 2).reshape(rows, queries, self.key_heads, *x.shape[3:]) for x in (output, lse)]
+            )
+            first += rows
+        output, lse = outputs[0] if len(outputs) == 1 else map(torch.cat, zip(*outputs, strict=True))
+        return output, lse
 
 
 @dataclass
 class GroupCache:
     """Memory for decoding, allocated layer by layer at the first prefill and never grown.
 
-    Rows and prompts in flight have the first slots of theirs, without holes; who frees one moves the last one there.
+    Rows and prompts in flight have the first slots of theirs, without holes; who frees one moves another one there.
     """
 
     max_rows: int
@@ -223,33 +183,16 @@ class GroupCache:
         """
         layer, step = self._layers[module], self.now
         assert isinstance(step, Step)
-        rows, (prompts, group) = len(step.tokens_R), step.rows_NG.shape
+        rows = len(step.tokens_R)
         query_RHD, stored_RE = query_RHD.to(layer.own.dtype), stored_RE.to(layer.own.dtype)
         layer.own.flatten(0, 1).index_copy_(0, step.row_R * layer.own.shape[1] + step.lengths_R, stored_RE)
-        query_RKQD = query_RHD.unflatten(1, (layer.key_heads, -1))
-        queries = query_RKQD.shape[2]
-        own_mask, prompt_mask = step.masks(layer.window, query_RHD.dtype, queries)
+        query = query_RHD.reshape(rows * layer.key_heads, -1, query_RHD.shape[2])
+        own_parts, prompt_parts = step.parts()
+        own_mask, prompt_mask = step.masks(layer.window, query.dtype, query.shape[1])
         there, back = step.routes(layer.key_heads)
-        own = attend_part(
-            query_RKQD, *layer.split(layer.own[:rows, : step.columns]), own_mask, layer.scaling, layer.softcap
-        )
-        routed = query_RHD.reshape(rows * layer.key_heads, -1).index_select(0, there)
-        prompt = attend_part(
-            routed.view(prompts, layer.key_heads, group * queries, -1),
-            *layer.split(layer.prompts[:prompts, : step.prompt_columns]),
-            prompt_mask,
-            layer.scaling,
-            layer.softcap,
-        )
-        # (N, K, G*Q, ...) to (N*G, Q, K, ...), as kernels leave it in memory, and to (R, Q, K, ...)
-        output, lse = (
-            x.transpose(1, 2)
-            .reshape(prompts * group, -1)
-            .index_select(0, back)
-            .view(rows, queries, *y.transpose(1, 2).shape[2:])
-            for x, y in zip(prompt, own, strict=True)
-        )
-        merged_RQKD = merge_parts(own[0].transpose(1, 2), own[1].transpose(1, 2), output, lse)
+        own = layer.attend(query, layer.own_memory, own_parts, own_mask)
+        prompt = layer.attend(query.index_select(0, there), layer.prompt_memory, prompt_parts, prompt_mask)
+        merged_RQKD = merge_parts(*own, *(x.index_select(0, back) for x in prompt))
         return merged_RQKD.transpose(1, 2).flatten(1)
 
 
@@ -263,7 +206,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def attend_part(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over some of the keys.
 
@@ -271,7 +214,7 @@ def attend_part(
         query: Of shape (B, K, L, D).
         key: Of shape (B, K, N, D).
         value: Of shape (B, K, N, D of the values).
-        mask: Added to products; broadcasts to (B, K, L, N).
+        mask: Added to products; broadcasts to (B, K, L, N). None where every key is seen.
         scaling: What products are multiplied by before.
         softcap: Products x become `softcap * tanh(x / softcap)` before.
 
@@ -283,7 +226,7 @@ def attend_part(
             query, key, value, 0.0, False, attn_mask=mask, scale=scaling
         )
     if softcap is None and query.device.type == "cuda" and query.dtype != torch.float64:
-        bias = mask.expand(*query.shape[:3], key.shape[2])
+        bias = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
         output, lse, *_ = _aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, 0.0, False, scale=scaling
         )
@@ -292,13 +235,15 @@ def attend_part(
 
 
 def plain_part(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """The reference of `attend_part`, and what serves where no kernel does."""
     scores = query @ key.transpose(-1, -2) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + mask
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if mask is not None:
+        scores = scores + mask
     lse = scores.logsumexp(-1)
     return (scores - lse.unsqueeze(-1)).exp().to(value.dtype) @ value, lse
 

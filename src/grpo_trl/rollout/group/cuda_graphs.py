@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..base import ran_out_of_memory
-from .cache import GroupCache, Step
+from .cache import GroupCache
+from .step import Step
 
 
 logger = logging.getLogger(__name__)
@@ -156,6 +157,8 @@ class RecordedSteps:
             place_R=pad(step.place_R, rows),
             row_R=torch.arange(rows, device=step.row_R.device),  # a further row writes where no row is
             prompt_lengths_N=pad(step.prompt_lengths_N, prompts),
+            own_parts=(),
+            prompt_parts=(),
             prompt_columns=cache.max_prompt_tokens,
             columns=min(max(LEAST_COLUMNS, _power_of_two(step.columns)), cache.max_completion_tokens),
         )

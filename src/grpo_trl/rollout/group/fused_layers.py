@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from ...plan import LAID_OUT_SHARE
-from .cache import Step
 from .cpu_linear import lay_out, packed_linears
+from .step import Step
 
 
 FAMILIES = ("Gemma2", "Gemma3", "Granite", "Llama", "Mistral", "Olmo2", "Phi3", "Qwen2", "Qwen3")

@@ -1,0 +1,183 @@
+"""What one forward of a rollout computes: prompts, or one token of each running row.
+
+Nothing that changes between two decoding steps is a Python number on a GPU: `Step` brings it as tensors, so that the
+launches of a step can be recorded once and repeated. On a CPU a step attends in parts, so that rows of few tokens do not
+read the columns of those of many.
+
+Axes: R rows in flight, N prompts in flight, G most rows of a prompt, D head size, S prompt tokens, T completion tokens.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...attention.layout import Layout
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A forward over prompts, one behind the other in one row, and the slots that their keys and values go to."""
+
+    layout: Layout
+    slots: list[int]
+
+
+class Part(NamedTuple):
+    """Consecutive slots, of rows or of prompts, whose keys are attended to in one call."""
+
+    start: int
+    stop: int
+    queries: int
+    """The most rows of one slot."""
+    columns: int
+    """The most keys of one slot."""
+    even: bool
+    """Whether all slots have as many keys."""
+
+    @property
+    def cost(self) -> int:
+        return (self.stop - self.start) * self.queries * self.columns
+
+    def joined_by(self, other: "Part") -> "Part":
+        queries, columns = max(self.queries, other.queries), max(self.columns, other.columns)
+        even = self.even and other.even and self.columns == other.columns
+        return Part(self.start, other.stop, queries, columns, even)
+
+
+CALL = 512
+"""Products of a row's query with a key that take as long as a further call of the kernel, roughly."""
+
+
+def parts_of(sizes: Iterable[tuple[int, int]]) -> list[Part]:
+    """Cut slots into parts, given the rows and the keys of each, so that little is computed for their differences.
+
+    Slots without rows are in no part. Equal slots join the part before them unless filling both up costs more than a call.
+    """
+    parts: list[Part] = []
+    stop = 0
+    for (queries, columns), run in itertools.groupby(sizes):
+        start, stop = stop, stop + len(list(run))
+        if not queries:
+            continue
+        part = Part(start, stop, queries, columns, even=True)
+        if parts and parts[-1].stop == start:
+            joined = parts[-1].joined_by(part)
+            if joined.cost <= parts[-1].cost + part.cost + CALL:
+                parts[-1] = joined
+                continue
+        parts.append(part)
+    return parts
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward over the last token of each row."""
+
+    tokens_R: Tensor
+    positions_R: Tensor
+    """Of the token in prompt and completion together."""
+    lengths_R: Tensor
+    """How many tokens of the completion are held already: the column that this one goes to."""
+    rows_NG: Tensor
+    """The rows of each prompt in flight; any row where it has fewer than G."""
+    prompt_R: Tensor
+    """The prompt of each row, and its place in that prompt's line of `rows_NG`."""
+    place_R: Tensor
+    row_R: Tensor
+    """0, 1, ..."""
+    prompt_lengths_N: Tensor
+    prompt_columns: int
+    """S, at least the longest prompt in flight."""
+    columns: int
+    """T, above the largest of `lengths_R`."""
+    own_parts: Sequence[Part] = ()
+    """Of rows; one part of all if there are none. So are those of prompts."""
+    prompt_parts: Sequence[Part] = ()
+    _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
+    """What layers that are alike have in common."""
+
+    def masks(
+        self, window: int | None, dtype: torch.dtype, queries_per_row: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to products: of shape (R, 1, 1, T) for own keys, (N, 1, 1 or G*Q, S) for those of prompts.
+
+        None where each row sees all keys of its part.
+        """
+        if window is not None and window >= self.prompt_columns + self.columns:
+            window = None
+        key = window, dtype, queries_per_row
+        if key not in self._shared:
+            own, prompt = (window is None and all(part.even for part in parts) for parts in self.parts())
+            self._shared[key] = (
+                None if own else _additive(self._own_mask(window), dtype),
+                None if prompt else _additive(self._prompt_mask(window, queries_per_row), dtype),
+            )
+        return self._shared[key]
+
+    def parts(self) -> tuple[Sequence[Part], Sequence[Part]]:
+        """Of own keys, and of those of prompts."""
+        prompts, group = self.rows_NG.shape
+        own = self.own_parts or [Part(0, len(self.tokens_R), 1, self.columns, even=False)]
+        return own, self.prompt_parts or [Part(0, prompts, group, self.prompt_columns, even=False)]
+
+    def rotation(self, cos_R1D: Tensor, sin_R1D: Tensor) -> tuple[Tensor, Tensor]:
+        """The cosines, and the sines for components whose halves have changed places, of which the first is negated."""
+        key = id(cos_R1D), id(sin_R1D)
+        if key not in self._shared:
+            first, second = sin_R1D.chunk(2, dim=-1)
+            self._shared[key] = cos_R1D, torch.cat([-first, second], dim=-1)
+        return self._shared[key]
+
+    def routes(self, key_heads: int) -> tuple[Tensor, Tensor]:
+        """From queries (R*K, ...) to those of prompts (n*K*g, ...) of one part of n prompts after the other, and from their
+        outputs (n*g, ...) to rows (R, ...)."""
+        key = "routes", key_heads
+        if key not in self._shared:
+            _, parts = self.parts()
+            head_K1 = torch.arange(key_heads, device=self.rows_NG.device)[:, None]
+            rows_NG = [self.rows_NG[part.start : part.stop, : part.queries] for part in parts]
+            there = torch.cat([(rows_NG[:, None] * key_heads + head_K1).flatten() for rows_NG in rows_NG])
+            self._shared[key] = there, self._back(parts)
+        return self._shared[key]
+
+    def _back(self, parts: Sequence[Part]) -> Tensor:
+        if len(parts) == 1:
+            return (self.prompt_R - parts[0].start) * parts[0].queries + self.place_R
+        firsts, first = [0] * len(self.rows_NG), 0
+        for part in parts:
+            for prompt in range(part.start, part.stop):
+                firsts[prompt] = first
+                first += part.queries
+        return torch.tensor(firsts, device=self.prompt_R.device)[self.prompt_R] + self.place_R
+
+    def _own_mask(self, window: int | None) -> Tensor:
+        column_T = torch.arange(self.columns, device=self.tokens_R.device)
+        own_RT = column_T <= self.lengths_R[:, None]
+        if window is not None:
+            own_RT &= self.lengths_R[:, None] - column_T < window
+        return own_RT[:, None, None]
+
+    def _prompt_mask(self, window: int | None, queries_per_row: int) -> Tensor:
+        column_S = torch.arange(self.prompt_columns, device=self.tokens_R.device)
+        prompt_NGS = (column_S < self.prompt_lengths_N[:, None])[:, None]
+        if window is not None:
+            distance_NGS = self.positions_R[self.rows_NG][:, :, None] - column_S
+            prompt_NGS = (prompt_NGS & (distance_NGS < window)).repeat_interleave(queries_per_row, dim=1)
+        return prompt_NGS[:, None]
+
+
+def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, hidden(dtype))
+
+
+def hidden(dtype: torch.dtype) -> float:
+    """What is added to the product of a query with a key that it does not see.
+
+    Not -inf: a row that sees nothing must have a log-sum-exp that makes it weightless. Nor the least number: CUDA's kernel
+    multiplies by log2(e) in float32, which would make -inf of it, and gives such a row the log-sum-exp 0.
+    """
+    return max(torch.finfo(dtype).min, -1e30)
