@@ -116,6 +116,12 @@ def test_a_template_makes_messages_with_a_system_prompt(folder):
     assert evaluation[3] == train[3]
 
 
+@pytest.mark.parametrize("split, rows", [("train", 10), ("train[:3]", 3), ("train[:99]", 10)])
+def test_a_split_may_be_its_first_rows(folder, split, rows):
+    train, _ = Configuration.parse(written(folder, dataset_train_split=split)).datasets()
+    assert [row["question"] for row in train] == [f"{i}=" for i in range(rows)]
+
+
 def test_a_configuration_of_trl_is_taken_as_it_is(folder):
     """The options that documentation of `trl grpo` shows, environment variables included."""
     (folder / "prompts.jsonl").write_text('{"prompt": "1="}\n')

@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -216,6 +217,8 @@ def _reward(name: str, length: int) -> Any:
 
 
 def _split(splits: Any, name: str, option: str) -> Dataset:
-    if name not in splits:
+    """A split by its name; `"test[:100]"` are its first 100 rows."""
+    split, first = re.fullmatch(r"(.*?)(?:\[:(\d+)\])?", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    if split not in splits:
         raise ValueError(f"{option}={name!r} is not in the dataset; it has {', '.join(map(repr, splits))}.")
-    return splits[name]
+    return splits[split] if first is None else splits[split].take(int(first))
