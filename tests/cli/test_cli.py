@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -285,6 +286,36 @@ def test_help_fits_on_a_screen(command):
     lines = run(command, "--help").output.splitlines()
     assert len(lines) < 30
     assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize(
+    "line, completed", [("grpo-trl p", ["plan"]), ("grpo-trl plan --gpu", ["--gpu", "--gpu-memory"])]
+)
+def test_a_shell_completes_commands_and_options(line, completed):
+    variables = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = CliRunner().invoke(app, [], env={"_GRPO_TRL_COMPLETE": "complete_bash"} | variables, prog_name="grpo-trl")
+    assert done.output.split() == completed
+
+
+@pytest.mark.parametrize(
+    "reward, code, message",
+    [
+        ("return [1.0] * len(completions)", 1, "Stopped: "),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 75, ""),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, ""),
+    ],
+    ids=["guard", "signal", "interrupt"],
+)
+def test_a_run_that_stops_has_the_exit_code_of_the_page(folder, reward, code, message):
+    (folder / "stopping_rewards.py").write_text(f"import os, signal, time\ndef stops(completions):\n    {reward}\n")
+    changes = {"reward_funcs": ["stopping_rewards.stops"], "dead_run_patience": 1, "on_dead_run": "stop"}
+    done = run("train", written(folder, save_strategy="steps", save_steps=9, max_steps=9, **changes))
+    sys.modules.pop("stopping_rewards")
+    assert (done.exit_code, message in done.output) == (code, True), done.output
+    assert f"\n| {code} | " in (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    if code != 130:  # the others are saved, so that a second start resumes
+        assert list((folder / "out").glob("checkpoint-*"))
+    assert Run.read("out").stopped
 
 
 def test_help_and_completion_load_no_torch():
