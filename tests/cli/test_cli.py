@@ -313,8 +313,6 @@ def test_a_run_that_stops_has_the_exit_code_of_the_page(folder, reward, code, me
     sys.modules.pop("stopping_rewards")
     assert (done.exit_code, message in done.output) == (code, True), done.output
     assert f"\n| {code} | " in (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
-    if code != 130:  # the others are saved, so that a second start resumes
-        assert list((folder / "out").glob("checkpoint-*"))
     assert Run.read("out").stopped
 
 
