@@ -1,4 +1,4 @@
-"""A training script as one writes it for TRL: only the import of `GRPOConfig` and `GRPOTrainer` is another.
+"""A training script as one writes it for TRL: only the import of `GRPOConfig`, `GRPOTrainer` and `TrlParser` is another.
 
     python examples/from_trl.py --output_dir tldr-grpo
     python examples/from_trl.py --output_dir local-grpo --model_name_or_path PATH --dataset_name FOLDER
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, ScriptArguments, get_peft_config, get_quantization_config
 from trl.rewards import get_soft_overlong_punishment
 
-from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl import GRPOConfig, GRPOTrainer, TrlParser
 
 
 @dataclass

@@ -39,9 +39,18 @@ def test_a_copy_of_a_model_with_a_head_in_float32_uses_its_own_head():
     assert (twin(input_ids=INPUT).logits != 0).any()
 
 
-def test_a_head_that_cannot_be_in_float32_alone_is_refused():
-    with pytest.raises(ValueError, match=r"cast_lm_head_to_fp32=True.*tie_word_embeddings=True"):
-        compute_head_in_float32(make_model(tie_word_embeddings=True))
+def test_an_embedding_with_the_weights_of_the_head_keeps_the_precision_of_its_output():
+    model = make_model(tie_word_embeddings=True).to(torch.bfloat16).eval()
+    hidden = model.model(input_ids=INPUT).last_hidden_state
+    compute_head_in_float32(model)
+    output = copy.deepcopy(model)(input_ids=INPUT).logits
+    assert model.get_input_embeddings().weight is model.lm_head.weight
+    assert model.get_input_embeddings()(INPUT).dtype == torch.bfloat16
+    assert output.dtype == model.lm_head.weight.dtype == torch.float32
+    torch.testing.assert_close(output, hidden.float() @ model.lm_head.weight.T)
+
+
+def test_a_head_with_an_adapter_is_refused():
     adapted = get_peft_model(untied(), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match=r"without an adapter.*target_modules"):
         compute_head_in_float32(adapted)

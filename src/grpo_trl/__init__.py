@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import GRPOConfig
+    from .config.parser import TrlParser
     from .errors import RunStopped
     from .trainer import GRPOTrainer
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "RunStopped"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "RunStopped", "TrlParser"]
 __version__: str
 
-_MODULES = {"GRPOConfig": "config", "GRPOTrainer": "trainer", "RunStopped": "errors"}
+_MODULES = {"GRPOConfig": "config", "GRPOTrainer": "trainer", "RunStopped": "errors", "TrlParser": "config.parser"}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ import copy
 import types
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -207,18 +208,15 @@ def disable_dropout(model: nn.Module) -> None:
 def compute_head_in_float32(model: Any) -> None:
     """Keep and compute the language modeling head in float32, under mixed precision too.
 
+    An embedding with the same weights gives its output in the precision it had.
+
     Source: MiniMax-M1, arXiv 2506.13585; ScaleRL, arXiv 2510.13786.
 
     Raises:
-        ValueError: The head shares its weights with the embedding, or carries an adapter.
+        ValueError: The head carries an adapter.
     """
     lm = causal_lm(model)
     head = lm.get_output_embeddings()
-    if lm.config.get_text_config().tie_word_embeddings:
-        raise ValueError(
-            "cast_lm_head_to_fp32=True needs a head with weights of its own, and this model's are those of its embedding "
-            "(tie_word_embeddings=True); set cast_lm_head_to_fp32=False, or dtype='float32' in model_init_kwargs."
-        )
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"cast_lm_head_to_fp32=True needs a linear head without an adapter, and this is a {type(head).__name__}; leave "
@@ -230,7 +228,14 @@ def compute_head_in_float32(model: Any) -> None:
             bias = None if self.bias is None else self.bias.float()
             return linear(hidden.float(), self.weight.float(), bias)
 
+    embedding = lm.get_input_embeddings()
+    if embedding.weight is head.weight:
+        embedding.register_forward_hook(partial(_output_in, dtype=head.weight.dtype))
     head.float().__dict__["forward"] = types.MethodType(forward, head)
+
+
+def _output_in(module: nn.Module, args: Any, output: Tensor, dtype: torch.dtype) -> Tensor:
+    return output.to(dtype)
 
 
 class Reference:

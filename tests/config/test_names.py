@@ -10,7 +10,7 @@ import trl
 import yaml
 
 import grpo_trl
-from grpo_trl import GRPOConfig
+from grpo_trl import GRPOConfig, TrlParser
 from grpo_trl.config.names import NOT_HERE, RENAMED, RETIRED
 from tests.test_config import make_config
 
@@ -125,3 +125,53 @@ def test_options_of_a_yaml_file_that_are_numbers_in_its_own_spelling(tmp_path, m
     path.write_text(yaml.safe_dump(options))
     (config,) = trl.TrlParser(GRPOConfig).parse_args_and_config(["--config", str(path)])
     assert (config.learning_rate, config.num_generations, config.beta) == (1e-6, 4, 1e-3)
+
+
+# ---- The parser of scripts ----
+@dataclasses.dataclass
+class Script:
+    dataset_name: str = "none"
+
+
+def parsed(tmp_path, monkeypatch, *words, classes=(Script, GRPOConfig, trl.ModelConfig), **options):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": "unused", "use_cpu": True, "report_to": "none"} | options))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(path), *words])
+    return TrlParser(classes).parse_args_and_config()
+
+
+def test_the_parser_reads_retired_names_of_a_file(tmp_path, monkeypatch, caplog):
+    options = {"warmup_ratio": 0.25, "overwrite_output_dir": True, "torch_dtype": "bfloat16", "max_prompt_length": None}
+    script, config, model = parsed(tmp_path, monkeypatch, dataset_name="sums", **options)
+    assert (script.dataset_name, config.warmup_steps, model.dtype) == ("sums", 0.25, "bfloat16")
+    assert "warmup_ratio=0.25 is read as warmup_steps=0.25" in caplog.text
+    assert "overwrite_output_dir=True is retired and changes nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "words", [["--warmup_ratio", "0.5"], ["--warmup-ratio=0.5"], ["--overwrite_output_dir", "--warmup_ratio=0.5"]]
+)
+def test_the_parser_reads_retired_names_of_the_command_line_which_wins(tmp_path, monkeypatch, words):
+    _, config, _ = parsed(tmp_path, monkeypatch, *words, "--reward_weights", "1.0", "-2.0", warmup_ratio=0.25)
+    assert (config.warmup_steps, config.reward_weights) == (0.5, [1.0, -2.0])
+
+
+@pytest.mark.parametrize("name", sorted(RETIRED.keys() - RENAMED.keys()))
+def test_the_parser_names_todays_way(tmp_path, monkeypatch, name):
+    with pytest.raises(TypeError, match=re.escape(RETIRED[name].remedy)):
+        parsed(tmp_path, monkeypatch, classes=(GRPOConfig,), **{name: "some value"})
+    with pytest.raises(TypeError, match=re.escape(RETIRED[name].remedy)):
+        parsed(tmp_path, monkeypatch, f"--{name}", "some value", classes=(GRPOConfig,))
+
+
+def test_the_parser_leaves_unknown_names_to_trl(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"Unknown arguments from config file.*learning_rat"):
+        parsed(tmp_path, monkeypatch, learning_rat=1)
+    with pytest.raises(ValueError, match=r"not used by the HfArgumentParser.*zzz"):
+        parsed(tmp_path, monkeypatch, "--zzz", "1")
+
+
+def test_the_parser_reads_retired_names_of_a_dict():
+    options = {"output_dir": "unused", "use_cpu": True, "report_to": "none", "warmup_ratio": 0.25}
+    (config,) = TrlParser(GRPOConfig).parse_dict(options)
+    assert config.warmup_steps == 0.25

@@ -4,9 +4,10 @@ import logging
 import numpy as np
 import pytest
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from grpo_trl import GRPOConfig
-from grpo_trl.config.inherited import INHERITED
+from grpo_trl.config.inherited import ACCELERATOR, INHERITED
 from grpo_trl.config.sampling import MOOT, OPTIONS, REFUSED
 from grpo_trl.config.values import OFF
 from tests.test_config import make_config, refusal
@@ -124,3 +125,16 @@ def test_an_option_of_transformers_that_has_no_meaning_is_refused_or_said(name, 
 def test_what_is_not_set_is_not_mentioned(caplog):
     dataclasses.replace(make_config(bf16=False))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(AcceleratorConfig), ids=lambda field: field.name)
+def test_each_option_of_accelerator_config_works_or_is_refused(field):
+    value = {"sync_each_batch": True} if "kwargs" in field.name else not field.default
+    config = {field.name: value}
+    if field.name in ACCELERATOR:
+        message = refusal(accelerator_config=config)
+        assert f"{field.name}={value!r}, which cannot work: {ACCELERATOR[field.name]}." in message
+    else:
+        assert field.name in ("even_batches", "use_configured_state")
+    unchanged = make_config(accelerator_config={field.name: field.default}).accelerator_config
+    assert unchanged == AcceleratorConfig()

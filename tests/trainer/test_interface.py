@@ -305,3 +305,26 @@ def test_a_missing_pad_token_trains(tmp_path):
     trainer = make_trainer(tmp_path, tokenizer=tokenizer)
     trainer.train()
     assert torch.isfinite(torch.tensor(trainer.state.log_history[0]["loss"]))
+
+
+def test_the_masks_of_trls_trainer_are_those_of_the_objective(tmp_path):
+    trainer = make_trainer(tmp_path)
+    entropies = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.7, 0.8, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    assert trainer.get_high_entropy_mask(entropies, mask, 0.8).tolist() == [[False] * 4, [True, True, False, False]]
+    assert trainer.get_high_entropy_mask(entropies, mask, 0.0).tolist() == mask.bool().tolist()
+    logps = torch.tensor([[-2.0, -2.0], [-0.5, 50.0], [-2.0, -2.0]])
+    advantages, mask = torch.tensor([[1.0], [-1.0], [-1.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    kept = trainer.get_off_policy_mask(advantages, logps, torch.zeros_like(logps), mask, 1.0)
+    assert kept.tolist() == [[1.0], [1.0], [0.0]]
+
+
+def test_the_end_of_a_run_logs_the_steps_since_the_last_log(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=3, logging_steps=2)
+    trainer.train()
+    _, end = trainer.state.log_history
+    assert end.keys() >= {"train_loss", "reward", "rewards/length/mean", "num_tokens"}
+    assert "loss" not in end
+    trainer = make_trainer(tmp_path, max_steps=2, logging_steps=2)
+    trainer.train()
+    assert "reward" not in trainer.state.log_history[-1]

@@ -61,6 +61,11 @@ def _check_combinations(args: Any) -> None:
             "auto_find_batch_size=True would split groups when it shrinks the batch; set it to False and lower "
             "per_device_train_batch_size."
         )
+    if args.log_completions_hub_repo is not None and not args.log_completions:
+        raise ValueError(
+            f"log_completions_hub_repo={args.log_completions_hub_repo!r} needs log_completions=True, which writes what is "
+            "uploaded."
+        )
     if args.fp16 and args.device.type == "cpu":
         raise ValueError(
             "fp16=True cannot work on a CPU; set fp16=False to train in float32, or bf16=True with use_cpu=True."

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..data.geometry import Geometry
 from ..distributed.launch import check_bf16, check_launcher, gpu_has_bf16
@@ -16,7 +17,7 @@ from ..objective import ObjectiveOptions
 from .batches import BatchOptions
 from .checks import check_dicts, check_options
 from .evaluation import EvaluationOptions
-from .inherited import check_inherited
+from .inherited import check_accelerator, check_inherited
 from .model import ModelOptions
 from .names import TodaysNames, current_model_kwargs
 from .reliability import ReliabilityOptions
@@ -93,6 +94,7 @@ class GRPOConfig(
         self._resolve_checkpointing()
         self._choose_metric()
         super().__post_init__()
+        check_accelerator(cast("AcceleratorConfig", self.accelerator_config))
         self._direct_scheduler()
         if self.deepspeed_plugin is not None:
             check_backend_config(self.deepspeed_plugin.hf_ds_config)

@@ -17,4 +17,7 @@ class EvaluationOptions:
     num_completions_to_print: int | None = field(
         default=None, metadata={"help": "Rows of that table, drawn at random. Default: all."}
     )
+    log_completions_hub_repo: str | None = field(
+        default=None, metadata={"help": "Upload its files to this dataset of the hub while the run trains."}
+    )
     log_unique_prompts: bool = field(default=False, metadata={"help": "One row per prompt in that table."})

@@ -4,6 +4,7 @@ from dataclasses import fields
 from typing import NamedTuple
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from ..logging import get_logger
 
@@ -60,6 +61,28 @@ INHERITED = {
     ),
     "use_liger_kernel": _KERNELS,
 }
+
+
+ACCELERATOR = {
+    "dispatch_batches": "each rank reads its own rows; leave it out",
+    "gradient_accumulation_kwargs": "gradients are synchronized once per optimizer step; set gradient_accumulation_steps",
+    "non_blocking": "mini-batches are made on the device; leave it out",
+    "split_batches": "per_device_train_batch_size is that of one rank; leave it out",
+    "use_seedable_sampler": "the order of prompts follows from data_seed in any case; leave it out",
+}
+"""Options of `accelerator_config` that are refused. Both values of `even_batches` mean the same: no row is repeated."""
+
+
+def check_accelerator(config: AcceleratorConfig) -> None:
+    """Refuse options of `accelerator_config` that have no effect.
+
+    Raises:
+        ValueError: One is set; the message says what to use.
+    """
+    for name, reason in ACCELERATOR.items():
+        value = getattr(config, name)
+        if bool(value) != bool(getattr(AcceleratorConfig, name)):
+            raise ValueError(f"accelerator_config has {name}={value!r}, which cannot work: {reason}.")
 
 
 def check_inherited(args: TrainingArguments) -> None:

@@ -31,6 +31,7 @@ RENAMED = {
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "push_to_hub_model_id": "hub_model_id",
     "push_to_hub_token": "hub_token",
+    "torch_dtype": "dtype",  # of a parser's ModelConfig; GRPOConfig has neither
     "use_transformers_paged": "use_transformers_continuous_batching",
     "vllm_guided_decoding_regex": "vllm_structured_outputs_regex",
     "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
@@ -85,16 +86,13 @@ NOT_HERE = {
         "set generation_kwargs={'cache_implementation': ...}, which samples with model.generate, or remove it: by default "
         "a group shares the keys and values of its prompt",
     ),
-    "log_completions_hub_repo": Absent(
-        (None,), "set log_completions=True and push_to_hub=True: the tables are in output_dir/completions"
-    ),
     "log_multimodal": Absent((True, False), "remove it: there are no images in the tables"),
     "max_tool_calling_iterations": Absent(
         (None,), "remove it: tools are called from a rollout_func, which counts itself"
     ),
     "pad_to_multiple_of": Absent((None, "auto"), "remove it: micro-batches are packed without padding"),
     "transformers_continuous_batching_config": Absent((None,), _CONTINUOUS),
-    "use_transformers_continuous_batching": Absent((False,), _CONTINUOUS),
+    "use_transformers_continuous_batching": Absent((False, True), _CONTINUOUS),
 }
 """Options of TRL 1.16 that are not here."""
 
@@ -112,17 +110,45 @@ def current_names(given: dict[str, Any], known: Collection[str]) -> dict[str, An
     Raises:
         TypeError: An option does not exist, or is given under two names; the message says what to use.
     """
+    options = translated(given, known)
+    for name, value in options.items():
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = (
+                f"did you mean {nearest[0]}?" if nearest else "docs/options.md and docs/from-trl.md list the options."
+            )
+            raise TypeError(f"{name}={value!r} is no option of GRPOConfig; {hint}")
+    return options
+
+
+def translated(given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """Return the options `given` with retired names replaced by those of today; names that never existed stay.
+
+    Raises:
+        TypeError: A name is retired without one of today, or an option is given under two names.
+    """
     options: dict[str, Any] = {}
     for name, value in given.items():
-        today = RENAMED.get(name, name) if name not in known else name
+        today = todays_name(name, known)
         if today != name:
             _check_renamed(name, value, today, given)
             logger.warning("%s=%r is read as %s=%r, its name today.", name, value, today, value)
-        if today in known:
+        if today in known or not is_absent(today):
             options[today] = value
         else:
-            _check_absent(today, value, known)
+            _check_absent(today, value)
     return options
+
+
+def todays_name(name: str, known: Collection[str]) -> str:
+    """Return the name of today of an option, among those that are `known`; the name itself if there is none."""
+    today = RENAMED.get(name, name)
+    return name if name in known or (today not in known and today not in NOT_HERE) else today
+
+
+def is_absent(name: str) -> bool:
+    """Whether an option was one of TRL's or transformers' and is none here."""
+    return name in RETIRED or name in NOT_HERE
 
 
 def current_model_kwargs(given: dict[str, Any]) -> dict[str, Any]:
@@ -150,12 +176,8 @@ def _check_renamed(name: str, value: Any, today: str, given: dict[str, Any]) -> 
         )
 
 
-def _check_absent(name: str, value: Any, known: Collection[str]) -> None:
-    absent = RETIRED.get(name) or NOT_HERE.get(name)
-    if absent is None:
-        nearest = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {nearest[0]}?" if nearest else "docs/options.md and docs/from-trl.md list the options."
-        raise TypeError(f"{name}={value!r} is no option of GRPOConfig; {hint}")
+def _check_absent(name: str, value: Any) -> None:
+    absent = RETIRED.get(name) or NOT_HERE[name]
     if not any(value is moot or value == moot for moot in absent.moot):
         raise TypeError(f"{name}={value!r} is no option of GRPOConfig; {absent.remedy}.")
     if name in RETIRED:

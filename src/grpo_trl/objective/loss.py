@@ -163,14 +163,24 @@ def _near_policy(
 
         A >= 0  or  mean_t (sampler_it - logp_it) <= threshold
 
-    A token whose sampler is unknown (NaN) counts as equal. Source: DeepSeek-V3.2, arXiv 2512.02556, Eq. (9).
+    Source: DeepSeek-V3.2, arXiv 2512.02556, Eq. (9).
     """
     if objective.off_policy_threshold is None:
         return mask_BT
     behind_BT = old_logps_BT if sampler_logps_BT is None else sampler_logps_BT
-    gap_BT = torch.where(mask_BT, behind_BT - logps_BT.detach(), 0.0).nan_to_num(nan=0.0)
-    gap_B1 = gap_BT.sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
+    gap_B1 = policy_gap(logps_BT, behind_BT, mask_BT)
     return (advantages_BU >= 0) | (gap_B1 <= objective.off_policy_threshold)
+
+
+def policy_gap(logps_BT: Tensor, sampler_logps_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Estimate, for each completion, the KL divergence of its sampler to the policy per token, of shape (B, 1).
+
+        mean_t (sampler_it - logp_it)
+
+    A token whose sampler is unknown (NaN) counts as equal; without tokens in the mask it is 0.
+    """
+    gap_BT = torch.where(mask_BT, sampler_logps_BT - logps_BT.detach(), 0.0).nan_to_num(nan=0.0)
+    return gap_BT.sum(1, keepdim=True) / mask_BT.sum(1, keepdim=True).clamp(min=1)
 
 
 def _kl(

@@ -243,7 +243,7 @@ def _reward(
 
 def _one_each(name: str, values: Sequence[Any], funcs: list[Any]) -> list[Any]:
     if len(values) != len(funcs):
-        raise ValueError(f"{name} has {len(values)} entries for {len(funcs)} reward_funcs; give one for each.")
+        raise ValueError(f"{name} has {len(values)} entries for {len(funcs)} reward_funcs; the numbers must match.")
     return list(values)
 
 

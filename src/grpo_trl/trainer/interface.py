@@ -6,6 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..models import Reference
+from ..objective.entropy import entropy_threshold
+from ..objective.loss import policy_gap
 from ..report import append_objective
 from ..rewards.call import FunctionReward
 from .evaluation import EvaluatingTrainer
@@ -71,6 +73,25 @@ class TrlInterface(EvaluatingTrainer):
     def reward_processing_classes(self) -> list[Any]:
         """The tokenizers of reward models, None for functions."""
         return [getattr(function, "tokenizer", None) for function in self._runner.rewards.functions]
+
+    def get_high_entropy_mask(self, entropies: Tensor, mask: Tensor, threshold: float) -> Tensor:
+        """Mask of the tokens whose entropy is at or above the quantile `threshold` of those in `mask`, on all ranks."""
+        accelerator = self.accelerator
+        own_N = accelerator.pad_across_processes(entropies[mask.bool()].float(), dim=0, pad_index=-1)
+        all_N = accelerator.gather(own_N)
+        return mask.bool() & (entropies >= entropy_threshold(all_N[all_N >= 0], 1 - threshold))
+
+    @staticmethod
+    def get_off_policy_mask(
+        advantages: Tensor,
+        per_token_logps: Tensor,
+        sampling_per_token_logps: Tensor,
+        mask: Tensor,
+        off_policy_threshold: float,
+    ) -> Tensor:
+        """Mask, as numbers of shape (B, 1), of the completions that `off_policy_mask_threshold` keeps."""
+        gap_B1 = policy_gap(per_token_logps, sampling_per_token_logps, mask.bool())
+        return ((advantages >= 0) | (gap_B1 <= off_policy_threshold)).to(mask.dtype)
 
     def create_model_card(  # type: ignore[override]  # TRL's order of arguments
         self,

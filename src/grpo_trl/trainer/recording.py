@@ -9,6 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,8 +29,9 @@ from ..plan import RunPlan, card_named, offloaded, setup_of
 from ..reliability.signals import EXIT_CODE
 from ..report import RunLog, merge_tables, print_completions
 from ..report.environment import environment
+from ..report.hub import CompletionsUpload
 from ..report.live import view
-from ..report.log import CONFIG, ENVIRONMENT, PLAN
+from ..report.log import COMPLETIONS, CONFIG, ENVIRONMENT, PLAN
 from ..report.run import Run
 from ..report.tolerant import str_of, tolerated
 from ..report.trackers import track_completions
@@ -91,6 +93,7 @@ class RunRecorder(TrainerCallback):
         self.model_name = model_name
         self.log = RunLog(Path(str(args.output_dir)), keeps_all=args.log_completions)
         self._records = False
+        self._upload: CompletionsUpload | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._records = state.is_world_process_zero
@@ -106,6 +109,9 @@ class RunRecorder(TrainerCallback):
             if not self.args.disable_tqdm and state.global_step == 0:
                 print(plan.text(shutil.get_terminal_size().columns if has_terminal(sys.stdout) else None))
         self.log.start(state.global_step, state.max_steps, facts)
+        if self.args.log_completions_hub_repo is not None:
+            folder, private, token = self.log.folder / COMPLETIONS, self.args.hub_private_repo, self.args.hub_token
+            self._upload = CompletionsUpload(self.args.log_completions_hub_repo, folder, private, token)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self._records:
@@ -114,6 +120,9 @@ class RunRecorder(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._records:
             self.log.end(state.global_step)
+        if self._upload is not None:
+            self._upload.finish()
+            self._upload = None
 
     def stopped(self, step: int, error: BaseException) -> None:
         """Note what ends the run before its last step."""
@@ -127,7 +136,8 @@ class RunRecorder(TrainerCallback):
             step: The optimizer step.
             table: Columns, group after group: of all ranks with `log_completions`, else of the first.
         """
-        self.log.completions(step, table, self.args.num_generations)
+        with nullcontext() if self._upload is None else self._upload.writing():
+            self.log.completions(step, table, self.args.num_generations)
         if self.args.log_completions:
             shown = merge_tables([table], unique_prompts=self.args.log_unique_prompts)
             print_completions(shown, step, self.args.num_completions_to_print)

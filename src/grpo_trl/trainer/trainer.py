@@ -410,10 +410,13 @@ class GRPOTrainer(RecordedTrainer):
 
     # ---- What one sees ----
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log `logs`; to those of training, add the metrics since the last time, over all ranks."""
-        training = "loss" in logs
-        if training:
-            logs = logs | self._metrics.reduce(self._ranks.gather) | {"num_tokens": self.state.num_input_tokens_seen}
+        """Log `logs`; to those of training and of its end, add the metrics since the last time, over all ranks."""
+        training, ended = "loss" in logs, "train_loss" in logs
+        if training or ended:
+            metrics = self._metrics.reduce(self._ranks.gather)
+            if ended:  # the loss of a few steps, beside that of the run
+                metrics.pop("loss", None)
+            logs = logs | metrics | {"num_tokens": self.state.num_input_tokens_seen}
             warn_of_drift(logs, tolerance(self.model, self.args.half_precision))
         super().log(logs, start_time)
         if training and self._generation_batch is not None:
