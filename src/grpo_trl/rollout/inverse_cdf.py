@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..logging import get_logger
 from .base import ran_out_of_memory
@@ -60,10 +61,10 @@ class Weights:
         block = 1 << -(-(vocabulary - 1).bit_length() // 2)
         bits = 62 - vocabulary.bit_length()
         max_R1 = logits_RV.amax(-1, keepdim=True)
-        weights_RV = (logits_RV - max_R1).exp_().mul_(2.0**bits)
-        weights_RNK = torch.zeros(rows, -(-vocabulary // block), block, dtype=torch.long, device=logits_RV.device)
-        weights_RNK.view(rows, -1)[:, :vocabulary] = weights_RV
-        return cls(weights_RNK, max_R1[:, 0], bits)
+        weights_RV = (logits_RV - max_R1).exp_().mul_(2.0**bits).long()
+        if missing := -vocabulary % block:
+            weights_RV = pad(weights_RV, (0, missing))
+        return cls(weights_RV.view(rows, -1, block), max_R1[:, 0], bits)
 
     @property
     def by_token(self) -> Tensor:

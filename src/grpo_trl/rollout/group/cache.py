@@ -72,15 +72,13 @@ class _Layer:
         queries = query.shape[1]
         outputs, first = [], 0
         for part in parts:
-            slots, lines = slice(part.start, part.stop), part.queries * queries
-            rows = (part.stop - part.start) * part.queries
-            lined_up = query[first * self.key_heads : (first + rows) * self.key_heads]
-            key, value = (x[slots, :, : part.columns] for x in memory)
+            slots, lines = part.stop - part.start, part.queries * queries
+            rows = slots * part.queries
+            size = slots, self.key_heads, lines, query.shape[2]
             output, lse = attend_part(
-                lined_up.view(-1, self.key_heads, lines, query.shape[2]),
-                key,
-                value,
-                None if mask is None else mask[slots, :, :lines, : part.columns],
+                query.narrow(0, first * self.key_heads, rows * self.key_heads).view(size),
+                *(_held_by(part, x) for x in memory),
+                None if mask is None else mask[part.start : part.stop, :, :lines, : part.columns],
                 self.scaling,
                 self.softcap,
             )
@@ -91,6 +89,13 @@ class _Layer:
             first += rows
         output, lse = outputs[0] if len(outputs) == 1 else map(torch.cat, zip(*outputs, strict=True))
         return output, lse
+
+
+def _held_by(part: Part, memory: Tensor) -> Tensor:
+    """The slots and columns of a part, from keys or values of all slots; one launch, as there are many parts in a step."""
+    size = part.stop - part.start, memory.shape[1], part.columns, memory.shape[3]
+    stride = memory.stride()
+    return memory.as_strided(size, stride, memory.storage_offset() + part.start * stride[0])
 
 
 @dataclass
@@ -185,7 +190,7 @@ class GroupCache:
         assert isinstance(step, Step)
         rows = len(step.tokens_R)
         query_RHD, stored_RE = query_RHD.to(layer.own.dtype), stored_RE.to(layer.own.dtype)
-        layer.own.flatten(0, 1).index_copy_(0, step.row_R * layer.own.shape[1] + step.lengths_R, stored_RE)
+        layer.own.flatten(0, 1).index_copy_(0, step.lines(layer.own.shape[1]), stored_RE)
         query = query_RHD.reshape(rows * layer.key_heads, -1, query_RHD.shape[2])
         own_parts, prompt_parts = step.parts()
         own_mask, prompt_mask = step.masks(layer.window, query.dtype, query.shape[1])

@@ -28,15 +28,23 @@ def lay_out(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
 
     def product(x: Tensor) -> Tensor:
-        rows_RK = x.reshape(-1, x.shape[-1])
+        rows_RK = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
         count = len(rows_RK)
         if count > MOST_ROWS:
             return linear(x, weight, bias)
-        filled_RK = pad(rows_RK, (0, 0, 0, -count % ROUNDED)) if count > ROUNDED else rows_RK
+        missing = filled_up(count) - count
+        filled_RK = pad(rows_RK, (0, 0, 0, missing)) if missing else rows_RK
         output_RK = torch.ops.mkldnn._linear_pointwise(filled_RK, packed, bias, "none", [], "")
-        return output_RK[:count].view(*x.shape[:-1], -1)
+        if missing:
+            output_RK = output_RK[:count]
+        return output_RK if x.ndim == 2 else output_RK.view(*x.shape[:-1], -1)
 
     return product
+
+
+def filled_up(rows: int) -> int:
+    """How many rows are computed for `rows`."""
+    return rows if rows <= ROUNDED else -(-rows // ROUNDED) * ROUNDED
 
 
 @contextlib.contextmanager

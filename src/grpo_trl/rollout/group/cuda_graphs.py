@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..base import ran_out_of_memory
 from .cache import GroupCache
+from .cpu_linear import filled_up
 from .step import Step
 
 
@@ -34,6 +35,9 @@ class EagerSteps:
 
     def __call__(self, step: Step) -> tuple[Tensor, int]:
         """Logits of shape (R, V), and how many rows were computed for them."""
+        rows = len(step.tokens_R)
+        if step.tokens_R.device.type == "cpu":  # once, and not in each product
+            step = step.filled_up(min(filled_up(rows), self.cache.max_rows))
         self.cache.now = step
         output = self.model(
             input_ids=step.tokens_R[:, None],
@@ -41,7 +45,7 @@ class EagerSteps:
             use_cache=False,
             group_cache=self.cache,
         )
-        return output.logits[:, 0], len(step.tokens_R)
+        return output.logits[:rows, 0], rows
 
 
 class CudaRecorder:

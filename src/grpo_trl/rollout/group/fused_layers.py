@@ -162,9 +162,24 @@ def _norm(module: Any) -> Norm:
         return lambda x: x
     weight, eps = _norm_parameters(module)
     shape = tuple(weight.shape)
+    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
+        return _norm_on_cpu(weight, eps)
     if weight.dtype == module.weight.dtype:
         return lambda x: rms_norm(x, shape, weight.to(x.dtype), eps)
     return lambda x: rms_norm(x.to(weight.dtype), shape, weight, eps).to(x.dtype)
+
+
+def _norm_on_cpu(weight: Tensor, eps: float) -> Norm:
+    """RMSNorm in half of the launches that torch's composite takes."""
+    added = weight.new_tensor(eps)
+
+    def norm(x: Tensor) -> Tensor:
+        wide = x.to(weight.dtype)
+        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = torch.addcmul(added, length, length, value=1 / len(weight)).rsqrt_()
+        return scale.mul(wide).mul_(weight).to(x.dtype)
+
+    return norm
 
 
 def _norm_parameters(module: Any) -> tuple[Tensor, float]:

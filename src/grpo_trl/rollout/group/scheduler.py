@@ -9,7 +9,7 @@ prompt and completion.
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,75 +25,12 @@ from ..base import RolloutRequest, SamplingOptions
 from ..processors import History
 from ..sampling import Sampler
 from .cache import GroupCache
+from .rows import GroupPrompt, Row, State, Unread
 from .step import Part, Prefill, Step, parts_of
 
 
 LUMP = 4
 """Prompts whose rows are free before further prompts are prefilled, if a quarter of all rows is not free earlier."""
-
-
-@dataclass(eq=False)
-class _Prompt:
-    ids: list[int]
-    waiting: deque["_Row"] = field(default_factory=deque)
-    running: int = 0
-    slot: int = -1
-    logits_V: Tensor | None = None
-    """Of the first token; held until the last row has sampled it."""
-
-
-@dataclass(eq=False)
-class _Row:
-    prompt: _Prompt
-    noise: np.ndarray
-    ids: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    drawn_logps: list[float] = field(default_factory=list)
-    sampled: int = 0
-    """Tokens so far, those included that the host has not read yet."""
-    ended: bool = False
-    slot: int = -1
-
-    def completion(self, from_policy: bool) -> Completion:
-        return Completion(
-            self.prompt.ids,
-            self.ids,
-            [True] * len(self.ids),
-            ended=self.ended,
-            sampler_logps=self.logps,
-            drawn_logps=None if from_policy else self.drawn_logps,
-        )
-
-
-@dataclass(frozen=True)
-class _State:
-    """What the device knows of running rows, by slot."""
-
-    tokens_R: Tensor
-    """The last one of each, which no forward has seen."""
-    positions_R: Tensor
-    """Of that token in prompt and completion together."""
-    lengths_R: Tensor
-    """Tokens of the completion before it."""
-    noise_RT: Tensor
-    history_RL: Tensor
-    """Prompt and completion; of no columns if nothing reads it."""
-
-    def advanced(self, tokens_R: Tensor) -> "_State":
-        if self.history_RL.shape[1]:
-            self.history_RL.scatter_(1, self.positions_R[:, None] + 1, tokens_R[:, None])
-        return _State(tokens_R, self.positions_R + 1, self.lengths_R + 1, self.noise_RT, self.history_RL)
-
-    @property
-    def next_noise_R(self) -> Tensor:
-        return self.noise_RT.gather(1, self.lengths_R[:, None] + 1)[:, 0]
-
-    def of_slots(self, slots: list[int]) -> "_State":
-        index = torch.tensor(slots, dtype=torch.long, device=self.tokens_R.device)
-        return _State(*(x.index_select(0, index) for x in vars(self).values()))
-
-    def joined_by(self, other: "_State") -> "_State":
-        return _State(*map(torch.cat, zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
 @dataclass
@@ -127,21 +64,21 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._device = self.model.device
-        self._prompts = [_Prompt(ids) for ids in self.request.prompt_ids]
+        self._prompts = [GroupPrompt(ids) for ids in self.request.prompt_ids]
         self._rows = [
-            _Row(prompt, uniforms(seed, g, self.options.max_completion_length))
+            Row(prompt, uniforms(seed, g, self.options.max_completion_length))
             for prompt, seed in zip(self._prompts, self.request.seeds, strict=True)
             for g in range(self.request.num_generations)
         ]
         for row in self._rows:
             row.prompt.waiting.append(row)
         self._waiting = deque(sorted(self._prompts, key=lambda prompt: len(prompt.ids), reverse=True))
-        self._prefilled: list[_Prompt] = []
+        self._prefilled: list[GroupPrompt] = []
         """Prompts whose keys and values are held, by slot; the last ones may have rows that wait."""
-        self._running: list[_Row] = []
+        self._running: list[Row] = []
         """By slot; on a CPU rows of more tokens come first, so that those of as many are attended to together."""
         self._by_length = self._device.type == "cpu"
-        self._unread: deque[_Unread] = deque()
+        self._unread: deque[Unread] = deque()
         self._history = 0
         if self.sampler.reads_tokens:
             self._history = max(map(len, self.request.prompt_ids)) + self.options.max_completion_length
@@ -198,9 +135,9 @@ class Scheduler:
             prompt.logits_V = logits_V
         return True
 
-    def _next_prompts(self, count: int) -> list[_Prompt]:
+    def _next_prompts(self, count: int) -> list[GroupPrompt]:
         """Of those that wait, `count` at most, and no more than fit into one prefill and the free slots."""
-        chosen: list[_Prompt] = []
+        chosen: list[GroupPrompt] = []
         tokens = 0
         while self._waiting and len(chosen) < min(count, self.cache.max_prompts - len(self._prefilled)):
             tokens += len(self._waiting[0].ids)
@@ -209,7 +146,7 @@ class Scheduler:
             chosen.append(self._waiting.popleft())
         return chosen
 
-    def _start(self, rows: list[_Row]) -> None:
+    def _start(self, rows: list[Row]) -> None:
         """Sample the first token of `rows`, which run from now on."""
         logits_RV = torch.stack([row.prompt.logits_V for row in rows])  # type: ignore[misc]
         for slot, row in enumerate(rows, start=len(self._running)):
@@ -227,11 +164,11 @@ class Scheduler:
         self._retire([row for row in rows if self._is_complete(row)])
         self._read(self.lag)
 
-    def _initial_state(self, rows: list[_Row]) -> _State:
+    def _initial_state(self, rows: list[Row]) -> State:
         """Before the first token: the last one of the prompt is the last one of the row."""
         noise_RT = np.stack([row.noise for row in rows]) if rows else np.empty((0, self.options.max_completion_length))
         padded = [row.prompt.ids + row.prompt.ids[-1:] * (self._history - len(row.prompt.ids)) for row in rows]
-        return _State(
+        return State(
             tokens_R=self._tensor([row.prompt.ids[-1] for row in rows]).long(),
             positions_R=self._tensor([len(row.prompt.ids) - 1 for row in rows]).long(),
             lengths_R=self._tensor([-1] * len(rows)).long(),
@@ -248,7 +185,7 @@ class Scheduler:
         self._state = self._sample(rows, self._state, logits_RV)
         self._retire([row for row in rows if self._is_complete(row)])
 
-    def _next_step(self, rows: list[_Row]) -> Step:
+    def _next_step(self, rows: list[Row]) -> Step:
         if self._groups is None:
             self._groups = self._make_groups(rows)
             self._own_parts = parts_of((1, row.sampled) for row in rows) if self._by_length else []
@@ -263,7 +200,7 @@ class Scheduler:
             **self._groups,
         )
 
-    def _make_groups(self, rows: list[_Row]) -> dict[str, Any]:
+    def _make_groups(self, rows: list[Row]) -> dict[str, Any]:
         """Who belongs to which prompt: it changes only where rows start or leave."""
         members: list[list[int]] = [[] for _ in self._prefilled]
         places = []
@@ -283,7 +220,7 @@ class Scheduler:
             "prompt_columns": max(len(prompt.ids) for prompt in self._prefilled),
         }
 
-    def _sample(self, rows: list[_Row], state: _State, logits_RV: Tensor) -> _State:
+    def _sample(self, rows: list[Row], state: State, logits_RV: Tensor) -> State:
         history = None
         if self._history:
             lengths = [len(row.prompt.ids) for row in rows], [row.sampled for row in rows]
@@ -291,7 +228,7 @@ class Scheduler:
         tokens_R, *logps = self.sampler.sample(logits_RV, state.next_noise_R, history)
         for row in rows:
             row.sampled += 1
-        self._unread.append(_Unread(rows, tokens_R, *logps))
+        self._unread.append(Unread(rows, tokens_R, *logps))
         return state.advanced(tokens_R)
 
     # ---- Reading, and ending rows ----
@@ -312,7 +249,7 @@ class Scheduler:
             self._retire([row for row in over if row.slot >= 0])
             self.on_tokens(len(fresh), len(over))
 
-    def _ends(self, rows: list[_Row]) -> list[bool]:
+    def _ends(self, rows: list[Row]) -> list[bool]:
         """Whether each row's last token is an end token or ends a stop string."""
         ends = [row.ids[-1] in self.options.eos_token_ids for row in rows]
         if self.stop is None or not rows:
@@ -324,13 +261,13 @@ class Scheduler:
         padded = [[2**31 - 1] * (longest - len(tail)) + tail for tail in tails]
         return [a or b for a, b in zip(ends, self.stop(self._tensor(padded), None).tolist(), strict=True)]
 
-    def _limit_of(self, row: _Row) -> int:
+    def _limit_of(self, row: Row) -> int:
         return self.options.max_completion_length
 
-    def _is_complete(self, row: _Row) -> bool:
+    def _is_complete(self, row: Row) -> bool:
         return row.sampled == self._limit_of(row)
 
-    def _retire(self, rows: Sequence[_Row]) -> None:
+    def _retire(self, rows: Sequence[Row]) -> None:
         """Free the slots of rows that need no further token."""
         if not rows:
             return
@@ -364,7 +301,7 @@ class Scheduler:
         sampled = self._running[slot].sampled
         return next((i for i in range(slot + 1, end) if self._running[i].sampled != sampled), end) - 1
 
-    def _release(self, prompt: _Prompt) -> None:
+    def _release(self, prompt: GroupPrompt) -> None:
         """Free the slot of a prompt that no row needs any more; the last prefilled one moves there."""
         if prompt.running or prompt.waiting:
             return
@@ -376,32 +313,3 @@ class Scheduler:
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.tensor(values, device=self._device)
-
-
-class _Unread:
-    """Tokens and log-probabilities on their way to the host."""
-
-    def __init__(self, rows: list[_Row], tokens_R: Tensor, logps_R: Tensor, drawn_logps_R: Tensor):
-        self.rows = rows
-        on_gpu = tokens_R.device.type == "cuda"
-        values_3R = torch.stack([tokens_R.double(), logps_R, drawn_logps_R])
-        self._values = values_3R.to("cpu", non_blocking=on_gpu)  # one transfer
-        self._copied = torch.cuda.Event() if on_gpu else None
-        if self._copied is not None:
-            self._copied.record()
-
-    def values(self) -> list[list[float]]:
-        """Tokens, their logprobs, and those of the distribution they were sampled from.
-
-        Raises:
-            FloatingPointError: A log-probability is not finite.
-        """
-        if self._copied is not None:
-            self._copied.synchronize()
-        if not self._values.isfinite().all():
-            raise FloatingPointError(
-                "The model's logits are not finite, so that no token can be sampled: its weights are broken (a learning "
-                "rate that is too high?), or a logits processor forbids every token."
-            )
-        values: list[list[float]] = self._values.tolist()
-        return values

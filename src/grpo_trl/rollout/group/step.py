@@ -9,7 +9,7 @@ Axes: R rows in flight, N prompts in flight, G most rows of a prompt, D head siz
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +123,34 @@ class Step:
         prompts, group = self.rows_NG.shape
         own = self.own_parts or [Part(0, len(self.tokens_R), 1, self.columns, even=False)]
         return own, self.prompt_parts or [Part(0, prompts, group, self.prompt_columns, even=False)]
+
+    def lines(self, columns: int) -> Tensor:
+        """Where keys and values of this step go to, in a memory of `columns` tokens for each row."""
+        key = "lines", columns
+        if key not in self._shared:
+            self._shared[key] = self.row_R * columns + self.lengths_R
+        return self._shared[key]
+
+    def filled_up(self, rows: int) -> "Step":
+        """With the last row computed once more in each of the slots behind it, up to `rows` of them."""
+        missing = rows - len(self.tokens_R)
+        if missing <= 0:
+            return self
+
+        def filled(values_R: Tensor) -> Tensor:
+            return torch.cat([values_R, values_R[-1:].expand(missing)])
+
+        own = list(self.own_parts)
+        return replace(
+            self,
+            tokens_R=filled(self.tokens_R),
+            positions_R=filled(self.positions_R),
+            lengths_R=filled(self.lengths_R),
+            prompt_R=filled(self.prompt_R),
+            place_R=filled(self.place_R),
+            row_R=torch.arange(rows, device=self.row_R.device),
+            own_parts=[*own[:-1], own[-1]._replace(stop=rows)] if own else own,
+        )
 
     def rotation(self, cos_R1D: Tensor, sin_R1D: Tensor) -> tuple[Tensor, Tensor]:
         """The cosines, and the sines for components whose halves have changed places, of which the first is negated."""
