@@ -19,7 +19,9 @@ from typing import Any
 from workload import MODELS, Case, PeakMemory, ended_at, in_child, make_model, now
 
 
-SYSTEMS = ("generate", "continuous", "group")
+GROUP: dict[str, dict[str, float]] = {"group": {}, "top_p": {"top_p": 0.95}, "penalty": {"repetition_penalty": 1.1}}
+"""This package's engine, and what it is asked for besides."""
+SYSTEMS = ("generate", "continuous", *GROUP)
 CASES = {"zero-shot": Case(32, 75), "eight-shot": Case(8, 1800), "tiny": Case(2, 20, 2)}
 
 
@@ -30,7 +32,8 @@ def measure(system: str, model_name: str, case: Case, calls: int, rows_in_flight
 
     on_gpu = torch.cuda.is_available()
     model = make_model(model_name).to("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32).eval()
-    write: Any = {"generate": Generate, "continuous": Continuous, "group": Group}[system](model, rows_in_flight)
+    others: dict[str, Any] = {"generate": Generate, "continuous": Continuous}
+    write = others[system](model, rows_in_flight) if system in others else Group(model, rows_in_flight, **GROUP[system])
     small = Case(2, 75, 2)
     write(small.prompts(-1), small.num_generations, small.lengths(-1))
     seconds, peaks, memory = [], [], PeakMemory()
@@ -107,11 +110,11 @@ class Continuous:
 
 
 class Group:
-    def __init__(self, model, rows_in_flight):
+    def __init__(self, model, rows_in_flight, **sampling):
         from grpo_trl.rollout.base import SamplingOptions
         from grpo_trl.rollout.group.engine import GroupEngine
 
-        options = SamplingOptions(max_completion_length=300, pad_token_id=0, eos_token_ids=())
+        options = SamplingOptions(max_completion_length=300, pad_token_id=0, eos_token_ids=(), **sampling)
         self.engine = GroupEngine(model, options, max_rows_in_flight=rows_in_flight)
         self.compared = False
 

@@ -127,6 +127,7 @@ def _check_ranges(args: Any) -> None:
     check("top_k", args.top_k >= 0, "use 0 (all tokens) or more")
     check("min_p", args.min_p is None or 0 <= args.min_p <= 1, "it must be between 0 and 1")
     check("max_rows_in_flight", args.max_rows_in_flight is None or args.max_rows_in_flight >= 1, "use at least 1")
+    check("speculative_ngrams", args.speculative_ngrams >= 0, "use 0 for no guesses, or 1 or more")
     check("repetition_penalty", args.repetition_penalty > 0, "it must be above 0; 1.0 changes nothing")
     check("num_generations_eval", args.eval_generations >= 1, "use at least 1")
     check("ref_model_sync_steps", args.ref_model_sync_steps >= 1, "use at least 1")

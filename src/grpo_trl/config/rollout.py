@@ -30,6 +30,14 @@ class RolloutOptions:
             "values, and changes nothing in what is sampled, up to rounding. Default: 256, on a CPU 128."
         },
     )
+    speculative_ngrams: int = field(
+        default=0,
+        metadata={
+            "help": "Above 0: where the last so many tokens of a completion have occurred in its group before, the next "
+            "ones are guessed, and checked in one forward. It changes nothing in what is sampled, up to rounding. "
+            "0: no guesses."
+        },
+    )
     ds3_gather_for_generation: bool = field(
         default=True,
         metadata={

@@ -287,4 +287,5 @@ def make_engine(
         show_progress=show_progress,
         check=check,
         in_step=in_step,
+        speculative_ngrams=args.speculative_ngrams,
     )

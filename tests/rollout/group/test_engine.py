@@ -287,7 +287,9 @@ def test_log_probabilities_are_those_of_plain_forwards_before_and_after_processi
 
 
 @pytest.mark.parametrize("engine", [sample, generate])
-@pytest.mark.parametrize("option, keep", [({"top_p": 0.7}, keep_top_p(0.7)), ({"top_k": 5}, keep_top_k(5))], ids=str)
+@pytest.mark.parametrize(
+    "option, keep", [({"top_p": 0.7}, keep_top_p(0.7)), ({"top_k": 5}, keep_top_k(5))], ids=["top_p", "top_k"]
+)
 def test_the_corrected_estimate_of_an_expectation_is_unbiased(engine, option, keep):
     """20,000 tokens of a truncated distribution; the exact sum is over the tokens that it has."""
     model = make_family("llama")

@@ -75,9 +75,11 @@ class _Layer:
             slots, lines = part.stop - part.start, part.queries * queries
             rows = slots * part.queries
             size = slots, self.key_heads, lines, query.shape[2]
+            key, value = (_held_by(part, x) for x in memory)
             output, lse = attend_part(
                 query.narrow(0, first * self.key_heads, rows * self.key_heads).view(size),
-                *(_held_by(part, x) for x in memory),
+                key,
+                value,
                 None if mask is None else mask[part.start : part.stop, :, :lines, : part.columns],
                 self.scaling,
                 self.softcap,
@@ -195,7 +197,9 @@ class GroupCache:
         own_parts, prompt_parts = step.parts()
         own_mask, prompt_mask = step.masks(layer.window, query.dtype, query.shape[1])
         there, back = step.routes(layer.key_heads)
-        own = layer.attend(query, layer.own_memory, own_parts, own_mask)
+        places = step.places(layer.key_heads)
+        own_query = query if places is None else query.index_select(0, places)
+        own = layer.attend(own_query, layer.own_memory, own_parts, own_mask)
         prompt = layer.attend(query.index_select(0, there), layer.prompt_memory, prompt_parts, prompt_mask)
         merged_RQKD = merge_parts(*own, *(x.index_select(0, back) for x in prompt))
         return merged_RQKD.transpose(1, 2).flatten(1)

@@ -36,7 +36,7 @@ class EagerSteps:
     def __call__(self, step: Step) -> tuple[Tensor, int]:
         """Logits of shape (R, V), and how many rows were computed for them."""
         rows = len(step.tokens_R)
-        if step.tokens_R.device.type == "cpu":  # once, and not in each product
+        if step.tokens_R.device.type == "cpu" and not step.guessed:  # once, and not in each product
             step = step.filled_up(min(filled_up(rows), self.cache.max_rows))
         self.cache.now = step
         output = self.model(
@@ -110,7 +110,9 @@ class RecordedSteps:
     """Where every recording leaves its logits, of shape (slots, V)."""
 
     def __call__(self, step: Step) -> tuple[Tensor, int]:
-        """As `EagerSteps`."""
+        """As `EagerSteps`. Steps with guesses are not recorded."""
+        if step.guessed:
+            return self.eager(step)
         padded = self._padded(step)
         rows, computed = len(step.tokens_R), len(padded.tokens_R)
         if self.refused or self._logits is None:

@@ -27,6 +27,7 @@ from .comparison import MORE_TOKENS, TOKENS, Comparison, compare, sample_options
 from .cuda_graphs import CudaRecorder, EagerSteps, RecordedSteps
 from .fused_layers import laid_out
 from .scheduler import Scheduler
+from .speculation import SpeculativeScheduler
 
 
 logger = get_logger(__name__)
@@ -59,6 +60,7 @@ class GroupEngine:
         check: Called after each decoding step; may raise.
         in_step: Whether ranks wait for each other in every forward: sharded weights that `context` does not gather. Then
             `model.generate` writes all completions, since ranks would compute different numbers of steps here.
+        speculative_ngrams: Tokens that must have occurred in a group before for the next ones to be guessed; 0: no guesses.
     """
 
     in_process = True
@@ -76,6 +78,7 @@ class GroupEngine:
         show_progress: Callable[[], bool] = lambda: False,
         check: Callable[[], None] = lambda: None,
         in_step: bool = False,
+        speculative_ngrams: int = 0,
     ):
         self.model = model
         self.options = options
@@ -83,6 +86,7 @@ class GroupEngine:
         self.context = context
         self.show_progress = show_progress
         self.check = check
+        self.speculative_ngrams = speculative_ngrams
         self._stop = stop_strings(options, tokenizer)
         self._mixed_precision = mixed_precision
         self._gather = gather
@@ -152,10 +156,11 @@ class GroupEngine:
         eager = EagerSteps(self.model, cache)
         on_gpu = self.model.device.type == "cuda"
         recorded = RecordedSteps(eager, CudaRecorder(), refused=not self._records) if on_gpu else None
-        lag = 1 if on_gpu and stop is None and not self._sampler.reads_tokens else 0
-        scheduler = Scheduler(
-            self.model, self._sampler, options, stop, request, cache, recorded or eager, on_tokens, lag
-        )
+        parts = self.model, self._sampler, options, stop, request, cache, recorded or eager, on_tokens
+        if self.speculative_ngrams and not self._sampler.reads_tokens:
+            scheduler: Scheduler = SpeculativeScheduler(*parts, ngrams=self.speculative_ngrams)
+        else:
+            scheduler = Scheduler(*parts, lag=1 if on_gpu and stop is None and not self._sampler.reads_tokens else 0)
         with attending_by(self.model, NAME):
             completions = scheduler.run()
         if recorded is not None:
@@ -199,7 +204,9 @@ class GroupEngine:
         longest = max(map(len, request.prompt_ids))
         # twice the prompts that fill the rows: a prompt keeps its slot until its last row has ended
         prompts = min(len(request.prompt_ids), 2 * -(-rows // request.num_generations))
-        return GroupCache(rows, prompts, _columns(longest), _columns(max(1, self.options.max_completion_length - 1)))
+        # the last token's keys are never read; guesses that stand behind it go to its place
+        held = self.options.max_completion_length - (not self.speculative_ngrams)
+        return GroupCache(rows, prompts, _columns(longest), _columns(max(1, held)))
 
     def _bytes_of(self, cache: GroupCache) -> int:
         tokens = cache.max_rows * cache.max_completion_tokens + cache.max_prompts * cache.max_prompt_tokens

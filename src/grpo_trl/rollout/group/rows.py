@@ -35,6 +35,11 @@ class Row:
     ended: bool = False
     slot: int = -1
 
+    def append(self, token: float, logp: float, drawn_logp: float) -> None:
+        self.ids.append(int(token))
+        self.logps.append(logp)
+        self.drawn_logps.append(drawn_logp)
+
     def completion(self, from_policy: bool) -> Completion:
         return Completion(
             self.prompt.ids,

@@ -201,14 +201,14 @@ class Scheduler:
         )
 
     def _make_groups(self, rows: list[Row]) -> dict[str, Any]:
-        """Who belongs to which prompt: it changes only where rows start or leave."""
+        """Who belongs to which prompt: it changes only where rows start or leave. A row may have several places."""
         members: list[list[int]] = [[] for _ in self._prefilled]
         places = []
-        for slot, row in enumerate(rows):
+        for place, row in enumerate(rows):
             places.append(len(members[row.prompt.slot]))
-            members[row.prompt.slot].append(slot)
+            members[row.prompt.slot].append(place)
         group = max(map(len, members))
-        prompt_R, place_R, row_R = self._tensor([[row.prompt.slot for row in rows], places, list(range(len(rows)))])
+        prompt_R, place_R, row_R = self._tensor([[row.prompt.slot for row in rows], places, [row.slot for row in rows]])
         sizes = [(len(slots), len(prompt.ids)) for slots, prompt in zip(members, self._prefilled, strict=True)]
         return {
             "prompt_parts": parts_of(sizes) if self._by_length else [],
@@ -237,11 +237,9 @@ class Scheduler:
         while len(self._unread) > lag:
             unread = self._unread.popleft()
             fresh = [row for row in unread.rows if not row.ended]  # others ended before the host knew
-            for row, token, logp, drawn_logp in zip(unread.rows, *unread.values(), strict=True):
+            for row, *values in zip(unread.rows, *unread.values(), strict=True):
                 if not row.ended:
-                    row.ids.append(int(token))
-                    row.logps.append(logp)
-                    row.drawn_logps.append(drawn_logp)
+                    row.append(*values)
             ends = self._ends(fresh)
             for row, end in zip(fresh, ends, strict=True):
                 row.ended = end

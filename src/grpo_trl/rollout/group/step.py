@@ -75,7 +75,10 @@ def parts_of(sizes: Iterable[tuple[int, int]]) -> list[Part]:
 
 @dataclass(frozen=True)
 class Step:
-    """A forward over the last token of each row."""
+    """A forward over the last token of each row, and over guesses at the tokens after it.
+
+    With guesses each row has 1 + `guessed` places, one behind the other, in whatever has an axis R.
+    """
 
     tokens_R: Tensor
     positions_R: Tensor
@@ -88,7 +91,7 @@ class Step:
     """The prompt of each row, and its place in that prompt's line of `rows_NG`."""
     place_R: Tensor
     row_R: Tensor
-    """0, 1, ..."""
+    """The slot of each row."""
     prompt_lengths_N: Tensor
     prompt_columns: int
     """S, at least the longest prompt in flight."""
@@ -97,6 +100,7 @@ class Step:
     own_parts: Sequence[Part] = ()
     """Of rows; one part of all if there are none. So are those of prompts."""
     prompt_parts: Sequence[Part] = ()
+    guessed: int = 0
     _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     """What layers that are alike have in common."""
 
@@ -104,6 +108,8 @@ class Step:
         self, window: int | None, dtype: torch.dtype, queries_per_row: int
     ) -> tuple[Tensor | None, Tensor | None]:
         """What is added to products: of shape (R, 1, 1, T) for own keys, (N, 1, 1 or G*Q, S) for those of prompts.
+
+        With guesses that of own keys is of shape (rows, 1, (1 + guessed)*Q, T).
 
         None where each row sees all keys of its part.
         """
@@ -113,7 +119,7 @@ class Step:
         if key not in self._shared:
             own, prompt = (window is None and all(part.even for part in parts) for parts in self.parts())
             self._shared[key] = (
-                None if own else _additive(self._own_mask(window), dtype),
+                None if own else _additive(self._own_mask(window, queries_per_row), dtype),
                 None if prompt else _additive(self._prompt_mask(window, queries_per_row), dtype),
             )
         return self._shared[key]
@@ -121,7 +127,8 @@ class Step:
     def parts(self) -> tuple[Sequence[Part], Sequence[Part]]:
         """Of own keys, and of those of prompts."""
         prompts, group = self.rows_NG.shape
-        own = self.own_parts or [Part(0, len(self.tokens_R), 1, self.columns, even=False)]
+        places = 1 + self.guessed
+        own = self.own_parts or [Part(0, len(self.tokens_R) // places, places, self.columns, even=False)]
         return own, self.prompt_parts or [Part(0, prompts, group, self.prompt_columns, even=False)]
 
     def lines(self, columns: int) -> Tensor:
@@ -172,6 +179,16 @@ class Step:
             self._shared[key] = there, self._back(parts)
         return self._shared[key]
 
+    def places(self, key_heads: int) -> Tensor | None:
+        """From queries (R*K, ...) to those of one row's places behind each other for each head; None without guesses."""
+        if not self.guessed:
+            return None
+        key = "places", key_heads
+        if key not in self._shared:
+            index = torch.arange(len(self.tokens_R) * key_heads, device=self.tokens_R.device)
+            self._shared[key] = index.view(-1, 1 + self.guessed, key_heads).transpose(1, 2).flatten()
+        return self._shared[key]
+
     def _back(self, parts: Sequence[Part]) -> Tensor:
         if len(parts) == 1:
             return (self.prompt_R - parts[0].start) * parts[0].queries + self.place_R
@@ -182,11 +199,14 @@ class Step:
                 first += part.queries
         return torch.tensor(firsts, device=self.prompt_R.device)[self.prompt_R] + self.place_R
 
-    def _own_mask(self, window: int | None) -> Tensor:
+    def _own_mask(self, window: int | None, queries_per_row: int) -> Tensor:
         column_T = torch.arange(self.columns, device=self.tokens_R.device)
         own_RT = column_T <= self.lengths_R[:, None]
         if window is not None:
             own_RT &= self.lengths_R[:, None] - column_T < window
+        if self.guessed:
+            own_RT = own_RT.unflatten(0, (-1, 1 + self.guessed)).repeat_interleave(queries_per_row, dim=1)
+            return own_RT[:, None]
         return own_RT[:, None, None]
 
     def _prompt_mask(self, window: int | None, queries_per_row: int) -> Tensor:
