@@ -89,6 +89,9 @@ def train(
     return trainer
 
 
+PROMPTS = ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]
+
+
 def sampling_trainer(
     folder,
     completions,
@@ -96,6 +99,7 @@ def sampling_trainer(
     reward_funcs=None,
     peft_config=None,
     callbacks=None,
+    train_dataset=None,
     eval_dataset=None,
     **options,
 ):
@@ -124,7 +128,7 @@ def sampling_trainer(
         model or make_model(),
         reward_funcs or length,
         GRPOConfig(**(defaults | options)),
-        Dataset.from_dict({"prompt": ["ab=", "f", "a", "cde12=", "x", "yz", "0=", "1=2"]}),
+        Dataset.from_dict({"prompt": PROMPTS}) if train_dataset is None else train_dataset,
         eval_dataset=eval_dataset,
         processing_class=make_tokenizer(),
         peft_config=peft_config,

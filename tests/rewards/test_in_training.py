@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 
 from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.errors import RunStopped
@@ -17,7 +18,9 @@ from tests.helpers.training import weights
 ROWS = [{"prompt": [{"role": "user", "content": f"{i}="}], "meta": {"answer": i, "tests": ["a"]}} for i in range(4)]
 
 
-def make_trainer(tmp_path, reward_funcs, eval_dataset=None, rows=ROWS, **options) -> GRPOTrainer:
+def make_trainer(
+    tmp_path, reward_funcs, eval_dataset=None, rows=ROWS, data=None, rollout_func=None, **options
+) -> GRPOTrainer:
     defaults = {
         "output_dir": str(tmp_path),
         "num_generations": 4,
@@ -32,9 +35,15 @@ def make_trainer(tmp_path, reward_funcs, eval_dataset=None, rows=ROWS, **options
         "disable_tqdm": True,
         "gradient_checkpointing": False,
     }
-    data = Dataset.from_list(rows)
-    args = GRPOConfig(**(defaults | options))
-    return GRPOTrainer(make_model(), reward_funcs, args, data, eval_dataset, processing_class=make_tokenizer())
+    return GRPOTrainer(
+        make_model(),
+        reward_funcs,
+        GRPOConfig(**(defaults | options)),
+        data or Dataset.from_list(rows),
+        eval_dataset,
+        processing_class=make_tokenizer(),
+        rollout_func=rollout_func,
+    )
 
 
 def letters(completions, **kwargs):
@@ -92,6 +101,49 @@ def test_columns_are_checked_for_training_and_for_every_evaluation_set(tmp_path)
         make_trainer(tmp_path, judged, {"easy": Dataset.from_list(ROWS), "hard": without})
     with pytest.raises(ValueError, match="'judged' takes meta, which neither eval_dataset nor"):
         make_trainer(tmp_path, judged).evaluate(without)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("streams", [False, True])
+def test_a_function_gets_columns_of_every_kind_as_they_are_in_the_dataset(tmp_path, caplog, streams, workers):
+    """Nested ones, missing values, long texts, and images, which a model of text does not see."""
+    rows = [
+        {
+            "prompt": f"{i}=",
+            "meta": {"tests": [{"input": str(i), "output": None}], "source": None if i % 2 else "book"},
+            "hint": None,
+            "text": "x" * 100_000 * (i + 1),
+            "image": Image.new("RGB", (2, 3), (10 * i, 0, 0)),
+        }
+        for i in range(4)
+    ]
+    data = Dataset.from_list(rows)
+    trainer = make_trainer(tmp_path, seen, data=data.to_iterable_dataset() if streams else data, reward_workers=workers)
+    trainer.train()
+    table = trainer._generation_batch.table
+    assert sorted(set(table["columns"])) <= sorted(described(**row) for row in rows)
+    assert len(set(table["columns"])) == 2
+    assert "train_dataset has the column 'image', which only reward functions see" in caplog.text
+
+
+def described(prompt, meta, hint, text, image):
+    return repr((prompt, meta, hint, len(text), set(text), image.size, image.getpixel((1, 2))))
+
+
+def seen(prompts, completions, meta, hint, text, image, log_extra):
+    log_extra("columns", list(map(described, prompts, meta, hint, text, image)))
+    return [float(len(completion)) for completion in completions]
+
+
+def test_images_are_the_business_of_a_rollout_func(tmp_path, caplog):
+    def sees_all(prompts, trainer):
+        return {"prompt_ids": [[3]] * len(prompts), "completion_ids": [[4]] * len(prompts), "logprobs": None}
+
+    data = Dataset.from_list([{"prompt": "a", "images": [Image.new("RGB", (2, 2))]}] * 4)
+    trainer = make_trainer(tmp_path, lambda completions, images: [1.0] * len(images), data=data, rollout_func=sees_all)
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert "has the column" not in caplog.text
 
 
 def test_an_evaluation_without_rewards_is_no_improvement(tmp_path, caplog):

@@ -120,8 +120,12 @@ def test_options_reach_the_rooms_that_they_are_for():
 
 
 def test_the_order_of_prompts_follows_from_data_seed():
-    orders = [sample(make_model(), shuffle_dataset=True, data_seed=seed)._schedule.rows(0, 0) for seed in range(6)]
-    assert orders[0] == sample(make_model(), shuffle_dataset=True, data_seed=0, seed=9)._schedule.rows(0, 0)
+    def rows(**seeds):
+        order = sample(make_model(), shuffle_dataset=True, **seeds)._order
+        return [prompt.row for prompt in order.prompts(0, range(order.prompts_per_generation_batch))]
+
+    orders = [rows(data_seed=seed) for seed in range(6)]
+    assert orders[0] == rows(data_seed=0, seed=9)
     assert len(set(map(tuple, orders))) > 1
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 
 def as_dataset(data: Any, name: str) -> Any:
@@ -19,8 +19,13 @@ def as_dataset(data: Any, name: str) -> Any:
         raise TypeError(f"{name}={data!r} is a name; pass datasets.load_dataset({data!r}, split='train').")
     if hasattr(data, "to_parquet") and hasattr(data, "iloc"):
         raise TypeError(f"{name} is a {type(data).__name__}; pass datasets.Dataset.from_pandas(...) of it.")
-    if not isinstance(data, list):
+    if isinstance(data, (Dataset, IterableDataset)):
         return data
+    if not isinstance(data, list):
+        raise TypeError(
+            f"{name} is a {type(data).__name__}; pass a datasets.Dataset, a datasets.IterableDataset (of a generator "
+            "function: IterableDataset.from_generator), or a list of dicts."
+        )
     if not data:
         raise ValueError(f"{name} is an empty list; it must have at least one row.")
     for row, example in enumerate(data):
@@ -29,6 +34,23 @@ def as_dataset(data: Any, name: str) -> Any:
                 f"{name}[{row}] is a {type(example).__name__}; a row is a dict such as {{'prompt': '1 + 1 ='}}."
             )
     return Dataset.from_list(data)
+
+
+def as_train_dataset(data: Any, max_steps: int) -> Any:
+    """Return what is trained on, as `as_dataset` does: nothing, or one dataset.
+
+    Raises:
+        ValueError: It is streamed, and `max_steps` does not say how long to train.
+    """
+    if data is None:
+        return None
+    dataset = as_dataset(data, "train_dataset")
+    if isinstance(dataset, IterableDataset) and max_steps <= 0:
+        raise ValueError(
+            f"max_steps={max_steps} and train_dataset is streamed, so it does not say how long an epoch is; set max_steps, "
+            "e.g. max_steps=1000."
+        )
+    return dataset
 
 
 def as_eval_datasets(data: Any) -> Any:

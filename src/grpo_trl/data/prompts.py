@@ -1,22 +1,17 @@
-"""Prompts: how a row becomes tokens, and which rows fit."""
+"""Prompts: how an example of a dataset becomes tokens, and what each must be."""
 
-import hashlib
 import math
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..logging import get_logger
-from ..types import Prompt
+from ..types import Prompt, Ranks
 from .rendering import tokenize_prompts
 
 
-logger = get_logger(__name__)
-
-TOKENIZE_BATCH = 1000
 CONTEXT = "the model's context"
 
 
@@ -32,15 +27,38 @@ class PromptLimit:
     policy: str
     limited_by: str = CONTEXT
 
+    @property
+    def most_tokens(self) -> float:
+        return math.inf if self.max_length is None else self.max_length
 
-class PromptSet:
-    """The rows of a dataset that serve as prompts.
+    def remedy(self, longest: int) -> str:
+        """What besides `prompt_overflow` would make room for a prompt of `longest` tokens."""
+        assert self.max_length is not None
+        length = self.max_completion_length
+        if self.limited_by != CONTEXT:
+            return f"set {self.limited_by}={longest + length} or more, or "
+        context = length + self.max_length
+        if longest < context:
+            return f"set max_completion_length={context - longest} or less, or "
+        return f"{CONTEXT} is {context}: "
 
-    Every row is rendered once at the start, so that a prompt which does not fit is found then and not hours later; its
-    tokens are not kept.
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank takes of the prompts that all ranks take together."""
+
+    indices: range
+    """Of its prompts, counted from the first one of the dataset; may be empty."""
+    prompts: list[Prompt]
+    """Never empty: a rank without any keeps the others company with one of theirs."""
+
+
+class Prompts(ABC):
+    """The prompts of a dataset, of whatever kind.
 
     Args:
         dataset: Has a column `"prompt"` of strings, or of lists of messages.
+        columns: Its columns; none if it has no rows.
         tokenizer: Renders and tokenizes.
         limit: What fits.
         chat_template_kwargs: Passed to `apply_chat_template` for conversational prompts.
@@ -49,14 +67,14 @@ class PromptSet:
         num_embeddings: How many tokens the model has an embedding for; None if it does not say.
 
     Raises:
-        TypeError: `dataset` is not a map-style `datasets.Dataset`.
         ValueError: The dataset is empty or has no column `"prompt"`; a prompt is empty; a prompt is too long and the
             policy is `"error"`; a prompt has a token that the model does not have.
     """
 
     def __init__(
         self,
-        dataset: Dataset,
+        dataset: Any,
+        columns: list[str],
         tokenizer: PreTrainedTokenizerBase,
         limit: PromptLimit,
         *,
@@ -65,103 +83,88 @@ class PromptSet:
         name: str = "train_dataset",
         num_embeddings: int | None = None,
     ):
-        _check_dataset(dataset, name)
-        self.dataset = dataset.select_columns(["prompt"]) if prompt_only else dataset
         self.tokenizer = tokenizer
         self.limit = limit
         self.chat_template_kwargs = chat_template_kwargs or {}
         self.name = name
         self.num_embeddings = num_embeddings
-        self.digest = ""
-        """Tells other prompts from these, by their tokens."""
-        self.rows = self._fitting_rows()
+        _check_columns(columns, name)
+        self.dataset = dataset.select_columns(["prompt"]) if prompt_only else dataset
+        self.column_names = ["prompt"] if prompt_only else columns
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    @abstractmethod
+    def count(self) -> int | None:
+        """How many there are; None of a stream."""
 
-    def prompts(self, indices: Sequence[int]) -> list[Prompt]:
-        """The prompts at `indices`, each in `range(len(self))`."""
-        rows = [self.rows[i] for i in indices]
-        examples = [self.dataset[row] for row in rows]
-        ids = self._tokenize([example["prompt"] for example in examples]) if examples else []
-        if self.limit.policy == "truncate_left" and self.limit.max_length is not None:
-            ids = [tokens[-self.limit.max_length :] for tokens in ids]
-        return [Prompt(*prompt) for prompt in zip(examples, ids, rows, strict=True)]
+    @abstractmethod
+    def first(self, count: int) -> list[Prompt]:
+        """Return some of the first prompts, at most `count`."""
 
-    def _tokenize(self, prompts: list[Any]) -> list[list[int]]:
-        return tokenize_prompts(prompts, self.tokenizer, self.chat_template_kwargs, self.name)
+    @abstractmethod
+    def shares(self, size: int | None, ranks: Ranks) -> Iterator[Share]:
+        """Go through all prompts once, `size` at a time over all ranks (None: as many as suit).
 
-    def _fitting_rows(self) -> Sequence[int]:
-        lengths: list[int] = []
-        column, digest = self.dataset["prompt"], hashlib.sha256()
-        for start in range(0, len(self.dataset), TOKENIZE_BATCH):
-            ids = self._tokenize(list(column[start : start + TOKENIZE_BATCH]))
-            digest.update(repr(ids).encode())
-            self._check_tokens(ids, start)
-            lengths += map(len, ids)
-        self.digest = digest.hexdigest()[:16]
-        if 0 in lengths:
-            raise ValueError(
-                f"{self.name}[{lengths.index(0)}]['prompt'] has no tokens; a completion needs at least one to start from."
-            )
-        limit = self.limit.max_length if self.limit.max_length is not None else math.inf
-        too_long = [row for row, length in enumerate(lengths) if length > limit]
-        if not too_long:
-            return range(len(lengths))
-        longest = max(too_long, key=lengths.__getitem__)
-        facts = (
-            f"{len(too_long)} of {len(lengths)} prompts of {self.name} leave no room for "
-            f"max_completion_length={self.limit.max_completion_length} tokens (the longest, row {longest}, has "
-            f"{lengths[longest]} tokens, and {limit} fit into {self.limit.limited_by})"
-        )
-        if self.limit.policy == "error":
-            raise ValueError(f"{facts}; {self._remedy(lengths[longest])}set prompt_overflow='drop' or 'truncate_left'.")
-        logger.warning("%s; prompt_overflow=%r takes care of them.", facts, self.limit.policy)
-        if self.limit.policy == "truncate_left":
-            return range(len(lengths))
-        dropped = set(too_long)
-        kept = [row for row in range(len(lengths)) if row not in dropped]
-        if not kept:
-            raise ValueError(f"{facts}; prompt_overflow='drop' leaves none. Lower max_completion_length.")
-        return kept
+        Each rank takes every `world_size`-th of them.
+        """
 
-    def _check_tokens(self, ids: list[list[int]], start: int) -> None:
-        """Refuse prompts, of the rows from `start` on, with tokens that the model has no embedding for."""
-        for row, tokens in enumerate(ids, start):
-            if self.num_embeddings is not None and tokens and max(tokens) >= self.num_embeddings:
+    def _tokenize(self, prompts: list[Any], first_row: int) -> list[list[int]]:
+        """Return the tokens of prompts, which stand in the dataset from `first_row` on.
+
+        Raises:
+            ValueError: A prompt has no tokens, or one that the model has no embedding for.
+        """
+        ids = tokenize_prompts(prompts, self.tokenizer, self.chat_template_kwargs, self.name) if prompts else []
+        for row, tokens in enumerate(ids, first_row):
+            if not tokens:
+                raise ValueError(
+                    f"{self.name}[{row}]['prompt'] has no tokens; a completion needs at least one to start from."
+                )
+            if self.num_embeddings is not None and max(tokens) >= self.num_embeddings:
                 raise ValueError(
                     f"{self.name}[{row}]['prompt'] has token {max(tokens)}, and the model has embeddings for "
                     f"{self.num_embeddings} tokens; pass the model's own tokenizer, "
                     f"or call model.resize_token_embeddings({len(self.tokenizer)})."
                 )
+        return ids
 
-    def _remedy(self, longest: int) -> str:
-        """What besides `prompt_overflow` would make room for a prompt of `longest` tokens."""
-        assert self.limit.max_length is not None
-        length = self.limit.max_completion_length
-        if self.limit.limited_by != CONTEXT:
-            return f"set {self.limit.limited_by}={longest + length} or more, or "
-        context = length + self.limit.max_length
-        if longest < context:
-            return f"set max_completion_length={context - longest} or less, or "
-        return f"{CONTEXT} is {context}: "
+    def _prompts(self, examples: Sequence[dict[str, Any]], ids: list[list[int]], rows: Sequence[int]) -> list[Prompt]:
+        if self.limit.policy == "truncate_left" and self.limit.max_length is not None:
+            ids = [tokens[-self.limit.max_length :] for tokens in ids]
+        return [Prompt(*prompt) for prompt in zip(examples, ids, rows, strict=True)]
 
 
-def _check_dataset(dataset: Any, name: str) -> None:
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"{name} is a {type(dataset).__name__}; it must be a datasets.Dataset (a streamed one has no length, which "
-            "generation batches need: load it with streaming=False, or take a part of it with Dataset.from_list)."
-        )
-    if "prompt" not in dataset.column_names:
+class PromptOrder(Protocol):
+    """Which prompts each generation batch has, the same on every rank."""
+
+    source: Prompts
+    fingerprint: dict[str, Any]
+    """What must be unchanged for a run to resume."""
+
+    def prompts(self, generation: int, groups: Sequence[int]) -> list[Prompt]:
+        """Return the prompts of some groups of generation batch `generation`."""
+        ...
+
+    def digest(self, generation: int) -> str:
+        """Return what tells the prompts of generation batch `generation` from others, once they are known."""
+        ...
+
+    def forget(self, before: int) -> None:
+        """Keep nothing of the generation batches before `before`: no step needs them any more."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of the first generation batch that is not forgotten."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def _check_columns(columns: list[str], name: str) -> None:
+    if not columns:
+        raise ValueError(f"{name} is empty; it must have at least one row.")
+    if "prompt" not in columns:
         raise ValueError(
-            f"{name} has the columns {dataset.column_names}, and none is named 'prompt'; rename one with "
+            f"{name} has the columns {columns}, and none is named 'prompt'; rename one with "
             "dataset.rename_column(OLD, 'prompt')."
         )
-    if images := sorted({"image", "images"} & set(dataset.column_names)):
-        raise ValueError(
-            f"{name} has the column {images[0]!r}; its images would not be seen, since only text is supported. Remove "
-            f"it with dataset.remove_columns({images[0]!r})."
-        )
-    if not len(dataset):
-        raise ValueError(f"{name} is empty; it must have at least one row.")

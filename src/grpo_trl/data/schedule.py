@@ -1,13 +1,10 @@
-"""Which prompts each generation batch has, and which mini-batch each optimizer step trains on."""
+"""Which mini-batch each optimizer step trains on, and which groups of a generation batch each rank has."""
 
 import itertools
 import math
 from dataclasses import dataclass
 
-import torch
-
 from ..logging import get_logger
-from ..seeds import derive_seed
 
 
 logger = get_logger(__name__)
@@ -23,17 +20,18 @@ class MiniBatchRef:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Which prompts each generation batch has, and which micro-steps each optimizer step.
+    """Which generation batches an epoch has, and which micro-steps each optimizer step.
 
     All of it follows from these numbers and the count of optimizer steps so far; nothing is carried.
 
     >>> s = Schedule(num_prompts=10, num_generations=2, batch_size=4, accumulation=2, steps_per_generation=2,
-    ...              num_iterations=1, world_size=1, seed=0, shuffle=False)
-    >>> s.generation_batches_per_epoch, s.items_per_epoch, s.rows(1, rank=0)
-    (2, 4, [4, 5, 6, 7])
+    ...              num_iterations=1, world_size=1)
+    >>> s.generation_batches_per_epoch, s.items_per_epoch, s.groups(rank=0)
+    (2, 4, [0, 1, 2, 3])
     """
 
-    num_prompts: int
+    num_prompts: int | None
+    """None of a stream, which is one endless epoch."""
     num_generations: int
     batch_size: int
     """Completions per rank and micro-step."""
@@ -42,8 +40,6 @@ class Schedule:
     steps_per_generation: int
     num_iterations: int
     world_size: int
-    seed: int
-    shuffle: bool
 
     @property
     def prompts_per_generation_batch(self) -> int:
@@ -52,11 +48,16 @@ class Schedule:
     @property
     def generation_batches_per_epoch(self) -> int:
         """The last, incomplete generation batch of an epoch is dropped."""
+        assert self.num_prompts is not None
         return self.num_prompts // self.prompts_per_generation_batch
 
     @property
     def items_per_epoch(self) -> int:
         return self.generation_batches_per_epoch * self.steps_per_generation * self.num_iterations
+
+    def items(self, max_steps: int) -> int:
+        """Return the micro-steps of an epoch; those of `max_steps` optimizer steps of a stream."""
+        return max_steps * self.accumulation if self.num_prompts is None else self.items_per_epoch
 
     @property
     def micro_steps_per_mini_batch(self) -> int:
@@ -74,6 +75,8 @@ class Schedule:
         Raises:
             ValueError: The dataset has fewer prompts than a generation batch.
         """
+        if self.num_prompts is None:
+            return
         need = self.prompts_per_generation_batch
         if not self.generation_batches_per_epoch:
             raise ValueError(
@@ -92,25 +95,17 @@ class Schedule:
 
     def mini_batches(self, optimizer_step: int, micro_steps: int) -> list[MiniBatchRef]:
         """Return what optimizer step `optimizer_step` (from 0, over the run), of so many `micro_steps`, trains on."""
-        epoch, step = divmod(optimizer_step, math.ceil(self.items_per_epoch / self.accumulation))
+        first_generation, step = 0, optimizer_step
+        if self.num_prompts is not None:
+            epoch, step = divmod(optimizer_step, math.ceil(self.items_per_epoch / self.accumulation))
+            first_generation = epoch * self.generation_batches_per_epoch
         start = step * self.accumulation
         refs = []
         for item in range(start, start + micro_steps, self.micro_steps_per_mini_batch):
             generation, use = divmod(item, self.steps_per_generation * self.num_iterations)
             mini_batch = use % self.steps_per_generation // self.micro_steps_per_mini_batch
-            refs.append(MiniBatchRef(epoch * self.generation_batches_per_epoch + generation, mini_batch))
+            refs.append(MiniBatchRef(first_generation + generation, mini_batch))
         return refs
-
-    def rows(self, generation: int, rank: int) -> list[int]:
-        """Return the prompts of generation batch `generation` that `rank` samples, one for each of its `groups`."""
-        epoch, number = divmod(generation, self.generation_batches_per_epoch)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "prompts", epoch))
-            order = torch.randperm(self.num_prompts, generator=generator).tolist()
-        else:
-            order = list(range(self.num_prompts))
-        start = number * self.prompts_per_generation_batch
-        return [order[start + group] for group in self.groups(rank)]
 
     def groups(self, rank: int) -> list[int]:
         """Return which groups of a generation batch `rank` samples, by their index there; whole ones, so it may be none.

@@ -12,7 +12,7 @@ from ..objective import Counts
 from ..types import Completion, GenerationBatch, Ranks
 
 
-ON_FIRST_RANK = ("reference",)
+ON_FIRST_RANK = ("prompts", "reference")
 """Parts whose state is the same on all ranks, and is saved once."""
 FROM_CHECKPOINT = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
@@ -138,16 +138,16 @@ def _check_run(folder: Path, saved: RunState, ranks: Ranks, expected: dict[str, 
     )
 
 
-def fingerprint(schedule: Schedule, prompts: str, noise: int, backend: str) -> dict[str, Any]:
+def fingerprint(schedule: Schedule, prompts: dict[str, Any], noise: int, backend: str) -> dict[str, Any]:
     """Collect what must be unchanged for a run to resume: its steps over all ranks, its prompts, noise and backend.
 
     Args:
         schedule: Of the run.
-        prompts: `PromptSet.digest`.
+        prompts: `PromptOrder.fingerprint`.
         noise: The seed of sampling.
         backend: `sharding.backend_of`; under DeepSpeed a checkpoint holds a shard of each rank.
     """
-    values = vars(schedule) | {"prompts": prompts, "seed of sampling": noise, "backend": backend}
+    values = vars(schedule) | prompts | {"seed of sampling": noise, "backend": backend}
     ranks = values.pop("world_size")
     values["completions of a micro-step"] = values.pop("batch_size") * ranks
     return values | ({"ranks": ranks} if backend.startswith("ZeRO") else {})

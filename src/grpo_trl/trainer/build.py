@@ -8,13 +8,15 @@ from typing import Any, cast
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from datasets import Dataset
+from datasets import IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import GRPOConfig
-from ..data.prompts import CONTEXT, PromptLimit, PromptSet
+from ..data.prompt_set import EpochOrder, PromptSet
+from ..data.prompt_stream import PromptStream, StreamOrder
+from ..data.prompts import CONTEXT, PromptLimit, PromptOrder, Prompts
 from ..data.schedule import Schedule
 from ..distributed.launch import fsdp_was_asked_for
 from ..distributed.sharding import (
@@ -146,15 +148,16 @@ def make_rewards(reward_funcs: Any, processing_classes: Any, args: GRPOConfig) -
 
 
 def make_prompts(
-    dataset: Dataset,
+    dataset: Any,
     tokenizer: PreTrainedTokenizerBase,
     args: GRPOConfig,
     limit: PromptLimit,
     name: str,
     tokens: int | None,
-) -> PromptSet:
+) -> Prompts:
     """Build the prompts of the dataset that was passed as the argument `name`, for a model of so many `tokens`."""
-    return PromptSet(
+    kind = PromptStream if isinstance(dataset, IterableDataset) else PromptSet
+    return kind(
         dataset,
         tokenizer,
         limit,
@@ -187,8 +190,8 @@ def make_prompt_limit(args: GRPOConfig, context: int | None, trained_on: bool = 
     return PromptLimit(None if limit is None else limit - length, length, args.prompt_overflow, name)
 
 
-def make_schedule(args: GRPOConfig, num_prompts: int) -> Schedule:
-    """Build the schedule of a run over `num_prompts` prompts.
+def make_schedule(args: GRPOConfig, num_prompts: int | None) -> Schedule:
+    """Build the schedule of a run over `num_prompts` prompts; None: over a stream.
 
     Raises:
         ValueError: They do not fill a generation batch.
@@ -202,11 +205,18 @@ def make_schedule(args: GRPOConfig, num_prompts: int) -> Schedule:
         steps_per_generation=args.steps_per_generation,
         num_iterations=args.num_iterations,
         world_size=args.world_size,
-        seed=args.seed if args.data_seed is None else args.data_seed,
-        shuffle=args.shuffle_dataset,
     )
     schedule.check()
     return schedule
+
+
+def make_order(args: GRPOConfig, prompts: Prompts, prompts_per_generation_batch: int) -> PromptOrder:
+    """Choose the order in which `prompts` are trained on."""
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if isinstance(prompts, PromptStream):
+        return StreamOrder(prompts, prompts_per_generation_batch, seed, args.shuffle_dataset)
+    assert isinstance(prompts, PromptSet)
+    return EpochOrder(prompts, prompts_per_generation_batch, seed, args.shuffle_dataset)
 
 
 def make_advantages(

@@ -2,19 +2,19 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import speed_metrics
 
 from ..data.datasets import as_eval_datasets
-from ..data.prompts import PromptLimit, PromptSet
+from ..data.prompts import PromptLimit, Prompts, Share
 from ..distributed.collectives import run_on_all_ranks
 from ..distributed.sharding import GatheredWeights, move_to_device
 from ..logging import get_logger
@@ -57,7 +57,7 @@ ComputeMetrics = Callable[[EvaluatedCompletions], dict[str, float]]
 
 def evaluate_prompts(
     runner: RolloutRunner,
-    prompts: PromptSet,
+    prompts: Prompts,
     *,
     num_generations: int,
     batch_size: int | None,
@@ -66,7 +66,7 @@ def evaluate_prompts(
     trainer_state: Any,
     kept_prompts: int | None = None,
     show_progress: bool = False,
-) -> tuple[dict[str, float], EvaluatedCompletions]:
+) -> tuple[dict[str, float], EvaluatedCompletions, int]:
     """Sample `num_generations` completions of each prompt once, over all ranks, and reduce their metrics.
 
     The noise of a prompt follows from `seed` and its row: two evaluations of one run sample the same completions, whatever
@@ -76,7 +76,7 @@ def evaluate_prompts(
         runner: Samples and rewards.
         prompts: What is evaluated; rank r takes the prompts r, r + world_size, ...
         num_generations: Completions per prompt.
-        batch_size: Completions that the engine is asked for at a time (one group at least); None: all of them.
+        batch_size: Completions that the engine is asked for at a time (one group at least); None: as many as suit.
         seed: Of the run.
         ranks: Of the run.
         trainer_state: Shown to reward functions.
@@ -84,29 +84,26 @@ def evaluate_prompts(
         show_progress: Show a bar over the batches.
 
     Returns:
-        TRL's metrics, without a prefix, those of rewards NaN if no completion has a reward; and the completions, over all
-        ranks.
+        TRL's metrics, without a prefix, those of rewards NaN if no completion has a reward; the completions, over all
+        ranks; and the number of prompts.
 
     Raises:
         StopRequested, RunStopped, RuntimeError: See `run_on_all_ranks`.
     """
     rows: list[tuple[Any, ...]] = []
-    kept = len(prompts) if kept_prompts is None else kept_prompts
+    kept = math.inf if kept_prompts is None else kept_prompts
     metrics, unread = MetricLog(), MetricLog()
-    own = range(ranks.rank, len(prompts), ranks.world_size)
-    most = -(-len(prompts) // ranks.world_size)  # prompts of a rank
-    step = most if batch_size is None else max(1, batch_size // num_generations)
-    starts = range(0, most, step)
-    for start in tqdm(starts, desc="evaluation", leave=False, disable=not show_progress or len(starts) == 1):
-        batch = own[start : start + step]
-        # A rank without a prompt left takes the first again: sampling and reward models may be collective
-        log = metrics if batch else unread
+    size = None if batch_size is None else max(1, batch_size // num_generations) * ranks.world_size
+    number = 0
+    for share in _with_progress(prompts.shares(size, ranks), prompts.count, size, show_progress):
+        log = metrics if share.indices else unread
+        number += len(share.indices)
 
-        def sample(batch: range = batch or range(1), log: MetricLog = log) -> None:
-            sampled = runner.run(prompts.prompts(batch), num_generations, derive_seed(seed, "eval"), trainer_state, log)
+        def sample(share: Share = share, log: MetricLog = log) -> None:
+            sampled = runner.run(share.prompts, num_generations, derive_seed(seed, "eval"), trainer_state, log)
             log.add_all(sampled.metrics())
             if log is metrics:
-                rows.extend(row for row in _rows(sampled, batch) if row[0] < kept)
+                rows.extend(row for row in _rows(sampled, share.indices) if row[0] < kept)
 
         run_on_all_ranks(sample, ranks)
     means = ["reward", *(f"rewards/{name}/mean" for name in runner.rewards.names)]
@@ -117,7 +114,13 @@ def evaluate_prompts(
             "rewards/NAME/failures). Its reward is NaN, which counts as no improvement.",
             prompts.name,
         )
-    return reduced, _in_order(runner.rewards.names, ranks.gather(rows))
+    return reduced, _in_order(runner.rewards.names, ranks.gather(rows)), sum(ranks.gather([number]))
+
+
+def _with_progress(shares: Iterator[Share], count: int | None, size: int | None, show: bool) -> Iterable[Share]:
+    """Go through the shares of `size` prompts each, with a bar where there are several."""
+    total = None if count is None else math.ceil(count / (size or count))
+    return tqdm(shares, desc="evaluation", leave=False, total=total, disable=not show or total == 1)
 
 
 def _rows(sampled: RewardedRollout, indices: range) -> list[tuple[Any, ...]]:
@@ -164,7 +167,7 @@ class EvaluatingTrainer(ResumableTrainer):
     _eval_limit: PromptLimit
     _sync: WeightSync | None
     _ahead: SamplesAhead | None
-    _eval_prompts: dict[str, PromptSet]
+    _eval_prompts: dict[str, Prompts]
     model: Any
     processing_class: PreTrainedTokenizerBase
 
@@ -172,16 +175,21 @@ class EvaluatingTrainer(ResumableTrainer):
         super().__init__(*args, **kwargs)
         self._gathered = GatheredWeights()
 
-    def _prompt_sets(self, dataset: Dataset | dict[str, Dataset] | None) -> dict[str, PromptSet]:
+    def _prompts_by_name(self, dataset: Any) -> dict[str, Prompts]:
         """Build what is evaluated on, by name; a single dataset has the name ""."""
         named = {} if dataset is None else dataset if isinstance(dataset, dict) else {"": dataset}
         titles = {name: f"eval_dataset[{name!r}]" if name else "eval_dataset" for name in named}
         return {name: self._make_prompts(one, self._eval_limit, titles[name]) for name, one in named.items()}
 
-    def _make_prompts(self, dataset: Dataset, limit: PromptLimit, name: str) -> PromptSet:
+    def _make_prompts(self, dataset: Any, limit: PromptLimit, name: str) -> Prompts:
         prompts = make_prompts(dataset, self.processing_class, self.args, limit, name, num_embeddings(self.model))
-        if not isinstance(self._runner.engine, RolloutFuncEngine):  # whose columns are known when it has been called
-            self._runner.rewards.check_columns(reward_columns(prompts.dataset.column_names), name)
+        if isinstance(self._runner.engine, RolloutFuncEngine):  # whose columns are known when it has been called
+            return prompts
+        self._runner.rewards.check_columns(reward_columns(prompts.column_names), name)
+        if images := [column for column in ("image", "images") if column in prompts.column_names]:
+            logger.warning(
+                "%s has the column %r, which only reward functions see: the policy reads text.", name, images[0]
+            )
         return prompts
 
     def _make_engine(self, rollout_func: Callable[..., dict[str, Any]] | None) -> RolloutEngine:
@@ -224,7 +232,7 @@ class EvaluatingTrainer(ResumableTrainer):
 
     def evaluate(
         self,
-        eval_dataset: Dataset | list[Any] | dict[str, Any] | str | None = None,
+        eval_dataset: Dataset | IterableDataset | list[Any] | dict[str, Any] | str | None = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
@@ -254,18 +262,18 @@ class EvaluatingTrainer(ResumableTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _sets_to_evaluate(self, eval_dataset: Any) -> dict[str, PromptSet]:
+    def _sets_to_evaluate(self, eval_dataset: Any) -> dict[str, Prompts]:
         if isinstance(eval_dataset, str):
             if eval_dataset not in self._eval_prompts or not eval_dataset:
                 names = ", ".join(repr(name) for name in self._eval_prompts if name) or "none with a name"
                 raise ValueError(f"eval_dataset={eval_dataset!r} is no dataset of the trainer's; it has {names}.")
             return {"": self._eval_prompts[eval_dataset]}
-        sets = self._eval_prompts if eval_dataset is None else self._prompt_sets(as_eval_datasets(eval_dataset))
+        sets = self._eval_prompts if eval_dataset is None else self._prompts_by_name(as_eval_datasets(eval_dataset))
         if not sets:
             raise ValueError("eval_dataset=None; pass a dataset with a column 'prompt' to evaluate.")
         return sets
 
-    def _evaluate_prompts(self, prompts: PromptSet, prefix: str) -> dict[str, float]:
+    def _evaluate_prompts(self, prompts: Prompts, prefix: str) -> dict[str, float]:
         self._memory_tracker.start()
         start_time = time.time()
         in_process = self._runner.engine.in_process
@@ -275,7 +283,7 @@ class EvaluatingTrainer(ResumableTrainer):
         set_optimizer_mode(self.optimizer, training=False)
         self._sync_engine(prompts)
         with evaluation_mode(self.model), self._gathered_policy() if in_process else nullcontext():
-            metrics, evaluated = evaluate_prompts(
+            metrics, evaluated, num_prompts = evaluate_prompts(
                 self._runner,
                 prompts,
                 num_generations=self.args.eval_generations,
@@ -290,7 +298,7 @@ class EvaluatingTrainer(ResumableTrainer):
             metrics |= _computed(compute_metrics, evaluated)
         set_optimizer_mode(self.optimizer, training=self.is_in_train)
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        metrics |= speed_metrics(prefix, start_time, num_samples=len(prompts))
+        metrics |= speed_metrics(prefix, start_time, num_samples=num_prompts)
         self.log(metrics)
         self._record_evaluation(prefix, evaluated)
         self._memory_tracker.stop_and_update_metrics(metrics)
@@ -299,11 +307,11 @@ class EvaluatingTrainer(ResumableTrainer):
     def _record_evaluation(self, name: str, evaluated: EvaluatedCompletions) -> None:
         """A subclass may keep the completions of an evaluation; `name` is the prefix of its metrics."""
 
-    def _sync_engine(self, prompts: PromptSet) -> None:
+    def _sync_engine(self, prompts: Prompts) -> None:
         """Give an engine with weights of its own those of now; what is sampled ahead is from those of its turn."""
         if self._sync is None:
             return
         if self._ahead is not None:
             run_on_all_ranks(self._ahead.wait_for_rewards, self._ranks)
-        request = make_request(prompts.prompts(range(min(4, len(prompts)))), 1, self.args.seed)
+        request = make_request(prompts.first(4), 1, self.args.seed)
         self._sync.run(self.model_wrapped, request, MetricLog())

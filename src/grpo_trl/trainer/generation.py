@@ -15,10 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..data.prompts import PromptSet
+from ..data.prompts import PromptOrder
 from ..data.schedule import Schedule
 from ..distributed.collectives import run_on_all_ranks
 from ..distributed.load_balance import Balancer
+from ..errors import RunStopped
 from ..logprobs.evaluator import LogprobEvaluator
 from ..metrics import Mean, MetricLog
 from ..models import Reference
@@ -42,8 +43,8 @@ class GenerationBatchBuilder:
     """Builds this rank's part of a generation batch; all ranks pass the same collectives, whatever happens on one of them.
 
     Args:
-        prompts: What is trained on.
-        schedule: Which prompts a generation batch has.
+        order: Which prompts a generation batch has.
+        schedule: Which groups of it this rank has, and which mini-batch.
         runner: Samples and rewards.
         evaluator: Computes logprobs.
         balancer: Assigns the work to ranks.
@@ -61,7 +62,7 @@ class GenerationBatchBuilder:
         phase: Entered around each phase with its name.
     """
 
-    prompts: PromptSet
+    order: PromptOrder
     schedule: Schedule
     runner: RolloutRunner
     evaluator: LogprobEvaluator
@@ -85,6 +86,7 @@ class GenerationBatchBuilder:
             StopRequested, RunStopped, RuntimeError: See `run_on_all_ranks`.
         """
         log = MetricLog()
+        self._read_prompts(index)
         self._prepare_sampling(index, policy, trainer_state, log)
         sampled = run_on_all_ranks(lambda: self._sample(index, trainer_state, log), self.ranks)
         groups = self.schedule.groups(self.ranks.rank)
@@ -109,6 +111,24 @@ class GenerationBatchBuilder:
         table |= {"advantage": [_mean(advantage) for advantage in advantages]}
         return GenerationBatch(index, mini_batches, table, self._counts(summaries), tokens)
 
+    def _read_prompts(self, index: int) -> None:
+        """Read what will be sampled, and check that all ranks have read the same."""
+        last = index if self.ahead is None else index + self.ahead.distance
+
+        def read() -> str:
+            try:
+                return self.order.digest(last)
+            except ValueError as error:  # of a prompt that is streamed in the middle of a run, which must not be lost
+                raise RunStopped(str(error)) from error
+
+        digests = self.ranks.gather([run_on_all_ranks(read, self.ranks)])
+        if len(set(digests)) > 1:
+            others = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+            raise RunStopped(
+                f"train_dataset has other prompts on rank {others[0]} than on rank 0 in generation batch {last}; give "
+                "every rank the same dataset in the same order, not split by rank."
+            )
+
     def _prepare_sampling(self, index: int, policy: nn.Module, trainer_state: Any, log: MetricLog) -> None:
         """Sync the engine, and start sampling what the weights of now are for."""
         if self.sync is None:
@@ -127,7 +147,7 @@ class GenerationBatchBuilder:
 
     def _prompts(self, index: int) -> list[Prompt]:
         """This rank's; a rank without any takes another's first: sampling and reward models may be collective."""
-        return self.prompts.prompts(self.schedule.rows(index, self.ranks.rank) or self.schedule.rows(index, 0)[:1])
+        return self.order.prompts(index, self.schedule.groups(self.ranks.rank) or [0])
 
     def _request(self, index: int) -> RolloutRequest:
         return make_request(
@@ -141,7 +161,7 @@ class GenerationBatchBuilder:
         return partial(self.runner.reward_in_workers, self._prompts(index), self.schedule.num_generations, state)
 
     def _sample(self, index: int, trainer_state: Any, log: MetricLog) -> RewardedRollout:
-        if not self.schedule.rows(index, self.ranks.rank):
+        if not self.schedule.groups(self.ranks.rank):
             log = MetricLog()
         prompts = self._prompts(index)
         seed = derive_seed(self.seed, "generation batch", index)

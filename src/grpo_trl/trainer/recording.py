@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..config import GRPOConfig
-from ..data.prompts import PromptSet
+from ..data.prompts import Prompts
 from ..data.schedule import Schedule
 from ..distributed.sharding import backend_config, backend_of
 from ..errors import RunStopped
@@ -53,7 +53,7 @@ def make_plan(
     args: GRPOConfig,
     model: nn.Module,
     *,
-    prompts: PromptSet | None,
+    prompts: Prompts | None,
     backend: str,
     offload: Sequence[str] = (),
     reference_copies: bool,
@@ -63,12 +63,11 @@ def make_plan(
     """Plan a run; see `GRPOTrainer.plan`."""
     card = None if gpu is None else card_named(gpu)
     gib = card.memory_gib if gpu_memory is None and card is not None else gpu_memory
-    count = 0 if prompts is None else len(prompts)
-    lengths = [] if prompts is None else [len(prompt.ids) for prompt in prompts.prompts(range(min(PROMPTS, count)))]
+    lengths = [] if prompts is None else [len(prompt.ids) for prompt in prompts.first(PROMPTS)]
     setup = setup_of(
         args,
         model,
-        num_prompts=count,
+        num_prompts=0 if prompts is None else prompts.count or 0,
         prompt_tokens=int(statistics.median(lengths)) if lengths else 0,
         method={"none": "DDP", "ZeRO-0": "DDP", "FSDP": "FSDP2"}.get(backend, backend),
         ranks=args.world_size,
@@ -310,7 +309,7 @@ class RecordedTrainer(TrlInterface):
         return make_plan(
             self.args,
             self.model,
-            prompts=None if self._schedule is None else self._builder.prompts,
+            prompts=None if self._schedule is None else self._builder.order.source,
             backend=backend_of(self.accelerator),
             offload=offloaded(backend_config(self.accelerator)),
             reference_copies=self._reference is not None and self._reference.model is not None,

@@ -2,7 +2,7 @@
 
 The route of a completion, from a row of the dataset to the gradient:
 
-    dataset row -> Prompt                      data/prompts.py; which rows, data/schedule.py
+    dataset row -> Prompt                      data/prompts.py; in which order, prompt_set.py, prompt_stream.py
     Prompt -> Completion, G of each            rollout/group/engine.py
     Completion -> reward -> advantage          rewards/rewards.py, objective/advantages.py, called by runner.py
     -> GenerationBatch, one MiniBatch a step   generation.py; which rank, distributed/load_balance.py
@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -31,7 +31,7 @@ from trl.trainer.callbacks import SyncRefModelCallback
 
 from ..attention.shared_prefix import serve_shared_prefix
 from ..config import GRPOConfig
-from ..data.datasets import as_dataset, as_eval_datasets
+from ..data.datasets import as_eval_datasets, as_train_dataset
 from ..data.schedule import Schedule
 from ..distributed.collectives import exchange
 from ..distributed.launch import check_devices, check_one_backend, check_ranks, delay_exit, fsdp_was_asked_for
@@ -52,6 +52,7 @@ from .arguments import check_kinds, check_names, check_not_here, choose_metric, 
 from .build import (
     make_advantages,
     make_evaluator,
+    make_order,
     make_policy,
     make_prompt_limit,
     make_reference,
@@ -82,7 +83,8 @@ class GRPOTrainer(RecordedTrainer):
             columns (all of it with `**kwargs`), and returns one number per completion, or None where it does not apply;
             or a sequence-classification model, or the path of one.
         args: The options; those of `GRPOConfig` by default, in the folder `"<model>-GRPO"`.
-        train_dataset: Has a column `"prompt"` of strings, or of lists of messages. A list of dicts is a dataset too.
+        train_dataset: Has a column `"prompt"` of strings, or of lists of messages. It may be streamed, with
+            `max_steps`. A list of dicts is a dataset too.
         eval_dataset: The same for `evaluate()`; or several by name.
         processing_class: The tokenizer, with an eos token; the one beside the model by default.
         reward_processing_classes: The tokenizers of reward models, in the order of `reward_funcs`.
@@ -114,8 +116,8 @@ class GRPOTrainer(RecordedTrainer):
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
-        train_dataset: Dataset | list[dict[str, Any]] | None = None,
-        eval_dataset: Dataset | list[dict[str, Any]] | dict[str, Any] | None = None,
+        train_dataset: Dataset | IterableDataset | list[dict[str, Any]] | None = None,
+        eval_dataset: Dataset | IterableDataset | list[dict[str, Any]] | dict[str, Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase | None] | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -144,7 +146,7 @@ class GRPOTrainer(RecordedTrainer):
             args=args,
             data_collator=_only,
             compute_loss_func=grpo_loss,  # not called; Trainer then leaves the division of the loss to us
-            train_dataset=as_dataset(train_dataset, "train_dataset"),
+            train_dataset=as_train_dataset(train_dataset, args.max_steps),
             eval_dataset=as_eval_datasets(eval_dataset),
             processing_class=tokenizer,
             compute_metrics=compute_metrics,
@@ -187,15 +189,16 @@ class GRPOTrainer(RecordedTrainer):
         if isinstance(engine := self._runner.engine, VLLMEngine):
             context = engine.max_model_length if context is None else min(context, engine.max_model_length)
         self._eval_limit = make_prompt_limit(self.args, context)
-        self._eval_prompts = self._prompt_sets(self.eval_dataset)
+        self._eval_prompts = self._prompts_by_name(self.eval_dataset)
         self._schedule: Schedule | None = None
         if self.train_dataset is None:
             return
         limit = make_prompt_limit(self.args, context, trained_on=own_prompts)
         prompts = self._make_prompts(self.train_dataset, limit, "train_dataset")
-        self._schedule = make_schedule(self.args, len(prompts))
+        self._schedule = make_schedule(self.args, prompts.count)
+        self._order = make_order(self.args, prompts, self._schedule.prompts_per_generation_batch)
         self._builder = GenerationBatchBuilder(
-            prompts=prompts,
+            order=self._order,
             schedule=self._schedule,
             runner=self._runner,
             evaluator=self._evaluator,
@@ -224,13 +227,14 @@ class GRPOTrainer(RecordedTrainer):
         if self._resumed is not None:
             self._load_run_state(self._resumed)
             self._generation_batch = self._resumed.generation_batch
-        items = cast("torch.utils.data.Dataset[int]", range(self._schedule.items_per_epoch))
+        items = cast("torch.utils.data.Dataset[int]", range(self._schedule.items(self.args.max_steps)))
         return DataLoader(items, batch_size=1, collate_fn=_only)
 
     def num_examples(self, dataloader: DataLoader) -> int:
-        """Return the prompts of an epoch."""
+        """Return the prompts of an epoch; those of all steps of a stream."""
         assert self._schedule is not None
-        return self._schedule.generation_batches_per_epoch * self._schedule.prompts_per_generation_batch
+        uses = self._schedule.steps_per_generation * self._schedule.num_iterations
+        return len(dataloader) // uses * self._schedule.prompts_per_generation_batch
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[int], num_batches: int, device: torch.device
@@ -254,7 +258,8 @@ class GRPOTrainer(RecordedTrainer):
         completions: list[Completion] = []
         counts = Counts(0, 0, 0)
         batch, log, tokens, dead_run = self._generation_batch, MetricLog(), 0, self._dead_run.state_dict()
-        for ref in self._schedule.mini_batches(self.state.global_step, micro_steps):
+        refs = self._schedule.mini_batches(self.state.global_step, micro_steps)
+        for ref in refs:
             if batch is None or batch.index != ref.generation:
                 try:
                     batch = self._builder.build(ref.generation, self.model_wrapped, self.state, log)
@@ -265,6 +270,7 @@ class GRPOTrainer(RecordedTrainer):
             completions += batch.mini_batches[ref.mini_batch]
             counts += batch.counts[ref.mini_batch]
         self._generation_batch = batch
+        self._order.forget(before=refs[0].generation)
         self._metrics.drain(log)
         self.state.num_input_tokens_seen += tokens
         return MiniBatch(completions, counts)
@@ -382,6 +388,7 @@ class GRPOTrainer(RecordedTrainer):
     # ---- What survives ----
     def _parts(self) -> dict[str, Stateful]:
         parts: dict[str, Stateful | None] = {
+            "prompts": self._order,
             "metrics": self._metrics,
             "logprobs": self._evaluator,
             "entropy": self._entropy,
@@ -394,7 +401,7 @@ class GRPOTrainer(RecordedTrainer):
 
     def _fingerprint(self) -> dict[str, Any]:
         assert self._schedule is not None
-        run = fingerprint(self._schedule, self._builder.prompts.digest, self.args.seed, backend_of(self.accelerator))
+        run = fingerprint(self._schedule, self._order.fingerprint, self.args.seed, backend_of(self.accelerator))
         # what is sampled ahead belongs to a rank
         ahead = {"generations_ahead": self._ahead.distance, "ranks": self._ranks.world_size} if self._ahead else {}
         return run | ahead
