@@ -85,6 +85,30 @@ def test_groups_are_split_evenly_among_ranks():
         assert max(map(len, owned)) - min(map(len, owned)) <= 1
 
 
+def test_ranks_sample_each_completion_once_and_equally_many():
+    for s in SCHEDULES:
+        parts = [s.parts(rank, splits=True) for rank in range(s.world_size)]
+        rows = [(part.group, place) for of_rank in parts for part in of_rank for place in part.places]
+        groups = range(s.prompts_per_generation_batch)
+        assert sorted(rows) == [(group, place) for group in groups for place in range(s.num_generations)]
+        assert {sum(len(part.places) for part in of_rank) for of_rank in parts} == {
+            s.batch_size * s.steps_per_generation
+        }
+
+
+def test_groups_are_sampled_whole_where_that_leaves_ranks_equal_or_the_engine_cannot_split_them():
+    divided = 0
+    for s in SCHEDULES:
+        for splits in (False, True):
+            divides = s.divides_groups(splits)
+            divided += divides
+            assert divides == (splits and s.prompts_per_generation_batch % s.world_size > 0)
+            for rank in range(s.world_size if not divides else 0):
+                whole = [(group, range(s.num_generations)) for group in s.groups(rank)]
+                assert s.parts(rank, splits) == whole
+    assert divided > 20
+
+
 def test_mini_batches_are_equally_large():
     for s in SCHEDULES:
         members = [

@@ -97,3 +97,21 @@ def test_everything_known_of_a_completion_moves_with_it():
     assert sorted(map(repr, first + second)) == sorted(map(repr, [known, *group(5, [1])]))
     assert second
     assert torch.tensor(second[0].advantage) > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_the_completions_of_a_group_meet_on_the_rank_that_rewards_it(ranks):
+    """However they were sampled; a rank may have no group."""
+    groups = 4
+    rows = [(g, place) for g in range(groups) for place in range(ranks * 3)]
+    completions = {(g, place): Completion([g], [g, place], [True, True]) for g, place in rows}
+    owners = {g: g % ranks for g in range(groups)}
+    threads, size = Threads(ranks), len(rows) // ranks
+
+    def work(rank):
+        own = rows[rank * size : (rank + 1) * size]
+        return threads.balancer(rank).meet([completions[row] for row in own], own, owners)
+
+    with ThreadPoolExecutor(ranks) as pool:
+        for rank, met in enumerate(pool.map(work, range(ranks))):
+            assert met == [completions[row] for row in rows if owners[row[0]] == rank]

@@ -115,25 +115,30 @@ def run_case(prompts=INFORMATIVE, completions=16, **options):
     }
 
 
-def sampled():
-    """What this rank samples by itself: in an evaluation of fewer prompts than ranks, in training, and in another one."""
+def sampled(completions=16, **options):
+    """What this rank samples by itself: in an evaluation of fewer prompts than ranks, in training, and in another one.
+
+    Training has so many `completions` in a micro-step over all ranks.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as folder:
+        defaults = {
+            "output_dir": folder,
+            "per_device_train_batch_size": completions // world_size,
+            "num_generations": 4,
+            "max_steps": 2,
+            "max_completion_length": 8,
+            "logging_steps": 1,
+            "gradient_checkpointing": False,
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
         trainer = GRPOTrainer(
             make_model().double(),
-            length,
-            GRPOConfig(
-                output_dir=folder,
-                per_device_train_batch_size=16 // world_size,
-                num_generations=4,
-                max_steps=2,
-                max_completion_length=8,
-                gradient_checkpointing=False,
-                report_to="none",
-                save_strategy="no",
-                use_cpu=True,
-                disable_tqdm=True,
-            ),
+            [length, starts_late],
+            GRPOConfig(**(defaults | options)),
             Dataset.from_dict({"prompt": [*INFORMATIVE, "x", "yz", "0=", "1=2"]}),
             processing_class=make_tokenizer(),
         )
@@ -141,7 +146,23 @@ def sampled():
         trainer.train()
         more = trainer.evaluate(Dataset.from_dict({"prompt": ["a", "bc", "def"]}))
     written = [(c.prompt_ids, c.ids) for c in completions_of(trainer)]
-    return {"written": written, "evaluations": [few, more], "after": weights(trainer.model)}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {"written": written, "metrics": [few, *logs, more], "after": weights(trainer.model)}
+
+
+def starts_late(completions):
+    return [float(sum(map(ord, text)) % 5) for text in completions]
+
+
+SAMPLED = {
+    "whole groups": {},
+    "one group of two ranks": {"completions": 8, "num_generations": 8},
+    "three groups of two ranks": {
+        "completions": 12,
+        "multi_objective_aggregation": "normalize_then_sum",
+        "mask_truncated_completions": True,
+    },
+}
 
 
 # ---- What one rank meets and all must survive ----
@@ -272,10 +293,14 @@ def run_incidents(folder):
     return {name: incident(f"{folder}/{name}") for name, incident in INCIDENTS.items()}
 
 
+def run_sampled():
+    return {name: sampled(**options) for name, options in SAMPLED.items()}
+
+
 def run_cases():
     return {name: run_case(**case) for name, case in CASES.items()}
 
 
 if __name__ == "__main__":
-    results = run_cases() | {"sampled": sampled(), "incidents": run_incidents(f"{sys.argv[1]}-runs")}
+    results = run_cases() | {"sampled": run_sampled(), "incidents": run_incidents(f"{sys.argv[1]}-runs")}
     torch.save(results, f"{sys.argv[1]}.{os.environ['RANK']}")

@@ -43,6 +43,15 @@ def test_completions_of_a_group_differ(model):
     assert len({tuple(row) for row in ids(sample(model, num_generations=8))[:8]}) > 1
 
 
+def test_ranks_that_share_a_group_sample_different_completions(model):
+    """From one seed."""
+    engine = GenerateEngine(model, make_options())
+    parts = [engine.rollout(RolloutRequest(["unread"], [[15]], 8, [5], [part])) for part in (range(4), range(4, 8))]
+    assert [len(part.completions) for part in parts] == [4, 4]
+    assert ids(parts[0]) != ids(parts[1])
+    assert ids(engine.rollout(RolloutRequest(["unread"], [[15]], 4, [5]))) == ids(parts[0])
+
+
 def test_the_seed_alone_fixes_the_completions(model):
     first = ids(sample(model, seed=5))
     torch.manual_seed(99)

@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +8,7 @@ from grpo_trl.metrics import MetricLog
 from grpo_trl.rewards import RewardLogs, Rewards, RewardTable
 from grpo_trl.rollout.base import Rollout
 from grpo_trl.seeds import derive_seed
+from grpo_trl.trainer.ahead import SampledRollout
 from grpo_trl.trainer.runner import RewardedRollout, RolloutRunner
 from grpo_trl.types import Completion, Prompt
 
@@ -145,6 +145,8 @@ def test_a_round_knows_its_groups_and_its_tokens():
 class FakeEngine:
     """Writes the digit of the row; remembers what it was asked for."""
 
+    computed_tokens = None
+
     def __init__(self, **columns):
         self.columns = columns
 
@@ -152,7 +154,7 @@ class FakeEngine:
         self.request = request
         rows = [ids for ids in request.prompt_ids for _ in range(request.num_generations)]
         completions = [Completion(ids, [5 + row, 1], [True, True]) for row, ids in enumerate(rows)]
-        return Rollout(completions, self.columns)
+        return Rollout(completions, self.columns, self.computed_tokens)
 
 
 def run(tokenizer, prompts, reward, engine=None, num_generations=2, state=None, metrics=None):
@@ -218,10 +220,26 @@ def test_both_phases_are_timed_without_counting_a_step(tokenizer):
     }
 
 
-def test_the_share_of_useful_decoding_is_written_against_computed_tokens():
-    metrics = replace(make_round(), computed_tokens=56).metrics()
-    assert metrics["sampling/useful_share"].value == (2 + 3 + 0 + 4 + 1 + 4) / 56
-    assert "sampling/useful_share" not in make_round().metrics()
+@pytest.mark.parametrize("computed", [None, 20])
+def test_the_share_of_useful_decoding_is_written_against_computed_tokens(tokenizer, computed):
+    metrics, engine = MetricLog(), FakeEngine()
+    engine.computed_tokens = computed
+    run(tokenizer, [Prompt({"prompt": "a"}, [15], 7), Prompt({"prompt": "b"}, [16], 8)], zeros, engine, metrics=metrics)
+    reduced = metrics.reduce(lambda parts: parts)
+    assert reduced.get("sampling/useful_share") == (None if computed is None else 2 * 2 * 2 / 20)
+
+
+def test_nothing_is_rewarded_where_a_rank_has_no_group(tokenizer):
+    runner = RolloutRunner(FakeEngine(), Rewards([none_is_called, none_is_called]), tokenizer)
+    sampled = SampledRollout(Rollout([]), 1.0, None)
+    rewarded = runner.reward([], 4, sampled, 11, None, MetricLog())
+    assert rewarded.total_PG.shape == (0, 4)
+    assert rewarded.has_signal_P.tolist() == []
+    assert rewarded.table() == {"prompt": [], "completion": [], "none_is_called": [], "none_is_called_2": []}
+
+
+def none_is_called(completions):
+    raise AssertionError
 
 
 @pytest.mark.parametrize("name", ["prompt", "completion", "f", "advantage", "step"])

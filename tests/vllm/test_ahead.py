@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.rewards import RewardLogs, RewardTable
 from grpo_trl.rollout.base import Rollout
-from grpo_trl.trainer.ahead import SampledAhead, SamplesAhead
+from grpo_trl.trainer.ahead import SampledRollout, SamplesAhead
 from grpo_trl.types import Completion
 from tests.helpers.models import make_model, make_tokenizer
 
@@ -219,12 +219,12 @@ def test_a_checkpoint_holds_rewards_that_were_computed_ahead(tmp_path):
     table = RewardTable(["f"], values, values[:, 0], notes, failed, frozenset({"f"}))
     completion = Completion([1, 2], [3], [True], sampler_logps=[-1.0], drawn_logps=[-1.0])
     for rewards in (table, None):
-        torch.save(SampledAhead(Rollout([completion]), 1.5, rewards).state_dict(), tmp_path / "state")
-        loaded = SampledAhead.of_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        torch.save(SampledRollout(Rollout([completion]), 1.5, rewards).state_dict(), tmp_path / "state")
+        loaded = SampledRollout.of_state_dict(torch.load(tmp_path / "state", weights_only=True))
         assert (loaded.rollout.completions, loaded.seconds) == ([completion], 1.5)
     assert loaded.rewards is None
-    torch.save(SampledAhead(Rollout([]), 0.0, table).state_dict(), tmp_path / "state")
-    rewards = SampledAhead.of_state_dict(torch.load(tmp_path / "state", weights_only=True)).rewards
+    torch.save(SampledRollout(Rollout([]), 0.0, table).state_dict(), tmp_path / "state")
+    rewards = SampledRollout.of_state_dict(torch.load(tmp_path / "state", weights_only=True)).rewards
     torch.testing.assert_close(rewards.values_BF, values, equal_nan=True)
     torch.testing.assert_close(rewards.total_B, values[:, 0], equal_nan=True)
     assert (rewards.names, rewards.watching, rewards.failed_BF.tolist()) == (["f"], {"f"}, failed.tolist())

@@ -137,9 +137,11 @@ class Prompts(ABC):
 class PromptOrder(Protocol):
     """Which prompts each generation batch has, the same on every rank."""
 
-    source: Prompts
     fingerprint: dict[str, Any]
     """What must be unchanged for a run to resume."""
+
+    @property
+    def source(self) -> Prompts: ...
 
     def prompts(self, generation: int, groups: Sequence[int]) -> list[Prompt]:
         """Return the prompts of some groups of generation batch `generation`."""

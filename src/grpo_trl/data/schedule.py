@@ -3,6 +3,7 @@
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..logging import get_logger
 
@@ -16,6 +17,15 @@ class MiniBatchRef:
 
     generation: int
     mini_batch: int
+
+
+class GroupPart(NamedTuple):
+    """Completions of a group that one rank samples."""
+
+    group: int
+    """Its index in the generation batch."""
+    places: range
+    """Which of its completions."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,7 @@ class Schedule:
         return refs
 
     def groups(self, rank: int) -> list[int]:
-        """Return which groups of a generation batch `rank` samples, by their index there; whole ones, so it may be none.
+        """Return which groups of a generation batch `rank` rewards, by their index there; whole ones, so it may be none.
 
         The groups of each mini-batch are split among ranks into equal blocks; what is left over goes to the ranks with the
         fewest groups so far.
@@ -126,6 +136,26 @@ class Schedule:
             owned += block[start : start + shares[rank]]
             counts = [count + share for count, share in zip(counts, shares, strict=True)]
         return owned
+
+    def divides_groups(self, splits: bool) -> bool:
+        """Whether rows of one group are sampled on several ranks: where whole groups would leave ranks with fewer.
+
+        `splits` says whether the rollout engine can.
+        """
+        return splits and self.prompts_per_generation_batch % self.world_size != 0
+
+    def parts(self, rank: int, splits: bool) -> list[GroupPart]:
+        """Return what `rank` samples of a generation batch: its groups, or as many completions as every other rank."""
+        if not self.divides_groups(splits):
+            return [GroupPart(group, range(self.num_generations)) for group in self.groups(rank)]
+        size = self.batch_size * self.steps_per_generation
+        rows = range(rank * size, (rank + 1) * size)
+        parts = []
+        for group in range(rows.start // self.num_generations, -(-rows.stop // self.num_generations)):
+            first = group * self.num_generations
+            start, stop = max(rows.start, first), min(rows.stop, first + self.num_generations)
+            parts.append(GroupPart(group, range(start - first, stop - first)))
+        return parts
 
     @property
     def mini_batches_per_generation_batch(self) -> int:

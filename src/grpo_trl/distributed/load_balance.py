@@ -3,7 +3,8 @@
 The gradient does not depend on how an optimizer step's completions are cut, over ranks as little as over micro-batches.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,22 @@ class Balancer:
 
     ranks: Ranks
     exchange: Callable[[list[Any]], list[Any]]
+
+    def meet(
+        self, completions: Sequence[Completion], rows: Sequence[tuple[int, int]], owners: Mapping[int, int]
+    ) -> list[Completion]:
+        """Bring the completions of each group together on one rank; return those that meet here, group after group.
+
+        Args:
+            completions: Of this rank.
+            rows: The group of each, and its place there.
+            owners: The rank of each group.
+        """
+        outgoing: list[list[tuple[tuple[int, int], Completion]]] = [[] for _ in range(self.ranks.world_size)]
+        for row, completion in zip(rows, completions, strict=True):
+            outgoing[owners[row[0]]].append((row, completion))
+        incoming = itertools.chain.from_iterable(self.exchange(outgoing))
+        return [completion for _, completion in sorted(incoming, key=lambda entry: entry[0])]
 
     def balance(
         self,

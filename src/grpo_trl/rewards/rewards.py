@@ -164,6 +164,11 @@ class Rewards:
         watching = frozenset(tracker.name for tracker in trackers if tracker.watches)
         return RewardTable(self.names, values_BF, self.total(values_BF, failed_BF), logs, failed_BF, watching)
 
+    def of_nothing(self) -> RewardTable:
+        """Return the rewards of no completion."""
+        none_BF = torch.zeros(0, len(self.functions), dtype=torch.float64)
+        return RewardTable(self.names, none_BF, none_BF.sum(1), RewardLogs(), none_BF.bool())
+
     def total(self, values_BF: Tensor, failed_BF: Tensor) -> Tensor:
         """Add up the weighted values of the functions that apply to a completion. Shape (B,), float64.
 

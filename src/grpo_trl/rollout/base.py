@@ -1,8 +1,10 @@
 """What every rollout engine takes and gives.
 
-Rows come group after group: with G completions per prompt, rows 0..G-1 belong to the first prompt.
+Rows come group after group: with G completions per prompt, rows 0..G-1 belong to the first prompt. Ranks may share a group:
+each then asks for some of its completions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -41,7 +43,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True)
 class RolloutRequest:
-    """What an engine is asked for: `num_generations` completions of each prompt.
+    """What an engine is asked for: `num_generations` completions of each prompt, or those at `places` of its group.
 
     `prompts` are the dataset's (strings or lists of messages), `prompt_ids` their tokens; `seeds` fix the noise, one for
     each prompt.
@@ -51,11 +53,22 @@ class RolloutRequest:
     prompt_ids: list[list[int]]
     num_generations: int
     seeds: list[int]
+    places: Sequence[range] | None = None
+    """For each prompt; None: whole groups."""
+
+    @property
+    def parts(self) -> Sequence[range]:
+        """Which completions of its group are asked for, for each prompt."""
+        return [range(self.num_generations)] * len(self.prompt_ids) if self.places is None else self.places
+
+    @property
+    def num_rows(self) -> int:
+        return sum(map(len, self.parts))
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """`num_generations` completions per prompt, group after group."""
+    """The completions that were asked for, group after group."""
 
     completions: list[Completion]
     columns: dict[str, list[Any]] = field(default_factory=dict)
@@ -70,6 +83,8 @@ class RolloutEngine(Protocol):
 
     in_process: bool
     """Whether it samples with the trainer's own model and bounds its own memory, however many prompts it is given."""
+    splits_groups: bool
+    """Whether it can be asked for a part of a group."""
 
     def rollout(self, request: RolloutRequest) -> Rollout: ...
 

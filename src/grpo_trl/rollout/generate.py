@@ -48,6 +48,7 @@ class GenerateEngine:
     """
 
     in_process = True
+    splits_groups = True
 
     def __init__(
         self,
@@ -81,7 +82,7 @@ class GenerateEngine:
                 # ranks in step must not part ways
                 if self.in_step or rows == 1 or not ran_out_of_memory(error):
                     raise
-            self.max_rows_in_flight = min(rows, len(request.prompt_ids) * request.num_generations) // 2 or 1
+            self.max_rows_in_flight = min(rows, request.num_rows) // 2 or 1
             logger.warning(
                 "Memory ran out in model.generate; it starts again with %d completions at a time. max_rows_in_flight=%d "
                 "avoids this.",
@@ -91,14 +92,16 @@ class GenerateEngine:
             )
 
     def _rollout(self, request: RolloutRequest, rows_at_a_time: int) -> Rollout:
-        rows = [ids for ids in request.prompt_ids for _ in range(request.num_generations)]
+        rows = [ids for ids, part in zip(request.prompt_ids, request.parts, strict=True) for _ in part]
+        first = request.parts[0].start  # another rank samples the completions before it, from the same seed
+        own_seed = derive_seed(request.seeds[0], "from", first) if first else request.seeds[0]
         starts = range(0, len(rows), rows_at_a_time)
         calls = max(self._gather([len(starts)])) if self.in_step else len(starts)
         completions: list[Completion] = []
         computed = 0
         for call in range(calls):
             part = rows[call * rows_at_a_time : (call + 1) * rows_at_a_time]
-            seed = derive_seed(request.seeds[0], call) if call else request.seeds[0]
+            seed = derive_seed(own_seed, call) if call else own_seed
             generated, tokens = self._generate(part or rows[:1], seed)  # other ranks wait for a forward of this one
             computed += tokens
             completions += generated if part else []

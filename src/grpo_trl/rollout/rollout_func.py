@@ -25,6 +25,7 @@ class RolloutFuncEngine:
     """
 
     in_process = False
+    splits_groups = False
 
     def __init__(
         self,

@@ -56,7 +56,8 @@ class GdpoRule:
 
     def __call__(self, sampled: RewardedRollout, batch_rewards: Tensor) -> Advantages:
         values_BF = sampled.rewards.values_BF.masked_fill(sampled.rewards.total_B.isnan().unsqueeze(1), torch.nan)
-        sums_PG = normalized_sums(values_BF.view(*sampled.total_PG.shape, -1), self.weights_F)
+        values_PGF = values_BF.view(*sampled.total_PG.shape, len(self.weights_F))
+        sums_PG = normalized_sums(values_PGF, self.weights_F)
         batch_sums = torch.tensor(self.ranks.gather(sums_PG.flatten().tolist()), dtype=torch.float64)
         return gdpo_advantages(sums_PG, batch_sums).flatten().tolist()
 

@@ -17,8 +17,8 @@ CHECK_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class SampledAhead:
-    """A generation batch before its turn."""
+class SampledRollout:
+    """What an engine sampled of a generation batch, and its rewards where it was sampled ahead and workers know them."""
 
     rollout: Rollout
     seconds: float
@@ -32,7 +32,7 @@ class SampledAhead:
         return {"completions": completions, "seconds": self.seconds, "rewards": rewards}
 
     @classmethod
-    def of_state_dict(cls, state: dict[str, Any]) -> "SampledAhead":
+    def of_state_dict(cls, state: dict[str, Any]) -> "SampledRollout":
         rewards = state["rewards"]
         return cls(
             Rollout([Completion(**completion) for completion in state["completions"]]),
@@ -71,8 +71,8 @@ class SamplesAhead:
         self._sampler = ThreadPoolExecutor(1, "sampling-ahead")
         self._rewarder = ThreadPoolExecutor(1, "rewarding-ahead")
         self._sampling: list[Future[tuple[Rollout, float]]] = []
-        self._running: dict[int, Future[SampledAhead]] = {}
-        self._done: dict[int, SampledAhead] = {}
+        self._running: dict[int, Future[SampledRollout]] = {}
+        self._done: dict[int, SampledRollout] = {}
         self._idle_since = 0.0
 
     def missing(self, index: int) -> list[int]:
@@ -82,15 +82,15 @@ class SamplesAhead:
     def submit(self, index: int, request: RolloutRequest, reward: Callable[[Rollout], RewardTable | None]) -> None:
         """Sample generation batch `index` once those submitted before are sampled; then `reward` it."""
 
-        def finish() -> SampledAhead:
+        def finish() -> SampledRollout:
             rollout, seconds = sampling.result()
-            return SampledAhead(rollout, seconds, reward(rollout))
+            return SampledRollout(rollout, seconds, reward(rollout))
 
         sampling = self._sampler.submit(self._sample, request)
         self._sampling.append(sampling)
         self._running[index] = self._rewarder.submit(finish)
 
-    def take(self, index: int) -> SampledAhead:
+    def take(self, index: int) -> SampledRollout:
         """Wait for generation batch `index`. It stays until it is `used`, so that nothing is lost with an interruption."""
         if index in self._running:
             self._done[index] = self._result(self._running[index])
@@ -123,7 +123,7 @@ class SamplesAhead:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._sampling, self._running = [], {}
-        self._done = {int(index): SampledAhead.of_state_dict(saved) for index, saved in state.items()}
+        self._done = {int(index): SampledRollout.of_state_dict(saved) for index, saved in state.items()}
 
     def _sample(self, request: RolloutRequest) -> tuple[Rollout, float]:
         start = time.perf_counter()

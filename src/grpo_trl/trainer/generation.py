@@ -1,6 +1,6 @@
 """Making a generation batch: prompts -> completions -> rewards -> advantages -> logprobs of the old policy and reference.
 
-Axes: P prompts, G completions per prompt, B = P*G completions, F reward functions.
+Rows of a group may be sampled on several ranks. They meet on one before they are rewarded.
 """
 
 import copy
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.prompts import PromptOrder
-from ..data.schedule import Schedule
+from ..data.schedule import GroupPart, Schedule
 from ..distributed.collectives import run_on_all_ranks
 from ..distributed.load_balance import Balancer
 from ..errors import RunStopped
@@ -28,8 +28,8 @@ from ..reliability.guards import RankSummary
 from ..rewards import RewardTable
 from ..rollout.base import Rollout, RolloutRequest
 from ..seeds import derive_seed
-from ..types import Completion, GenerationBatch, Prompt, Ranks
-from .ahead import SamplesAhead
+from ..types import Completion, GenerationBatch, Ranks
+from .ahead import SampledRollout, SamplesAhead
 from .runner import RewardedRollout, RolloutRunner, make_request
 from .weight_sync import WeightSync
 
@@ -88,17 +88,18 @@ class GenerationBatchBuilder:
         log = MetricLog()
         self._read_prompts(index)
         self._prepare_sampling(index, policy, trainer_state, log)
-        sampled = run_on_all_ranks(lambda: self._sample(index, trainer_state, log), self.ranks)
-        groups = self.schedule.groups(self.ranks.rank)
-        own = sampled.completions if groups else []
+        share = run_on_all_ranks(lambda: self._sample(index, log), self.ranks)
+        met = self._meet(share)
+        sampled = run_on_all_ranks(lambda: self._reward(index, met, trainer_state, log), self.ranks)
+        groups, own = self.schedule.groups(self.ranks.rank), sampled.completions
         trained_tokens = [sum(sum(c.mask) for c in mini_batch) for mini_batch in self._divide(groups, own)]
         summaries = self.ranks.gather([summarize(sampled, trained_tokens)] if groups else [])
         self.check(summaries)
         rewards = torch.tensor([reward for summary in summaries for reward in summary.rewards], dtype=torch.float64)
-        advantages = self.advantages(sampled, rewards) if groups else []
+        advantages = self.advantages(sampled, rewards)
         own = [replace(c, advantage=a) for c, a in zip(own, advantages, strict=True)]
         with log.timed("time/logprobs"), self.phase("computing logprobs of the old policy and the reference"):
-            self.evaluator.compare(policy, sampled.completions)
+            self.evaluator.compare(policy, share.rollout.completions)  # of which each rank has some
             mini_batches = self.balancer.balance(
                 self._divide(groups, own), self.evaluator.has_gradient, self.evaluator.packer.group_size
             )
@@ -107,8 +108,7 @@ class GenerationBatchBuilder:
             self.ahead.used(index)
         metrics.drain(log)
         tokens = sum(summary.tokens for summary in summaries)
-        table = {name: values[: len(own)] for name, values in sampled.table().items()}
-        table |= {"advantage": [_mean(advantage) for advantage in advantages]}
+        table = sampled.table() | {"advantage": [_mean(advantage) for advantage in advantages]}
         return GenerationBatch(index, mini_batches, table, self._counts(summaries), tokens)
 
     def _read_prompts(self, index: int) -> None:
@@ -145,29 +145,49 @@ class GenerationBatchBuilder:
                 self.ahead.submit(one, self._request(one), self._reward_ahead(one, trainer_state))
         log.add("sampling/staleness", Mean(min(index, self.ahead.distance)))
 
-    def _prompts(self, index: int) -> list[Prompt]:
-        """This rank's; a rank without any takes another's first: sampling and reward models may be collective."""
-        return self.order.prompts(index, self.schedule.groups(self.ranks.rank) or [0])
+    @property
+    def _parts(self) -> list[GroupPart]:
+        """What this rank samples of each generation batch."""
+        return self.schedule.parts(self.ranks.rank, self.runner.engine.splits_groups)
+
+    def _seed(self, index: int) -> int:
+        return derive_seed(self.seed, "generation batch", index)
 
     def _request(self, index: int) -> RolloutRequest:
-        return make_request(
-            self._prompts(index), self.schedule.num_generations, derive_seed(self.seed, "generation batch", index)
-        )
+        """Ask for this rank's part; a rank without any asks for another's: sampling may be collective."""
+        group_size = self.schedule.num_generations
+        parts = self._parts or [GroupPart(0, range(group_size))]
+        prompts = self.order.prompts(index, [part.group for part in parts])
+        return make_request(prompts, group_size, self._seed(index), [part.places for part in parts])
 
     def _reward_ahead(self, index: int, trainer_state: Any) -> Callable[[Rollout], RewardTable | None]:
         """What rewards generation batch `index` in another thread; functions see the state of now."""
+        prompts = self.order.prompts(index, self.schedule.groups(self.ranks.rank))
+        if not prompts:
+            return lambda rollout: None
         state = copy.copy(trainer_state)
         state.log_history = list(state.log_history)
-        return partial(self.runner.reward_in_workers, self._prompts(index), self.schedule.num_generations, state)
+        return partial(self.runner.reward_in_workers, prompts, self.schedule.num_generations, state)
 
-    def _sample(self, index: int, trainer_state: Any, log: MetricLog) -> RewardedRollout:
-        if not self.schedule.groups(self.ranks.rank):
-            log = MetricLog()
-        prompts = self._prompts(index)
-        seed = derive_seed(self.seed, "generation batch", index)
+    def _sample(self, index: int, log: MetricLog) -> SampledRollout:
         take = None if self.ahead is None else partial(self.ahead.take, index)
-        sampled = self.runner.run(prompts, self.schedule.num_generations, seed, trainer_state, log, take)
-        log.add_all(sampled.metrics())
+        return self.runner.sample(self._request(index), log if self._parts else MetricLog(), take)
+
+    def _meet(self, share: SampledRollout) -> SampledRollout:
+        """Return the completions of this rank's groups, wherever their rows were sampled. A collective."""
+        if not self.schedule.divides_groups(self.runner.engine.splits_groups):
+            return share
+        rows = [(part.group, place) for part in self._parts for place in part.places]
+        owners = {group: rank for rank in range(self.ranks.world_size) for group in self.schedule.groups(rank)}
+        completions = self.balancer.meet(share.rollout.completions, rows, owners)
+        return replace(share, rollout=replace(share.rollout, completions=completions))
+
+    def _reward(self, index: int, met: SampledRollout, trainer_state: Any, log: MetricLog) -> RewardedRollout:
+        prompts = self.order.prompts(index, self.schedule.groups(self.ranks.rank))
+        size = self.schedule.num_generations
+        sampled = self.runner.reward(prompts, size, met, self._seed(index), trainer_state, log)
+        if prompts:
+            log.add_all(sampled.metrics())
         sampled.table()  # raises here, where all ranks hear of it, what it would raise later
         if not self.mask_truncated:
             return sampled

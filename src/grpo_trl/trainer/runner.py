@@ -17,7 +17,7 @@ from ..rewards import RewardBatch, Rewards, RewardTable
 from ..rollout.base import Rollout, RolloutEngine, RolloutRequest
 from ..seeds import derive_seed, seeded
 from ..types import Completion, Prompt
-from .ahead import SampledAhead
+from .ahead import SampledRollout
 
 
 TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "step_time", "kl", "entropy")
@@ -38,8 +38,6 @@ class RewardedRollout:
     texts: list[Any]
     """What each row reads: a string, or a list with one assistant message for a conversational prompt."""
     rewards: RewardTable
-    computed_tokens: int | None = None
-    """See `Rollout`."""
 
     @property
     def total_PG(self) -> Tensor:
@@ -106,8 +104,6 @@ class RewardedRollout:
             metrics[f"completions/mean_{suffix}length"] = Mean.of(length_B, mask_B)
             metrics[f"completions/min_{suffix}length"] = Min.of(length_B, mask_B)
             metrics[f"completions/max_{suffix}length"] = Max.of(length_B, mask_B)
-        if self.computed_tokens is not None:
-            metrics["sampling/useful_share"] = Mean(length_B.sum(), self.computed_tokens)
         return metrics
 
 
@@ -137,47 +133,60 @@ class RolloutRunner:
         self.interruptible = interruptible
 
     def run(
+        self, prompts: Sequence[Prompt], num_generations: int, seed: int, trainer_state: Any, metrics: MetricLog
+    ) -> RewardedRollout:
+        """Sample `num_generations` completions of each prompt, and reward them."""
+        sampled = self.sample(make_request(prompts, num_generations, seed), metrics)
+        return self.reward(prompts, num_generations, sampled, seed, trainer_state, metrics)
+
+    def sample(
+        self, request: RolloutRequest, metrics: MetricLog, take: Callable[[], SampledRollout] | None = None
+    ) -> SampledRollout:
+        """Sample what is asked for; its speed goes to `metrics`. `take` gives what has been sampled ahead."""
+        with metrics.timed("time/sampling") as timer, self.phase("sampling"):
+            sampled = None if take is None else take()
+            rollout = self.engine.rollout(request) if sampled is None else sampled.rollout
+        if sampled is None:
+            sampled = SampledRollout(rollout, timer.seconds, None)
+        tokens = sum(len(c.ids) for c in rollout.completions)
+        metrics.add("sampling/tokens_per_second", Mean(tokens, sampled.seconds))
+        if rollout.computed_tokens is not None:
+            useful = sum(sum(c.mask) for c in rollout.completions)
+            metrics.add("sampling/useful_share", Mean(useful, rollout.computed_tokens))
+        return sampled
+
+    def reward(
         self,
-        prompts: list[Prompt],
+        prompts: Sequence[Prompt],
         num_generations: int,
+        sampled: SampledRollout,
         seed: int,
         trainer_state: Any,
         metrics: MetricLog,
-        take: Callable[[], SampledAhead] | None = None,
     ) -> RewardedRollout:
-        """`num_generations` rewarded completions of each prompt; the time of both phases goes to `metrics`.
+        """Reward `num_generations` completions of each prompt, unless that is done; the time goes to `metrics`.
 
-        A prompt's noise follows from `seed` and its row in the dataset; reward functions that draw random numbers draw the
-        same ones for the same `seed` and prompts. `take` gives what has been sampled ahead.
+        Reward functions that draw random numbers draw the same ones for the same `seed` and prompts. Without prompts no
+        function is called.
         """
-        ahead = None
-        with metrics.timed("time/sampling") as timer, self.phase("sampling"):
-            if take is None:
-                rollout = self.engine.rollout(make_request(prompts, num_generations, seed))
-            else:
-                ahead = take()
-                rollout = ahead.rollout
-        tokens = sum(len(c.ids) for c in rollout.completions)
-        metrics.add("sampling/tokens_per_second", Mean(tokens, timer.seconds if ahead is None else ahead.seconds))
+        rollout, rewards = sampled.rollout, sampled.rewards
+        if not prompts:
+            return RewardedRollout(num_generations, [], [], [], self.rewards.of_nothing())
         batch = self._reward_batch(prompts, num_generations, rollout, trainer_state)
         with metrics.timed("time/rewards"):
-            if ahead is not None and ahead.rewards is not None:
-                rewards = ahead.rewards
-            else:
+            if rewards is None:
                 with seeded(derive_seed(seed, "rewards", prompts[0].row)), self.interruptible():
                     rewards = self.rewards(batch, self.phase)
-        return RewardedRollout(
-            num_generations, batch.prompts, rollout.completions, batch.completions, rewards, rollout.computed_tokens
-        )
+        return RewardedRollout(num_generations, batch.prompts, rollout.completions, batch.completions, rewards)
 
     def reward_in_workers(
-        self, prompts: list[Prompt], num_generations: int, trainer_state: Any, rollout: Rollout
+        self, prompts: Sequence[Prompt], num_generations: int, trainer_state: Any, rollout: Rollout
     ) -> RewardTable | None:
         """Reward what was sampled for `prompts`, in any thread; None where workers cannot."""
         return self.rewards.in_workers(self._reward_batch(prompts, num_generations, rollout, trainer_state), self.phase)
 
     def _reward_batch(
-        self, prompts: list[Prompt], num_generations: int, rollout: Rollout, trainer_state: Any
+        self, prompts: Sequence[Prompt], num_generations: int, rollout: Rollout, trainer_state: Any
     ) -> RewardBatch:
         rows = [prompt for prompt in prompts for _ in range(num_generations)]
         return RewardBatch(
@@ -197,13 +206,19 @@ class RolloutRunner:
         ]
 
 
-def make_request(prompts: Sequence[Prompt], num_generations: int, seed: int) -> RolloutRequest:
-    """Ask for `num_generations` completions of each prompt, whose noise follows from `seed` and its row."""
+def make_request(
+    prompts: Sequence[Prompt], num_generations: int, seed: int, places: Sequence[range] | None = None
+) -> RolloutRequest:
+    """Ask for completions of each prompt, whose noise follows from `seed` and its row in the dataset.
+
+    They are `num_generations`, or those at `places` of its group.
+    """
     return RolloutRequest(
         prompts=[prompt.example["prompt"] for prompt in prompts],
         prompt_ids=[prompt.ids for prompt in prompts],
         num_generations=num_generations,
         seeds=[derive_seed(seed, prompt.row) for prompt in prompts],
+        places=places,
     )
 
 

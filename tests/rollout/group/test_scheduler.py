@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -82,6 +84,16 @@ def test_tokens_after_an_unread_end_are_dropped_also_where_every_row_ends_at_onc
     run = Run(model, make_request(), lag=2, eos_token_ids=tuple(range(48)))
     assert [len(c.ids) for c in run.completions] == [1] * 15
     assert all(c.ended for c in run.completions)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64])
+def test_parts_of_groups_are_sampled_as_in_the_whole(model, rows):
+    whole, places = make_request(num_generations=4), [range(3, 4), range(4), range(0, 2), range(1, 3), range(2, 4)]
+    groups = [ids(sample(model, num_generations=4))[start : start + 4] for start in range(0, 20, 4)]
+    run = Run(model, replace(whole, places=places), rows)
+    assert [c.ids for c in run.completions] == [
+        group[place] for group, part in zip(groups, places, strict=True) for place in part
+    ]
 
 
 def test_prompts_are_admitted_in_lumps(model):

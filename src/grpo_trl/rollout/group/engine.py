@@ -64,6 +64,7 @@ class GroupEngine:
     """
 
     in_process = True
+    splits_groups = True
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class GroupEngine:
         """Sample; where memory runs out, once more with half of the rows, which gives the same completions."""
         cache = self._sized_cache(request)
         while True:
-            with _Bar(len(request.prompt_ids) * request.num_generations, self.show_progress(), self.check) as on_tokens:
+            with _Bar(request.num_rows, self.show_progress(), self.check) as on_tokens:
                 try:
                     return self._sample(request, self.options, self._stop, cache, on_tokens)
                 except Exception as error:
@@ -175,7 +176,7 @@ class GroupEngine:
             MemoryError: Not even one row fits.
         """
         most = most_rows_in_flight(self.max_rows_in_flight, self.model.device)
-        rows = min(most, len(request.prompt_ids) * request.num_generations)
+        rows = min(most, request.num_rows)
         free = FREE_SHARE * (_free_memory(self.model.device) - self._bytes_of_casts())
         wanted = self._cache_of(request, rows)
         while rows and self._bytes_of(cache := self._cache_of(request, rows)) > free:

@@ -35,7 +35,7 @@ LUMP = 4
 
 @dataclass
 class Scheduler:
-    """Generates `num_generations` completions of each prompt of a request.
+    """Generates the completions that a request asks for.
 
     Prompts are taken by length, the longest first, so that those prefilled together are of similar length. A row that
     ends leaves at once, and the next one that waits takes its place. The order decides nothing but the time it takes.
@@ -67,8 +67,8 @@ class Scheduler:
         self._prompts = [GroupPrompt(ids) for ids in self.request.prompt_ids]
         self._rows = [
             Row(prompt, uniforms(seed, g, self.options.max_completion_length))
-            for prompt, seed in zip(self._prompts, self.request.seeds, strict=True)
-            for g in range(self.request.num_generations)
+            for prompt, seed, part in zip(self._prompts, self.request.seeds, self.request.parts, strict=True)
+            for g in part
         ]
         for row in self._rows:
             row.prompt.waiting.append(row)

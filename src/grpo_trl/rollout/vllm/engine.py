@@ -43,6 +43,7 @@ class VLLMEngine:
     """
 
     in_process = False
+    splits_groups = False
 
     def __init__(
         self,
