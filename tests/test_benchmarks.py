@@ -57,3 +57,9 @@ def test_time_to_reward_prints_its_table(shared):
     options = ["--model", shared / "models" / "gsm8k-mini", "--dataset", shared / "gsm8k", "--systems", "grpo_trl"]
     done = run("time_to_reward.py", *options, "--seeds", "3", "--max_steps", "1", "--batch_size", "8")
     assert re.search(r"^ +3 grpo_trl .* 1 +0\.\d+ to 0\.\d+  not reached$", done, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_what_sampling_ahead_saves_is_printed():
+    done = run("ahead.py", "--completions", "8", "--steps", "4", "--delay", "0.1")
+    assert re.search(r"^0 +\d+\.\d+ .*\n^1 +\d+\.\d+ .*\nof the time: \d+%$", done, re.MULTILINE)

@@ -31,6 +31,7 @@ NOT_RUN = {
     "accelerate launch": "starts processes: tests/distributed/test_commands.py",
     "srun": "needs SLURM",
     "vllm serve": "needs vLLM: make vllm",
+    "python -m vllm": "needs vLLM: tests/vllm/test_gsm8k.py",
     "cd": "the folder is that of a run with ZeRO-3",
     "python zero_to_fp32.py": "needs a checkpoint of ZeRO-3: tests/distributed/test_backends.py",
     "python examples/gsm8k.py": "needs the hub; with local files: tests/test_gsm8k.py",
@@ -123,6 +124,8 @@ def check_grpo_trl(words):
 
 def check_python(words):
     script, *rest = words
+    if script == "-m" and rest[0].startswith("vllm."):
+        return None
     if script == "-m":
         assert rest[0] == "grpo_trl"
         return check_grpo_trl(rest[1:])

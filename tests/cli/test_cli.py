@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,7 +13,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from grpo_trl.cli import app
-from grpo_trl.cli.configuration import REWARDS, Configuration
+from grpo_trl.cli.configuration import REWARDS, Configuration, known_options, options_of
+from grpo_trl.cli.launch import LAUNCHED, split_launch
 from grpo_trl.plan import card_named
 from grpo_trl.report import Run, RunLog
 from grpo_trl.report.live import ASCII_BLOCKS, sparkline, view
@@ -73,9 +77,9 @@ def test_a_configuration_trains_and_saves_the_model(folder):
     [
         (
             {"learnin_rate": 1},
-            "learnin_rate is no option (in run.yaml or on the command line). Did you mean",
+            "learnin_rate is no option (in the file or on the command line). Did you mean",
         ),
-        ({"model_name_or_path": None}, "names no model; set model_name_or_path"),
+        ({"model_name_or_path": None}, "name no model; set model_name_or_path"),
         ({"dataset_name": None}, "dataset_name is missing"),
         ({"dataset_train_split": "tain"}, "dataset_train_split='tain' is not in the dataset; it has 'train'"),
         (
@@ -111,9 +115,15 @@ def test_a_template_makes_messages_with_a_system_prompt(folder):
     file = written(
         folder, prompt_style="chat", system_prompt="be brief", eval_strategy="epoch", dataset_test_split="train"
     )
-    train, evaluation = Configuration.parse(file).datasets()
+    train, evaluation = Configuration.parse(options_of(file)).datasets()
     assert train[3]["prompt"] == [{"role": "system", "content": "be brief"}, {"role": "user", "content": "3="}]
     assert evaluation[3] == train[3]
+
+
+@pytest.mark.parametrize("split, rows", [("train", 10), ("train[:3]", 3), ("train[:99]", 10)])
+def test_a_split_may_be_its_first_rows(folder, split, rows):
+    train, _ = Configuration.parse(OPTIONS | {"dataset_train_split": split}).datasets()
+    assert [row["question"] for row in train] == [f"{i}=" for i in range(rows)]
 
 
 def test_a_configuration_of_trl_is_taken_as_it_is(folder):
@@ -125,11 +135,49 @@ def test_a_configuration_of_trl_is_taken_as_it_is(folder):
         "lora_target_modules: [q_proj]\ndataset_name: prompts.jsonl\nreward_funcs:\n  - think_format_reward\n"
         "output_dir: out\nlearning_rate: 1.0e-5\nnum_generations: 8\nuse_cpu: true\nreport_to: none\n"
     )
-    configuration = Configuration.parse(file)
+    configuration = Configuration.parse(options_of(file))
     assert (configuration.training.learning_rate, configuration.training.num_generations) == (1e-5, 8)
     assert configuration.model_init_kwargs()["dtype"] == "bfloat16"
     assert [func.__name__ for func in configuration.reward_funcs()] == ["think_format_reward"]
     assert configuration.datasets()[0][0]["prompt"] == "1="
+
+
+def test_options_of_the_launcher_are_told_from_those_of_the_run():
+    options = {"num_processes": 4, "accelerate_config": "zero3", "learning_rate": 1e-6, "debug": "underflow_overflow"}
+    words = ["--num_processes=2", "--beta", "0.1", "--main_process_port", "29501", "--multi_gpu"]
+    launched = split_launch(options, words, known_options())
+    assert launched.options == {
+        "num_processes": "2",
+        "accelerate_config": "zero3",
+        "main_process_port": "29501",
+        "multi_gpu": True,
+    }
+    assert launched.training == {"learning_rate": 1e-6, "debug": "underflow_overflow"}
+    assert launched.words == ["--beta", "0.1"]
+
+
+def test_a_configuration_with_options_of_accelerate_launch_is_launched_once(folder, monkeypatch):
+    started = []
+    monkeypatch.setattr(os, "execve", lambda program, words, environment: started.append((words, environment)))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.delenv(LAUNCHED, raising=False)
+    file = written(folder, num_processes=2, accelerate_config="zero2", env={"GRPO_TRL_TEST": 7})
+    assert run("train", file, "--max_steps", 1).exit_code == 0  # what stands in for execve returns
+    ((words, environment),) = started
+    assert words[1:4] == ["-m", "accelerate.commands.launch", words[3]]
+    assert words[3].endswith("zero2.yaml")
+    assert "--num_processes=2" in words
+    assert words[-6:] == ["--module", "grpo_trl", "train", str(file), "--max_steps", "1"]
+    assert environment["GRPO_TRL_TEST"] == "7"
+    monkeypatch.setenv(LAUNCHED, environment[LAUNCHED])
+    assert run("train", file, "--max_steps", 1).exit_code == 0
+    assert len(started) == 1
+    assert "on each of 2 ranks" in run("plan", file).output
+    done = run("plan", written(folder, accelerate_config="zero9"))
+    assert done.exit_code == 0  # a plan starts nothing
+    monkeypatch.delenv(LAUNCHED)
+    done = run("train", written(folder, accelerate_config="zero9"))
+    assert (done.exit_code, "one of fsdp1, fsdp2" in done.output) == (2, True)
 
 
 @pytest.mark.parametrize("name", REWARDS)
@@ -240,6 +288,39 @@ def test_help_fits_on_a_screen(command):
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize(
+    "line, completed", [("grpo-trl p", ["plan"]), ("grpo-trl plan --gpu", ["--gpu", "--gpu-memory"])]
+)
+def test_a_shell_completes_commands_and_options(line, completed):
+    variables = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    done = CliRunner().invoke(app, [], env={"_GRPO_TRL_COMPLETE": "complete_bash"} | variables, prog_name="grpo-trl")
+    assert done.output.split() == completed
+
+
+@pytest.mark.parametrize(
+    "reward, code, message",
+    [
+        ("return [1.0] * len(completions)", 1, "Stopped: "),
+        ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 75, ""),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, ""),
+    ],
+    ids=["guard", "signal", "interrupt"],
+)
+def test_a_run_that_stops_has_the_exit_code_of_the_page(folder, reward, code, message):
+    (folder / "stopping_rewards.py").write_text(f"import os, signal, time\ndef stops(completions):\n    {reward}\n")
+    changes = {"reward_funcs": ["stopping_rewards.stops"], "dead_run_patience": 1, "on_dead_run": "stop"}
+    done = run("train", written(folder, save_strategy="steps", save_steps=9, max_steps=9, **changes))
+    sys.modules.pop("stopping_rewards")
+    assert (done.exit_code, message in done.output) == (code, True), done.output
+    assert f"\n| {code} | " in (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    assert Run.read("out").stopped
+
+
+def test_help_and_completion_load_no_torch():
+    code = "import sys, grpo_trl.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_the_help_names_the_exit_codes():
     output = " ".join(run("--help").output.split())
     assert all(part in output for part in ("0 done", "1 stopped by a guard", "2 a mistake", "75 stopped by a signal"))
@@ -247,7 +328,7 @@ def test_the_help_names_the_exit_codes():
 
 def test_retired_names_of_a_file_and_of_the_command_line_are_read(folder, caplog):
     file = written(folder, warmup_ratio=0.25, overwrite_output_dir=True, torch_dtype="float32")
-    job = Configuration.parse(file, ["--max_new_tokens", "3"])
+    job = Configuration.parse(options_of(file), ["--max_new_tokens", "3"])
     assert (job.training.warmup_steps, job.training.max_completion_length, job.model.dtype) == (0.25, 3, "float32")
     done = run("plan", file, "--use_liger_loss=maybe")
     assert done.exit_code == 2

@@ -132,6 +132,27 @@ def test_an_evaluation_may_come_before_training(engine, one, two):
             assert difference(alone["after"], run["after"]) < 1e-5
 
 
+def test_a_server_receives_the_whole_policy_one_weight_at_a_time(engine, two):
+    first, second = (rank["on a server"] for rank in two)
+    assert first["steps"] == second["steps"] == 4
+    assert first["received"].keys() == first["after"].keys()
+    assert all(torch.equal(value, first["received"][name]) for name, value in first["after"].items())
+    assert difference(weights(make_model()), first["after"]) > 1e-4
+    for rank in (first, second):
+        assert len(rank["gathered"]) % len(rank["after"]) == 0
+        assert max(rank["gathered"]) == (1 if engine == "ZeRO-3" else 0)
+
+
+def test_a_server_receives_the_adapter_alone(engine, two):
+    first, second = (rank["on a server with LoRA"] for rank in two)
+    adapter = {name.replace(".default", ""): value for name, value in first["after"].items() if "lora_" in name}
+    assert first["steps"] == second["steps"] == 4
+    assert first["received"].keys() == adapter.keys()
+    assert all(torch.equal(value, first["received"][name].double()) for name, value in adapter.items())
+    assert any(value.any() for name, value in adapter.items() if "lora_B" in name)
+    assert first["gathered"] == second["gathered"] == []
+
+
 @pytest.mark.parametrize("precision", ["bfloat16 base", "bfloat16", "four bits"])
 def test_an_adapter_is_trained_on_a_coarse_base(precision, engine, one, two):
     """The base stays, the adapter is saved whole, and the first KL is that of one process up to rounding."""

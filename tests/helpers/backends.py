@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, DistributedType, GradientState, PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import (
@@ -31,9 +32,12 @@ from transformers.utils import is_bitsandbytes_available
 
 from grpo_trl import GRPOConfig
 from grpo_trl.distributed import sharding
+from grpo_trl.rollout.vllm.weights import policy_weights
 from tests.helpers.families import make_family
 from tests.helpers.models import SIZES, make_model, make_tokenizer
 from tests.helpers.training import completions_of, sampling_trainer, train, weights
+from tests.vllm.helpers import wait_until
+from tests.vllm.stub import StubServer
 
 
 ENGINES = ("DDP", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3")
@@ -383,6 +387,56 @@ def evaluated_first(name, folder):
         return {"evaluated": before, "steps": trainer.state.global_step, "after": gathered(trainer.model)}
 
 
+# ---- Sampling on a server ----
+@contextlib.contextmanager
+def stub_server(folder):
+    """Its URL on every rank, and the server on the first; it samples from the weights that it is sent."""
+    told = Path(folder, "url")
+    with contextlib.ExitStack() as stack:
+        stub = None
+        if os.environ.get("RANK", "0") == "0":
+            stub = stack.enter_context(StubServer(model=make_model()).running())
+            told.parent.mkdir(parents=True)
+            Path(folder, "part").write_text(stub.url)
+            Path(folder, "part").rename(told)
+        wait_until(told.exists)
+        yield told.read_text(), stub
+        run_on_all_ranks()
+
+
+def sampled_on_a_server(name, folder, lora=None):
+    """What the server has been sent in the end, and how many weights were gathered while each one was."""
+    found: list[int] = []
+
+    def counted(model):
+        for item in policy_weights(model):
+            found.append(sum("AVAILABLE" in str(getattr(p, "ds_status", "")).split(".") for p in model.parameters()))
+            yield item
+
+    options = {
+        "use_vllm": True,
+        "vllm_mode": "server",
+        "vllm_check_steps": 100 if lora else 1,  # the stub applies no adapter; the first one changes nothing
+        "save_strategy": "no",
+        "max_steps": 4,
+        "logging_steps": 1,
+    }
+    patched = mock.patch("grpo_trl.rollout.vllm.engine.policy_weights", counted)
+    with engine(name) as of_engine, stub_server(folder) as (url, stub), patched:
+        trainer = sampler(f"{folder}/run", of_engine, lora=lora, vllm_server_base_url=url, **options)
+        trainer.train()
+        trainer._runner.engine.sync_weights()
+        result = {"steps": trainer.state.global_step, "after": gathered(trainer.model), "gathered": found}
+        run_on_all_ranks()
+        if stub is not None and lora is None:
+            result["received"] = weights(stub.model)
+        elif stub is not None:
+            result["received"] = load_file(Path(stub.loaded, "adapter_model.safetensors"))
+        run_on_all_ranks()
+        trainer._runner.engine.close()
+        return result
+
+
 # ---- Adapters on weights of another precision ----
 def coarse_base(name, folder, **options):
     """What moves of an adapter on a base in another precision, and what is saved of it."""
@@ -445,6 +499,10 @@ def run_all(name, folder):
     results["in half precision"] = in_half_precision(name, f"{folder}/half")
     results["evaluated first"] = evaluated_first(name, f"{folder}/evaluated")
     results["coarse bases"] = coarse_bases(name, f"{folder}/coarse")
+    if name is not None:
+        results["on a server"] = sampled_on_a_server(name, f"{folder}/server")
+        adapter = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+        results["on a server with LoRA"] = sampled_on_a_server(name, f"{folder}/server-lora", lora=adapter)
     if name == "FSDP2":
         results["shards left by micro-batches"] = shards_left_by_micro_batches(name)
     else:  # there model.generate writes

@@ -38,6 +38,7 @@ class StubServer:
         self.loaded = None
         self.starts = 0
         self.dies_in = None
+        self.engine_fails = self.engine_dead = False
         self.completions = 0
 
     def start(self):
@@ -87,6 +88,10 @@ class StubServer:
             return 200, f"# a comment\nprocess_start_time_seconds {self.starts}\n"
         if path == "/v1/models":
             return 200, {"data": [{"id": "model", "max_model_len": self.max_model_length}]}
+        if path == "/health" and self.engine_dead:
+            return 503, ""
+        if path == "/v1/completions" and (self.engine_fails or self.engine_dead):
+            return 500, "EngineCore encountered an issue."
         if path == "/v1/completions":
             self.completions += 1
             return self.complete(body)

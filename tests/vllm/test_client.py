@@ -100,6 +100,33 @@ def test_a_restarted_server_gets_the_weights_again_and_samples_the_same(tmp_path
     stub.stop()
 
 
+def test_a_server_whose_engine_has_died_is_waited_for_as_one_that_is_away(tmp_path):
+    stub = StubServer()
+    stub.start()
+    engine = make_engine(stub, tmp_path)
+    engine.sync_weights()
+    expected = ids_of(engine.rollout(request()))
+    stub.engine_dead = True
+
+    def restart():
+        stub.stop()
+        stub.engine_dead = False
+        stub.start()
+
+    threading.Timer(0.3, restart).start()
+    assert ids_of(engine.rollout(request())) == expected
+    assert stub.loaded is not None
+    stub.stop()
+
+
+def test_an_error_of_a_server_that_is_alive_is_told(tmp_path):
+    with StubServer().running() as stub:
+        engine = make_engine(stub, tmp_path)
+        stub.engine_fails = True
+        with pytest.raises(RuntimeError, match="/v1/completions with HTTP 500: EngineCore encountered an issue"):
+            engine.rollout(request())
+
+
 def test_a_server_that_does_not_come_back_ends_the_wait(tmp_path):
     stub = StubServer()
     stub.start()

@@ -7,12 +7,13 @@ import re
 import numpy as np
 import pytest
 import torch
+from transformers import TopPLogitsWarper
 
 from grpo_trl.objective.correction import Correction
 from grpo_trl.rollout.base import RolloutRequest
 from grpo_trl.rollout.sampling import generation_config
 from grpo_trl.rollout.vllm import ColocatedVLLM, VLLMEngine
-from tests.conftest import make_tokenizer
+from tests.helpers.models import make_tokenizer
 
 from .helpers import OPTIONS, PROMPTS, largest_difference, policy, request, step
 
@@ -154,10 +155,10 @@ def test_the_corrected_estimate_of_an_expectation_is_unbiased(colocated, tmp_pat
     with torch.no_grad():
         policy_V = (model(torch.tensor([prompt])).logits[0, -1].double() / OPTIONS.temperature).softmax(-1)
     value_V = torch.rand(48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    nucleus_V = torch.zeros(48, dtype=torch.bool)
-    nucleus_V[tokens_R] = True
-    exact = (policy_V * value_V)[nucleus_V].sum()
+    nucleus_V = TopPLogitsWarper(0.7)(None, policy_V.log()[None])[0].isfinite()
     assert 2 <= nucleus_V.sum() < 48
+    assert nucleus_V[tokens_R].all()
+    exact = (policy_V * value_V)[nucleus_V].sum()
     old_R1 = policy_V.log()[tokens_R, None]
     drawn_R1 = torch.tensor([c.drawn_logps for c in drawn], dtype=torch.float64)
     weights_R1 = Correction("token_truncate", None).weights(old_R1, drawn_R1, torch.ones_like(old_R1, dtype=torch.bool))

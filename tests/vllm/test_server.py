@@ -4,26 +4,13 @@ import threading
 
 import pytest
 
-from grpo_trl.rollout.vllm import VLLMEngine, VLLMServer
 from grpo_trl.rollout.vllm.worker import EXTENSION
 
-from .helpers import OPTIONS, Server, largest_difference, policy, request, step
+from .helpers import Server, largest_difference, make_server_engine, policy, request, step
 
 
 pytestmark = pytest.mark.vllm
 CLOSE = 1e-4
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Serves a tied model in full, and adapters of it."""
-    arguments = ["--worker-extension-cls", EXTENSION, "--enable-lora", "--max-lora-rank", "8"]
-    with Server(policy(), tmp_path_factory.mktemp("served") / "model", *arguments).running() as server:
-        yield server
-
-
-def make_engine(server, model, folder, **changes):
-    return VLLMEngine(VLLMServer(server.url, timeout=120, folder=folder), model, OPTIONS, folder, **changes)
 
 
 def follow(engine, model):
@@ -41,20 +28,18 @@ def follow(engine, model):
 @pytest.mark.parametrize("lora", [False, True])
 def test_samples_follow_the_policy_step_after_step(server, lora, tmp_path):
     model = policy(lora=lora)
-    if lora:
-        make_engine(server, policy(), tmp_path / "base").sync_weights()  # what the other test has moved
-    engine = make_engine(server, model, tmp_path / "sync")
+    engine = make_server_engine(server, model, tmp_path / "sync")
     follow(engine, model)
     assert len(list((tmp_path / "sync").iterdir())) == 1, "only the last is kept"
     engine.close()
     assert not (tmp_path / "sync").exists()
 
 
-@pytest.mark.parametrize("lora", [True, False])  # a server started again has the base that the adapter is for
+@pytest.mark.parametrize("lora", [False, True])
 def test_a_server_restarted_in_the_middle_gets_the_current_weights_again(server, lora, tmp_path):
     model = policy(lora=lora)
-    engine = make_engine(server, model, tmp_path / "sync")
-    if not lora:
+    engine = make_server_engine(server, model, tmp_path / "sync")
+    if not lora:  # an adapter is for the weights that a server starts with
         step(model)
     engine.sync_weights()
     expected = engine.rollout(request()).completions
@@ -64,3 +49,9 @@ def test_a_server_restarted_in_the_middle_gets_the_current_weights_again(server,
     assert [c.ids for c in again] == [c.ids for c in expected]
     assert largest_difference(model, again) < CLOSE
     engine.close()
+
+
+def test_a_server_of_a_model_with_a_head_of_its_own_follows_it_too(tmp_path):
+    with Server(policy(tied=False), tmp_path / "model", "--worker-extension-cls", EXTENSION).running() as server:
+        model = policy(tied=False, seed=1)
+        follow(make_server_engine(server, model, tmp_path / "sync"), model)

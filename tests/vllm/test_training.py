@@ -1,25 +1,22 @@
 """Training with the real vLLM: a run follows the policy, and one whose sync is broken on purpose stops."""
 
+import contextlib
+import random
+
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
 from grpo_trl import GRPOConfig, GRPOTrainer, RunStopped
-from grpo_trl.rollout.vllm.worker import EXTENSION
-from tests.conftest import make_tokenizer
+from grpo_trl.trainer import build_vllm
+from tests.helpers.models import make_tokenizer
 
-from .helpers import Server, policy
+from .helpers import policy
 
 
 pytestmark = pytest.mark.vllm
 LONG = "ab" * 70  # fills a block of the prefix cache
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    arguments = ["--worker-extension-cls", EXTENSION, "--enable-lora", "--max-lora-rank", "8"]
-    with Server(policy(), tmp_path_factory.mktemp("served") / "model", *arguments).running() as server:
-        yield server
 
 
 def letters(completion_ids, **columns):
@@ -58,7 +55,7 @@ def make_trainer(folder, model, server=None, **options):
 
 
 @pytest.mark.parametrize("where", ["colocate", "server"])
-@pytest.mark.parametrize("lora", [True, False])  # the adapter is for the weights that the server starts with
+@pytest.mark.parametrize("lora", [True, False])
 def test_a_run_samples_from_the_policy_that_it_trains(where, lora, tmp_path, request):
     server = request.getfixturevalue("server") if where == "server" else None
     trainer = make_trainer(tmp_path, policy(lora=lora), server)
@@ -104,14 +101,73 @@ def test_a_run_whose_sync_is_broken_stops_before_it_trains_on_the_samples(server
     trainer._runner.engine.close()
 
 
-def test_training_is_the_same_whatever_vllm_does_to_the_process(server, tmp_path):
-    """Equal completions, dropout, and a vLLM in this process or not: equal weights."""
-    ends = []
-    for place in (None, server):
-        model = policy()
-        model.config.attention_dropout = 0.1
-        trainer = make_trainer(tmp_path, model, place)
+class Damaging:
+    """vLLM, which besides its work does what it can to the process it runs in, more than it does by itself."""
+
+    def __init__(self, llm):
+        self.llm = llm
+
+    def __getattr__(self, name):
+        value = getattr(self.llm, name)
+        return damaging(value) if name in ("generate", "collective_rpc", "reset_prefix_cache") else value
+
+
+def damaging(call):
+    def damaged(*arguments, **kwargs):
+        result = call(*arguments, **kwargs)
+        torch.manual_seed(3), np.random.seed(3), random.seed(3)
+        torch.set_num_threads(3)
+        torch.set_num_threads = lambda count: None
+        return result
+
+    return damaged
+
+
+class Replay:
+    """In place of vLLM: the samples that it has returned, in the same order."""
+
+    max_model_length = 256
+
+    def __init__(self, samples):
+        self.samples = iter(samples)
+
+    def generate(self, prompt_ids, params):
+        return next(self.samples)
+
+    def load_weights(self, weights):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_training_is_the_same_whatever_vllm_does_to_the_process(tmp_path, monkeypatch):
+    """Bit for bit that of a run which takes the same samples from no vLLM; dropout uses the random state."""
+    ends, recorded, threads, set_num_threads = [], [], torch.get_num_threads(), torch.set_num_threads
+
+    def end_of(trainer):
         trainer.train()
-        ends.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
         trainer._runner.engine.close()
-    assert (ends[0] - ends[1]).abs().max() < 1e-4
+        ends.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        assert (torch.get_num_threads(), torch.set_num_threads) == (threads, set_num_threads)
+
+    def damaged(*arguments):
+        client = build(*arguments)
+        client._llm = Damaging(client._llm)
+        generate = client.generate
+        client.generate = lambda *request: recorded.append(generate(*request)) or recorded[-1]
+        return client
+
+    build = build_vllm._build
+    monkeypatch.setattr(build_vllm, "_build", damaged)
+    options = {"vllm_check_steps": 100, "num_iterations": 2, "max_steps": 4}
+    end_of(make_trainer(tmp_path, policy(attention_dropout=0.2), **options))
+    monkeypatch.setattr(build_vllm, "_build", lambda *arguments: Replay(recorded))
+    end_of(make_trainer(tmp_path, policy(attention_dropout=0.2), **options))
+    assert ends[0].equal(ends[1])
+    monkeypatch.setattr(Replay, "load_weights", damaging(Replay.load_weights))
+    with contextlib.suppress(AssertionError):  # of the threads
+        end_of(make_trainer(tmp_path, policy(attention_dropout=0.2), **options))
+    torch.set_num_threads = set_num_threads
+    torch.set_num_threads(threads)
+    assert not ends[0].equal(ends[2]), "damage makes no difference here"

@@ -1,4 +1,4 @@
-"""The command `grpo-trl`."""
+"""The command `grpo-trl`. What loads torch is imported where it is used, so that help and completion answer at once."""
 
 import time
 from collections.abc import Iterator
@@ -13,8 +13,6 @@ from rich.table import Table
 
 from ..errors import RunStopped
 from ..plan import RunPlan, card_named
-from ..report import Run, plot_run, write_report
-from ..report.live import view
 from .template import configuration
 
 
@@ -49,10 +47,13 @@ def train(context: typer.Context, config: ConfigFile) -> None:
 
     On several GPUs: torchrun --nproc_per_node 8 -m grpo_trl train CONFIG
     """
-    from .configuration import Configuration
+    from .configuration import Configuration, known_options, options_of
+    from .launch import launch, split_launch
 
     with mistakes():
-        job = Configuration.parse(config, context.args)
+        launched = split_launch(options_of(config), context.args, known_options())
+        launch(launched, config)
+        job = Configuration.parse(launched.training, launched.words)
         trainer = job.trainer()
     resume = job.training.resume_from_checkpoint
     try:
@@ -71,7 +72,7 @@ def plan(
     config: ConfigFile,
     gpu: Annotated[str | None, typer.Option(help="Estimate the time of a step on this card, e.g. H100.")] = None,
     gpu_memory: Annotated[float | None, typer.Option(help="GiB of a card; that of --gpu by default.")] = None,
-    ranks: Annotated[int, typer.Option(min=1, help="GPUs, over all machines.")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="GPUs; num_processes of CONFIG by default, or 1.")] = None,
 ) -> None:
     """Show what CONFIG does and costs: batches, memory by phase, what fits. Loads no weights."""
     from .planned import planned_run
@@ -114,6 +115,9 @@ def watch(
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
 ) -> None:
     """Watch a run of another process until it ends or stops."""
+    from ..report.live import view
+    from ..report.run import Run
+
     with mistakes():
         shown: Any = view(Run.read(run), run)
     if once:
@@ -135,6 +139,8 @@ def report(
     png: Annotated[Path | None, typer.Option(help="Draw the curves of the first run as a picture, too.")] = None,
 ) -> None:
     """Write one HTML page about a run, or about several beside each other."""
+    from ..report import Run, plot_run, write_report
+
     with mistakes():
         page = write_report(runs, output or runs[0] / "report.html")
         if png is not None:

@@ -3,8 +3,10 @@
 import difflib
 import importlib
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -67,26 +69,30 @@ class Configuration:
 
     @classmethod
     def parse(
-        cls, file: Path, overrides: Sequence[str] = (), config_class: type[GRPOConfig] = GRPOConfig
+        cls,
+        options: Mapping[str, Any],
+        overrides: Sequence[str] = (),
+        config_class: type[GRPOConfig] = GRPOConfig,
     ) -> "Configuration":
-        """Read a YAML file; options on the command line win.
+        """Check options; those on the command line win.
 
         Raises:
-            ValueError: The file is no mapping of options, or an option is unknown or cannot work.
+            ValueError: An option is unknown or cannot work.
         """
-        parts: Any = (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)
-        parser = TrlParser(parts)
+        parser = TrlParser(cast(Any, (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)))
         known = parser.known_names | {"env"}
-        given = [*options_of(file), *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]
+        given = [*options, *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]
         given = [todays_name(name.replace("-", "_"), known) for name in given]
         for name in given:
-            _check_known(name, known, file)
-        parsed = parser.parse_args_and_config(["--config", str(file), *overrides])
-        configuration = cls(*parsed)
+            _check_known(name, known)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "options.yaml"
+            file.write_text(yaml.safe_dump(dict(options)), encoding="utf-8")
+            configuration = cls(*parser.parse_args_and_config(["--config", str(file), *overrides]))
         if "dtype" not in given:
             configuration.model.dtype = None  # the trainer's default, which depends on the adapter
         if configuration.model.model_name_or_path is None:
-            raise ValueError(f"{file} names no model; set model_name_or_path, e.g. to Qwen/Qwen2.5-0.5B-Instruct.")
+            raise ValueError("The options name no model; set model_name_or_path, e.g. to Qwen/Qwen2.5-0.5B-Instruct.")
         return configuration
 
     def model_init_kwargs(self) -> dict[str, Any]:
@@ -189,11 +195,16 @@ def options_of(file: Path) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
-def _check_known(name: str, known: set[str], file: Path) -> None:
+def known_options() -> set[str]:
+    """List the names of all options of a run."""
+    return TrlParser(cast(Any, (ScriptArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig))).known_names
+
+
+def _check_known(name: str, known: set[str]) -> None:
     if name not in known and not is_absent(name):
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name} is no option (in {file.name} or on the command line).{hint}")
+        raise ValueError(f"{name} is no option (in the file or on the command line).{hint}")
 
 
 def _of_trl(name: str) -> Any:
@@ -218,6 +229,8 @@ def _reward(name: str, length: int) -> Any:
 
 
 def _split(splits: Any, name: str, option: str) -> Dataset:
-    if name not in splits:
+    """A split by its name; `"test[:100]"` are its first 100 rows."""
+    split, first = re.fullmatch(r"(.*?)(?:\[:(\d+)\])?", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    if split not in splits:
         raise ValueError(f"{option}={name!r} is not in the dataset; it has {', '.join(map(repr, splits))}.")
-    return splits[name]
+    return splits[split] if first is None else splits[split].take(int(first))

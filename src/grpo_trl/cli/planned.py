@@ -3,21 +3,20 @@
 import argparse
 import json
 import statistics
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config
 
 from ..config import GRPOConfig
 from ..plan import Card, RunPlan, offloaded, setup_of
-from .configuration import Configuration, options_of
+from .configuration import Configuration, known_options, options_of
+from .launch import split_launch
 
 
 FOUR_BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / 64 / 256}
@@ -26,23 +25,27 @@ PROMPTS = 64
 """Whose lengths are looked at."""
 
 
-def planned_run(file: Path, overrides: Sequence[str], ranks: int, card: Card | None, gpu_gib: float | None) -> RunPlan:
+def planned_run(
+    file: Path, overrides: Sequence[str], ranks: int | None, card: Card | None, gpu_gib: float | None
+) -> RunPlan:
     """Plan the run of a configuration.
 
     Args:
         file: The YAML file.
         overrides: Options of the command line.
-        ranks: Plan for so many, whatever this machine has.
+        ranks: Plan for so many, whatever this machine has; by default for `num_processes` of the file, or one.
         card: What the time of a step is estimated for.
         gpu_gib: The memory of a rank's card; that of `card` if None.
 
     Raises:
         ValueError: The configuration cannot work.
     """
-    options, overrides = _with_backend(options_of(file), overrides)
+    launched = split_launch(options_of(file), overrides, known_options())
+    ranks = ranks or int(launched.options.get("num_processes", 1))
+    options, overrides = _with_backend(launched.training, launched.words)
     method, offload = _backend(options)
     options["bf16"] = bool(options.get("bf16", card is not None) or options.pop("fp16", False))
-    configuration = _parsed_for(file.name, options, overrides, ranks)
+    configuration = _parsed_for(options, overrides, ranks)
     train, _ = configuration.datasets()
     model = _meta_model(configuration)
     setup = setup_of(
@@ -83,13 +86,10 @@ def _backend(options: dict[str, Any]) -> tuple[str, list[str]]:
     return (f"ZeRO-{stage}" if stage else "DDP"), offloaded(content)
 
 
-def _parsed_for(name: str, options: dict[str, Any], overrides: Sequence[str], ranks: int) -> Configuration:
+def _parsed_for(options: dict[str, Any], overrides: Sequence[str], ranks: int) -> Configuration:
     """Parse options as on a machine with so many ranks; a plan needs neither a GPU, nor an engine, nor a tracker."""
     planned = type("GRPOConfig", (GRPOConfig,), {"world_size": property(lambda self: ranks)})
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / name
-        file.write_text(yaml.safe_dump(options | {"use_cpu": True, "report_to": "none"}), encoding="utf-8")
-        return Configuration.parse(file, overrides, planned)
+    return Configuration.parse(options | {"use_cpu": True, "report_to": "none"}, overrides, planned)
 
 
 def _meta_model(configuration: Configuration) -> Any:

@@ -16,6 +16,13 @@ dataset_name: {dataset}
 prompt_template: "{{question}}"       # columns of the dataset
 system_prompt: Solve the problem step by step, and end with a line of the form '#### 24' that holds the final number alone.
 
+# Evaluation: samples and rewards held-out problems, here the first 100; grpo-trl report shows what changed in them
+# eval_strategy: steps
+# eval_steps: 50
+# eval_on_start: true
+# dataset_test_split: test[:100]
+# num_generations_eval: 1
+
 # The rewards: ready-made (docs/rewards.md), or a dotted path to a function of yours, e.g. my_rewards.correct
 reward_funcs:
   - gsm8k_answer

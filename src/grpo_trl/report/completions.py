@@ -81,10 +81,12 @@ def as_text(value: Any) -> Text:
 
 
 def shown_as(value: Any) -> str:
-    """Read a value as a person does: numbers with three digits, conversations as roles and contents."""
+    """Read a value as a person does: numbers with three digits, conversations as roles and contents, one message alone."""
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, list) and all(isinstance(m, dict) and "content" in m for m in value):
+        if len(value) == 1:
+            return str_of(value[0]["content"])
         return "\n".join(f"{m.get('role', '')}: {str_of(m['content'])}" for m in value)
     return str_of(value)
 

@@ -87,7 +87,5 @@ def _row(table: dict[str, list[Any]], row: int, weights: dict[str, float]) -> di
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        value = value[0].get("content")  # one message: who says it is clear
     text = clean(shown_as(value))
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"

@@ -1,11 +1,13 @@
 """Sampling ahead: generation batches are sampled, and rewarded by workers, while earlier ones are trained on."""
 
+import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as StillRunning
 from dataclasses import dataclass
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from ..reliability.run_state import plain
 from ..rewards import RewardLogs, RewardTable
@@ -14,6 +16,8 @@ from ..types import Completion
 
 
 CHECK_SECONDS = 0.2
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,8 @@ class SamplesAhead:
         self.distance = distance
         self._engine = engine
         self._check = check
-        self._sampler = ThreadPoolExecutor(1, "sampling-ahead")
-        self._rewarder = ThreadPoolExecutor(1, "rewarding-ahead")
+        self._sampler = _Thread("sampling-ahead")
+        self._rewarder = _Thread("rewarding-ahead")
         self._sampling: list[Future[tuple[Rollout, float]]] = []
         self._running: dict[int, Future[SampledRollout]] = {}
         self._done: dict[int, SampledRollout] = {}
@@ -86,7 +90,7 @@ class SamplesAhead:
             rollout, seconds = sampling.result()
             return SampledRollout(rollout, seconds, reward(rollout))
 
-        sampling = self._sampler.submit(self._sample, request)
+        sampling = self._sampler.submit(lambda: self._sample(request))
         self._sampling.append(sampling)
         self._running[index] = self._rewarder.submit(finish)
 
@@ -140,3 +144,24 @@ class SamplesAhead:
             except StillRunning:
                 if future.done():  # a TimeoutError of its own
                     raise
+
+
+class _Thread:
+    """Does work in a thread, one after the other. Unlike an executor's, it does not keep the process from ending."""
+
+    def __init__(self, name: str):
+        self._queue: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def submit(self, work: Callable[[], Result]) -> "Future[Result]":
+        future: Future[Result] = Future()
+        self._queue.put((future, work))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, work = self._queue.get()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)

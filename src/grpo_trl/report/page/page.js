@@ -65,9 +65,18 @@ function smooth(values, weight) {
   });
 }
 
+// What tells the metrics of a chart apart: "rewards/a/mean" and "rewards/b/mean" are a and b.
+function shortNames(names) {
+  if (names.length < 2) return names;
+  const parts = names.map((name) => name.split("/"));
+  const same = (at) => parts.every((part) => part.at(at) === parts[0].at(at)) && parts.every((part) => part.length > 1);
+  return parts.map((part) => part.slice(same(0) ? 1 : 0, same(-1) ? -1 : undefined).join("/") || part.join("/"));
+}
+
 function traces(chart, weight) {
-  const found = [], several = DATA.runs.length > 1;
+  const found = [], several = DATA.runs.length > 1 && chart.run === undefined, short = shortNames(chart.metrics);
   DATA.runs.forEach((run, r) => {
+    if (chart.run !== undefined && chart.run !== r) return;
     const names = chart.metrics.filter((name) => run.series[name]);
     const [low, high] = chart.band || [];
     if (run.series[low] && run.series[high]) {
@@ -77,7 +86,7 @@ function traces(chart, weight) {
     }
     names.forEach((name, n) => {
       const [x, y] = run.series[name], hue = HUES[(several && names.length === 1 ? r : several ? r * 3 + n : n) % HUES.length];
-      const label = [several ? run.name : "", names.length > 1 || chart.metrics.length > 1 ? name : ""].filter(Boolean).join(" · ") || name;
+      const label = [several ? run.name : "", chart.metrics.length > 1 ? short[chart.metrics.indexOf(name)] : ""].filter(Boolean).join(" · ") || name;
       const line = { color: hue, width: 1.8, dash: several && names.length > 1 && r % 2 ? "dot" : "solid" };
       found.push({ x, y: chart.stack ? y : smooth(y, weight), name: escaped(label), mode: y.length < 3 ? "lines+markers" : "lines", line,
         marker: { size: 5, color: hue }, stackgroup: chart.stack ? `run ${r}` : undefined });
@@ -91,12 +100,12 @@ const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").repl
 
 function layout(legend) {
   const style = getComputedStyle(document.documentElement), color = (name) => style.getPropertyValue(name).trim();
-  const axis = { gridcolor: color("--line"), linecolor: color("--line"), zerolinecolor: color("--line"), automargin: true };
+  const axis = { exponentformat: "e", minexponent: 5, gridcolor: color("--line"), linecolor: color("--line"), zerolinecolor: color("--line"), automargin: true };
   return {
     margin: { l: 46, r: 10, t: 8, b: 34 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", showlegend: legend,
-    font: { color: color("--soft"), size: 11 }, hovermode: "x unified", legend: { orientation: "h", traceorder: "normal", y: -0.22, font: { size: 10 } },
+    font: { color: color("--soft"), size: 11 }, hovermode: "x unified", legend: { orientation: "h", traceorder: "normal", y: -0.14, font: { size: 10 } },
     hoverlabel: { bgcolor: color("--panel"), bordercolor: color("--line"), font: { color: color("--ink"), size: 11 } },
-    xaxis: { ...axis, title: { text: "optimizer step", standoff: 6, font: { size: 10 } } }, yaxis: axis,
+    xaxis: { ...axis, title: { text: legend ? "" : "optimizer step", standoff: 6, font: { size: 10 } } }, yaxis: axis,
   };
 }
 
@@ -122,9 +131,15 @@ function redraw() {
   for (const { chart, plot, legend } of drawn) Plotly.react(plot, traces(chart, weight), layout(legend));
 }
 
+// Stacked phases of several runs would cover each other.
+function ofEachRun(chart) {
+  if (!chart.stack || DATA.runs.length < 2) return [chart];
+  return DATA.runs.map((run, r) => ({ ...chart, run: r, title: `${chart.title}: ${run.name}` }));
+}
+
 function curves() {
   const has = (chart) => chart.metrics.some((name) => DATA.runs.some((run) => run.series[name]));
-  DATA.charts.filter(has).forEach((chart) => draw(chart, byId("charts")));
+  DATA.charts.filter(has).flatMap(ofEachRun).forEach((chart) => draw(chart, byId("charts")));
   if (!waiting.size) byId("charts").append(make("p", { class: "none", text: "No metrics were logged." }));
   const others = byId("others");
   others.hidden = !DATA.others.length;
@@ -212,7 +227,8 @@ function completions() {
 
 // ---- Tables ----
 function table(head, rows) {
-  const body = rows.map(([cells, changed]) => make("tr", { class: changed ? "changed" : "" }, ...cells.map((cell) => make("td", { text: shown(cell) }))));
+  const body = rows.map(([cells, changed]) => make("tr", { class: changed ? "changed" : "" }, ...cells.map((cell) =>
+    make("td", { text: shown(cell), class: typeof cell === "number" ? "number" : "" }))));
   return make("div", { class: "scroll" }, make("table", {}, make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { text })))), make("tbody", {}, ...body)));
 }
 

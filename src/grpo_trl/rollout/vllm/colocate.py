@@ -109,7 +109,7 @@ class ColocatedVLLM:
             if self._sleeps:
                 self._llm.wake_up(tags=["weights"])
             self._llm.collective_rpc("load_policy", args=(weights,))
-            self._drop_cache()
+        self._drop_cache()
 
     def load_adapter(self, folder: Path) -> None:
         self._adapter = folder
@@ -120,7 +120,9 @@ class ColocatedVLLM:
         del self._llm
 
     def _drop_cache(self) -> None:
-        if not self._llm.reset_prefix_cache():
+        with unchanged_process():
+            dropped = self._llm.reset_prefix_cache()
+        if not dropped:
             raise RuntimeError("vLLM could not drop its prefix cache: requests are still running.")
 
     def _shared(self, requests: list[Any]) -> list[Any]:

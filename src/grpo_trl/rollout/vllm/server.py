@@ -30,6 +30,8 @@ ADAPTER = "grpo_trl"
 CONCURRENCY = 256
 """Requests that are under way at a time; the server batches them."""
 RETRY_SECONDS = 1.0
+HEALTH = "/health"
+HEALTH_SECONDS = 5.0
 COMMAND = (
     f"VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --worker-extension-cls {EXTENSION}"
 )
@@ -227,7 +229,7 @@ class VLLMServer:
         start = time.monotonic()
         while True:
             try:
-                self._call("GET", "/health", None, timeout=5.0)
+                self._call("GET", HEALTH, None, timeout=HEALTH_SECONDS)
                 return
             except ServerGone as error:
                 if time.monotonic() - start > self._timeout:
@@ -236,6 +238,14 @@ class VLLMServer:
                         f"one with `{COMMAND}`, or set vllm_server_base_url to where it is."
                     ) from error
             time.sleep(RETRY_SECONDS)
+
+    def _is_healthy(self) -> bool:
+        """Whether the engine behind the API is alive; where it is not, the server is about to end."""
+        try:
+            self._call("GET", HEALTH, None, timeout=HEALTH_SECONDS)
+        except (ServerGone, RuntimeError):
+            return False
+        return True
 
     def _started(self) -> str | None:
         """What changes when the server is restarted; None if it does not say."""
@@ -259,7 +269,7 @@ class VLLMServer:
         """One request.
 
         Raises:
-            ServerGone: Nothing answers, or what answers is not up yet, or does not know the adapter any more.
+            ServerGone: Nothing answers, or what answers is not up yet, has lost its engine, or no longer knows the adapter.
             RuntimeError: The server refuses the request.
         """
         parts = urlsplit(self.url)
@@ -277,8 +287,9 @@ class VLLMServer:
         finally:
             connection.close()
         lost = response.status == 404 and body is not None and body.get("model") == ADAPTER
-        if response.status in (502, 503, 504) or lost:
-            raise ServerGone(f"The vLLM server at {self.url} has been restarted (HTTP {response.status})")
+        broken = response.status == 500 and path != HEALTH and not self._is_healthy()
+        if response.status in (502, 503, 504) or lost or broken:
+            raise ServerGone(f"The vLLM server at {self.url} has gone or was restarted (HTTP {response.status})")
         if response.status != 200:
             raise RuntimeError(
                 f"The vLLM server at {self.url} answers {path} with HTTP {response.status}: {text[:500]}"
