@@ -281,10 +281,10 @@ def test_a_report_is_written_beside_the_run(folder):
     assert run("report", "model").exit_code == 2
 
 
-@pytest.mark.parametrize("command", ["train", "plan", "init", "watch", "report"])
+@pytest.mark.parametrize("command", [[], ["train"], ["plan"], ["init"], ["watch"], ["report"]])
 def test_help_fits_on_a_screen(command):
-    lines = run(command, "--help").output.splitlines()
-    assert len(lines) < 30
+    lines = run(*command, "--help").output.splitlines()
+    assert len(lines) <= 24
     assert max(map(len, lines)) <= 80
 
 
@@ -323,7 +323,7 @@ def test_help_and_completion_load_no_torch():
 
 def test_the_help_names_the_exit_codes():
     output = " ".join(run("--help").output.split())
-    assert all(part in output for part in ("0 done", "1 stopped by a guard", "2 a mistake", "75 stopped by a signal"))
+    assert "0 done, 1 stopped by a guard, 2 mistake, 75 signal, 130 Ctrl-C" in output
 
 
 def test_retired_names_of_a_file_and_of_the_command_line_are_read(folder, caplog):

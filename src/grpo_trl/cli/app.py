@@ -24,11 +24,14 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train language models with GRPO: plan before, watch during, understand after.",
-    epilog="Exit codes: 0 done, 1 stopped by a guard and saved, 2 a mistake in options or data, 75 stopped by a signal "
-    "and saved: start it again to resume.",
+    epilog="Exit codes: 0 done, 1 stopped by a guard, 2 mistake, 75 signal, 130 Ctrl-C.",
 )
-ConfigFile = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A YAML file; see grpo-trl init.")]
-RunFolders = Annotated[list[Path], typer.Argument(exists=True, file_okay=False, help="The output_dir of a run.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(exists=True, dir_okay=False, metavar="CONFIG", help="A YAML file; see grpo-trl init.")
+]
+RUN = typer.Argument(exists=True, file_okay=False, metavar="RUN_DIR", help="The output_dir of a run.")
+RunFolder = Annotated[Path, RUN]
+RunFolders = Annotated[list[Path], RUN]
 
 
 @contextmanager
@@ -43,7 +46,9 @@ def mistakes() -> Iterator[None]:
 
 @app.command(context_settings=OPEN)
 def train(context: typer.Context, config: ConfigFile) -> None:
-    """Train as CONFIG says. Further options override it: --learning_rate 2e-6.
+    """Train as CONFIG says; further options override it.
+
+    For example: grpo-trl train CONFIG --learning_rate 2e-6
 
     On several GPUs: torchrun --nproc_per_node 8 -m grpo_trl train CONFIG
     """
@@ -74,7 +79,10 @@ def plan(
     gpu_memory: Annotated[float | None, typer.Option(help="GiB of a card; that of --gpu by default.")] = None,
     ranks: Annotated[int | None, typer.Option(min=1, help="GPUs; num_processes of CONFIG by default, or 1.")] = None,
 ) -> None:
-    """Show what CONFIG does and costs: batches, memory by phase, what fits. Loads no weights."""
+    """Show what CONFIG does and costs, without loading weights.
+
+    Options of the configuration override it, as for train.
+    """
     from .planned import planned_run
 
     with mistakes():
@@ -95,7 +103,7 @@ def _launches(planned: RunPlan) -> Table:
 
 @app.command()
 def init(
-    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("grpo.yaml"),
+    file: Annotated[Path, typer.Argument(metavar="CONFIG", help="The file to write.")] = Path("grpo.yaml"),
     model: Annotated[str, typer.Option(help="Hub name or path.")] = "Qwen/Qwen2.5-0.5B-Instruct",
     dataset: Annotated[str, typer.Option(help="Hub name, folder or file with a column 'question'.")] = "openai/gsm8k",
     output: Annotated[str, typer.Option(help="Where the run goes.")] = "outputs/grpo",
@@ -110,7 +118,7 @@ def init(
 
 @app.command()
 def watch(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The output_dir of a run.")],
+    run: RunFolder,
     once: Annotated[bool, typer.Option("--once", help="Show the run as it is now, and leave.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
 ) -> None:
@@ -138,7 +146,7 @@ def report(
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the curves of the first run as a picture, too.")] = None,
 ) -> None:
-    """Write one HTML page about a run, or about several beside each other."""
+    """Write one HTML page about a run, or about several."""
     from ..report import Run, plot_run, write_report
 
     with mistakes():
