@@ -50,7 +50,7 @@ class _Sparkline:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         blocks = ASCII_BLOCKS if options.ascii_only else BLOCKS
-        yield Text(sparkline(self.values, blocks=blocks), style="green")
+        yield Text(sparkline(self.values, min(SPARKS, options.max_width), blocks), style="green")
 
 
 class _Foreign:
