@@ -220,9 +220,7 @@ def run_small(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page", sorted({command.page for command in COMMANDS if command.words[0] == "grpo-trl"} - {"README.md"})
-)
+@pytest.mark.parametrize("page", sorted({command.page for command in COMMANDS if command.words[0] == "grpo-trl"}))
 def test_the_commands_of_a_page_run_one_after_the_other(page, folder):
     commands = [command.words[1:] for command in COMMANDS if command.page == page and command.words[0] == "grpo-trl"]
     if commands[0][0] != "init":
