@@ -75,6 +75,7 @@ def trainer_of(folder, sizes, prompt, completion, callbacks=(), lora=None, **opt
         "use_cpu": True,
         "max_steps": STEPS,
         "max_completion_length": completion,
+        "gradient_checkpointing": True,
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
