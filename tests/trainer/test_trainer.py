@@ -515,7 +515,7 @@ def test_overflowing_prompts_are_dropped_or_cut(caplog):
     long = "a" * 126
     for policy, rows in (("drop", 4), ("truncate_left", 5)):
         trainer = sample(make_model(), [*PROMPTS, long], prompt_overflow=policy)
-        assert len(trainer._builder.prompts) == rows
+        assert len(trainer._order.source) == rows
         assert "1 of 5 prompts" in caplog.text
         caplog.clear()
-    assert trainer._builder.prompts.prompts([4])[0].ids == make_tokenizer()("a" * 120)["input_ids"]
+    assert trainer._order.source.prompts([4])[0].ids == make_tokenizer()("a" * 120)["input_ids"]
