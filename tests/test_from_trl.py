@@ -198,4 +198,4 @@ def test_rendered_prompts_a_model_path_and_a_peft_config_of_trl(tmp_path, model_
     )
     trainer.train()
     assert trainer.ref_model is None
-    assert trainer._builder.prompts.prompts([0])[0].ids.count(tokenizer.convert_tokens_to_ids("<user>")) == 1
+    assert trainer._order.source.prompts([0])[0].ids.count(tokenizer.convert_tokens_to_ids("<user>")) == 1
