@@ -180,6 +180,48 @@ def test_a_configuration_with_options_of_accelerate_launch_is_launched_once(fold
     assert (done.exit_code, "one of fsdp1, fsdp2" in done.output) == (2, True)
 
 
+MIXTURE = [
+    {"path": "json", "data_files": "data.jsonl", "fraction": 0.25},
+    {"path": "json", "data_files": "more.jsonl", "fraction": 0.75},
+]
+
+
+@pytest.fixture
+def more(folder):
+    rows = [{"question": f"{i}+{i}=", "answer": f"#### {2 * i}"} for i in range(60)]
+    (folder / "more.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_several_datasets_are_mixed_by_their_fractions(more):
+    file = written(more, dataset_name=None, datasets=MIXTURE)
+    train, _ = Configuration.parse(file).datasets()
+    assert sorted("+" in prompt for prompt in train["prompt"]) == [False] * 10 + [True] * 30
+    done = run("train", file)
+    assert done.exit_code == 0, done.output
+
+
+def test_several_datasets_are_streamed_and_split(more):
+    whole = [{name: value for name, value in one.items() if name != "fraction"} for one in MIXTURE]
+    done = run("train", written(more, dataset_name=None, datasets=whole, streaming=True))
+    assert done.exit_code == 0, done.output
+    file = written(more, dataset_name=None, datasets=whole, test_split_size=0.1, eval_strategy="steps")
+    assert [len(one) for one in Configuration.parse(file).datasets()] == [63, 7]
+
+
+def test_a_stream_is_not_split(more):
+    file = written(more, dataset_name=None, datasets=MIXTURE, streaming=True, test_split_size=0.1)
+    done = run("train", file)
+    assert (done.exit_code, "test_split_size=0.1 cannot split streamed datasets" in done.output) == (2, True)
+
+
+def test_a_file_is_streamed(folder):
+    done = run("train", written(folder, dataset_streaming=True))
+    assert done.exit_code == 0, done.output
+    done = run("train", written(folder, dataset_streaming=True, max_steps=None))
+    assert (done.exit_code, "train_dataset is streamed" in done.output) == (2, True), done.output
+
+
 @pytest.mark.parametrize("name", REWARDS)
 def test_every_ready_made_reward_is_callable(name):
     if name == "accuracy_reward":

@@ -73,7 +73,7 @@ def test_two_ranks_sample_what_one_samples(case, two):
     assert len({tuple(ids) for _, ids in alone["written"]}) > 0.5 * len(alone["written"])
     for share in shares:
         for mine, other in zip(share["metrics"], alone["metrics"], strict=True):
-            assert untimed(mine) == pytest.approx(untimed(other), rel=1e-9, nan_ok=True)
+            assert of_rollouts(mine) == pytest.approx(of_rollouts(other), rel=1e-9, nan_ok=True)
         for name, value in alone["after"].items():
             assert torch.allclose(share["after"][name], value, rtol=1e-9, atol=1e-12)
 
@@ -117,6 +117,12 @@ def test_a_reward_function_that_fails_on_one_rank_fails_for_all(two):
         assert raised["steps"] < 6
         assert "RunStopped" in raised["stop"]
         assert "hates_short" in raised["stop"]
+
+
+def of_rollouts(metrics):
+    """Metrics of what is sampled and rewarded, and the whole evaluation; those of the update depend on micro-batches."""
+    names = ("eval_", "reward", "frac_", "completions/", "sampling/useful", "num_tokens")
+    return {name: value for name, value in untimed(metrics).items() if name.startswith(names)}
 
 
 def untimed(metrics):

@@ -1,10 +1,15 @@
 """A streamed dataset trains, resumes and evaluates as a set of its rows does."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset, IterableDataset, IterableDatasetDict
 
 from grpo_trl.errors import RunStopped
+from grpo_trl.trainer.generation import GenerationBatchBuilder
+from grpo_trl.types import Ranks
 from tests.helpers.training import PROMPTS, checkpoints, length, sampling_trainer, weights
 
 
@@ -60,6 +65,19 @@ def test_a_stream_that_changes_is_not_resumed(tmp_path):
     trained(tmp_path, train_dataset=streamed(), max_steps=3)
     with pytest.raises(RunStopped, match="does not stream the prompts of generation batch 1 again"):
         trained(tmp_path, True, train_dataset=streamed(PROMPTS[::-1]))
+
+
+def test_ranks_that_read_different_prompts_stop():
+    def differs(values):
+        """The second rank has no error, and other prompts."""
+        return [*values, None if values[0] is None else "other"]
+
+    order = SimpleNamespace(digest=lambda generation: f"digest of {generation}")
+    for gather, ahead in ((lambda values: values * 2, 0), (differs, 0), (differs, 2)):
+        builder = SimpleNamespace(order=order, ranks=Ranks(0, 2, gather), ahead=SimpleNamespace(distance=ahead))
+        message = f"other prompts on rank 1 than on rank 0 in generation batch {4 + ahead}"
+        with pytest.raises(RunStopped, match=message) if gather is differs else nullcontext():
+            GenerationBatchBuilder._read_prompts(builder, 4)
 
 
 def test_a_stream_needs_max_steps(tmp_path):

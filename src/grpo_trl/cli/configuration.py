@@ -20,7 +20,10 @@ from .. import rewards
 from ..config import GRPOConfig
 from ..config.names import is_absent, todays_name
 from ..config.parser import TrlParser
+from ..logging import get_logger
 
+
+logger = get_logger(__name__)
 
 REWARDS: dict[str, Callable[[int], Any]] = {
     "gsm8k_answer": lambda length: rewards.gsm8k_answer,
@@ -137,13 +140,23 @@ class Configuration:
     def _splits(self) -> Any:
         name = self.script.dataset_name
         if self.mixture.datasets:
-            return get_dataset(self.mixture)
+            return self._mixture()
         if name is None:
             raise ValueError("dataset_name is missing; name a dataset of the hub, a folder, or a file.")
         streaming = self.script.dataset_streaming
         if Path(name).is_file() and Path(name).suffix in FORMATS:
             return load_dataset(FORMATS[Path(name).suffix], data_files={"train": name}, streaming=streaming)
         return load_dataset(name, name=self.script.dataset_config, streaming=streaming)
+
+    def _mixture(self) -> Any:
+        if self.script.dataset_name is not None:
+            logger.warning("datasets is set, so dataset_name=%r is not read.", self.script.dataset_name)
+        if self.mixture.streaming and self.mixture.test_split_size is not None:
+            raise ValueError(
+                f"test_split_size={self.mixture.test_split_size} cannot split streamed datasets; set streaming: false, or "
+                "evaluate from a script."
+            )
+        return get_dataset(self.mixture)
 
     def _prompts(self, dataset: Dataset) -> Dataset:
         template = self.script.prompt_template
