@@ -36,8 +36,9 @@ class EagerSteps:
     def __call__(self, step: Step) -> tuple[Tensor, int]:
         """Logits of shape (R, V), and how many rows were computed for them."""
         rows = len(step.tokens_R)
-        if step.tokens_R.device.type == "cpu" and not step.guessed:  # once, and not in each product
-            step = step.filled_up(min(filled_up(rows), self.cache.max_rows))
+        filled = filled_up(rows)
+        if step.tokens_R.device.type == "cpu" and not step.guessed and filled <= self.cache.max_rows:
+            step = step.filled_up(filled)  # once, and not in each product
         self.cache.now = step
         output = self.model(
             input_ids=step.tokens_R[:, None],
