@@ -195,7 +195,7 @@ def more(folder):
 
 def test_several_datasets_are_mixed_by_their_fractions(more):
     file = written(more, dataset_name=None, datasets=MIXTURE)
-    train, _ = Configuration.parse(file).datasets()
+    train, _ = Configuration.parse(options_of(file)).datasets()
     assert sorted("+" in prompt for prompt in train["prompt"]) == [False] * 10 + [True] * 30
     done = run("train", file)
     assert done.exit_code == 0, done.output
@@ -206,7 +206,7 @@ def test_several_datasets_are_streamed_and_split(more):
     done = run("train", written(more, dataset_name=None, datasets=whole, streaming=True))
     assert done.exit_code == 0, done.output
     file = written(more, dataset_name=None, datasets=whole, test_split_size=0.1, eval_strategy="steps")
-    assert [len(one) for one in Configuration.parse(file).datasets()] == [63, 7]
+    assert [len(one) for one in Configuration.parse(options_of(file)).datasets()] == [63, 7]
 
 
 def test_a_stream_is_not_split(more):
