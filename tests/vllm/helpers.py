@@ -87,7 +87,7 @@ class Server:
     def start(self) -> None:
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.folder)]
         command += ["--host", "127.0.0.1", "--port", str(self.port), "--dtype", "float32", "--enforce-eager"]
-        command += ["--logprobs-mode", "processed_logprobs", *self.arguments]
+        command += ["--no-enable-chunked-prefill", "--logprobs-mode", "processed_logprobs", *self.arguments]
         environment = {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",

@@ -166,6 +166,13 @@ def test_the_corrected_estimate_of_an_expectation_is_unbiased(colocated, tmp_pat
     assert abs(terms_R.mean() - exact) < 4 * terms_R.std() / len(tokens_R) ** 0.5 + 1e-5
 
 
+def test_a_call_may_have_more_tokens_than_a_step_of_vllm_computes(colocated, tmp_path):
+    engine = engine_with(colocated, tmp_path, max_completion_length=2)
+    most = colocated[0]._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    prompts = [[2 + (7 * row + place) % 46 for place in range(250)] for row in range(most // 250 + 10)]
+    assert len(engine.rollout(request(prompts, num_generations=2)).completions) == 2 * len(prompts)
+
+
 def test_an_option_that_vllm_does_not_serve_is_named(colocated, tmp_path):
     with pytest.raises(ValueError, match="typical_p"):
         engine_with(colocated, tmp_path, generation_kwargs={"typical_p": 0.9})

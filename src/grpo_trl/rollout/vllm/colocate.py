@@ -67,6 +67,9 @@ class ColocatedVLLM:
             options |= {"enable_lora": True, "max_lora_rank": max_lora_rank, "max_loras": 1, "max_cpu_loras": 1}
         if ranks.world_size > 1:
             options |= {"distributed_executor_backend": "external_launcher"}
+        if not torch.cuda.is_available():
+            # a prompt in parts takes back a seeded sample, which the CPU's generator cannot: the engine would die
+            options |= {"enforce_eager": True, "enable_chunked_prefill": False}
         with tempfile.TemporaryDirectory(prefix="grpo_trl-") as folder, unchanged_process():
             config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
@@ -76,7 +79,6 @@ class ColocatedVLLM:
                 dtype=str(dtype).removeprefix("torch."),
                 tensor_parallel_size=tensor_parallel_size,
                 enable_sleep_mode=sleeps,
-                enforce_eager=not torch.cuda.is_available(),
                 logprobs_mode="processed_logprobs",
                 worker_extension_cls=EXTENSION,
                 generation_config="vllm",
