@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import trl
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from grpo_trl import GRPOConfig
 from grpo_trl.rollout.base import SamplingOptions
@@ -34,6 +36,7 @@ OWN_OPTIONS = {
     "max_tokens_per_micro_batch",
     "prompt_overflow",
     "shared_prefix",
+    "speculative_ngrams",
     *("generations_ahead", "old_logprobs", "vllm_check_steps"),
     *("reward_workers", "reward_timeout", "reward_retries", "reward_memory_limit", "on_reward_error"),
     *("max_reward_failure_rate", "max_nonfinite_steps", "dead_run_patience", "on_dead_run", "phase_warning_seconds"),
@@ -72,6 +75,10 @@ def test_gradient_checkpointing_is_on_unless_it_is_set_under_either_name(set_nam
     assert [getattr(config, name) for name in CHECKPOINTING] == [value is not False] * len(CHECKPOINTING)
 
 
+def no_questions_to_the_gpu(args):
+    args.accelerator_config = AcceleratorConfig()
+
+
 @pytest.mark.parametrize(
     "options, on_gpu",
     [({}, True), ({"fp16": True}, False), ({"use_cpu": True}, False), ({"bf16": False}, False)],
@@ -80,7 +87,7 @@ def test_gradient_checkpointing_is_on_unless_it_is_set_under_either_name(set_nam
 def test_bf16_is_chosen_where_the_gpu_has_it(monkeypatch, options, on_gpu, gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
-    monkeypatch.setattr("transformers.TrainingArguments.__post_init__", lambda self: None)  # asks the real GPU
+    monkeypatch.setattr(TrainingArguments, "__post_init__", no_questions_to_the_gpu)
     monkeypatch.setattr(GRPOConfig, "deepspeed_plugin", None, raising=False)
     monkeypatch.setattr(GRPOConfig, "world_size", 1)
     monkeypatch.setattr(GRPOConfig, "device", torch.device("cuda"))
