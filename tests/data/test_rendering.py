@@ -47,3 +47,11 @@ def test_parts_of_text_are_one_string_and_keys_without_a_value_are_left_out():
 def test_messages_that_a_text_model_cannot_read_are_refused(message, text):
     with pytest.raises(ValueError, match=f"train_dataset.*{text}"):
         tokenize_prompts([[message]], make_tokenizer(), {}, "train_dataset")
+
+
+def test_messages_need_a_chat_template():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match=r"data has lists of messages as prompts, .* no chat template; pass"):
+        tokenize_prompts([[{"role": "user", "content": "1="}]], tokenizer, {}, "data")
+    assert tokenize_prompts(["1="], tokenizer, {}, "data")

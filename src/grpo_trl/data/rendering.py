@@ -21,7 +21,8 @@ def tokenize_prompts(
         name: The dataset, for messages.
 
     Raises:
-        ValueError: The prompts are of different kinds; a message has no role, or a part that is not text.
+        ValueError: The prompts are of different kinds; the tokenizer has no chat template; a message has no role, or a
+            part that is not text.
     """
     for prompt in prompts:
         if not isinstance(prompt, type(prompts[0])) or not isinstance(prompt, (str, list)):
@@ -31,6 +32,11 @@ def tokenize_prompts(
             )
     if isinstance(prompts[0], str):
         return _tokenize_strings(prompts, tokenizer)
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"{name} has lists of messages as prompts, and the tokenizer has no chat template; pass as processing_class "
+            "the tokenizer of an instruct model, set its chat_template, or make the prompts strings."
+        )
     return [_tokenize_messages(messages, tokenizer, chat_template_kwargs, name) for messages in prompts]
 
 

@@ -40,9 +40,10 @@ from ..distributed.sharding import backend_of
 from ..logprobs.compute import compute_logprobs
 from ..logprobs.verify import tolerance
 from ..metrics import Mean, MetricLog, Sum
-from ..models import context_length
+from ..models import context_length, eos_token_ids
 from ..objective import Counts, grpo_loss, make_objective
 from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures, warn_of_drift
+from ..reliability.hints import Hints
 from ..reliability.run_state import Stateful, fingerprint
 from ..report import merge_tables
 from ..rollout.vllm import VLLMEngine
@@ -175,6 +176,8 @@ class GRPOTrainer(RecordedTrainer):
         self._ahead = make_ahead(engine, args, self._signals.check)
         self._correction = make_correction(args)
         self._runner = RolloutRunner(engine, rewards, tokenizer, self._watchdog.phase, self._signals.interruptible)
+        functions = dict(zip(self.reward_func_names, self.reward_funcs, strict=True))
+        self._hints = Hints(tokenizer, eos_token_ids(self.model, tokenizer), functions)
         self._entropy = EntropyControl(args, self._evaluator, self._ranks)
         router = router_coefficient(args.router_aux_loss_coef, self.model)
         self._router = RouterBalance(router, self._evaluator, self._ranks)
@@ -267,6 +270,7 @@ class GRPOTrainer(RecordedTrainer):
                     self._dead_run.load_state_dict(dead_run)
                     raise
                 tokens += batch.tokens
+                self._hints.look([c for mini_batch in batch.mini_batches for c in mini_batch], batch.table)
             completions += batch.mini_batches[ref.mini_batch]
             counts += batch.counts[ref.mini_batch]
         self._generation_batch = batch
