@@ -1,9 +1,12 @@
-"""What every room asks of a model: the language model under its wrappers, its mode, its attention function."""
+"""What every room asks of a model: the language model under its wrappers, its mode, its attention function, its errors."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from typing import Any
 
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -55,3 +58,15 @@ def attending_by(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was missing, of whichever device; torch has no class of its own for the host's."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):  # of mmap
+        return error.errno == errno.ENOMEM
+    # while a graph is captured, and in the libraries of CUDA, it arrives as a plain RuntimeError; so does C++'s own
+    texts = ("out of memory", "bad_alloc")
+    out = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    return out or (isinstance(error, Exception) and should_reduce_batch_size(error))

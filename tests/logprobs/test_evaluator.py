@@ -16,6 +16,8 @@ from tests.helpers.models import make_model
 from tests.helpers.training import completion_of, train
 
 
+OUT_OF_MEMORY = torch.OutOfMemoryError("made up")
+HOST = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
 GROUP = [Completion([5, 6, 7], [8, 9], [True] * 2, advantage=1.0), Completion([5, 6, 7], [4], [True], advantage=-1.0)]
 COMPARISON = 3
 """Forwards of the comparison of both ways."""
@@ -135,16 +137,31 @@ def test_a_difference_is_judged_again_against_the_noise_before_packing_is_given_
     assert evaluator.packer.shared_prefix
 
 
-def run_out_above(evaluator, limit):
+def run_out_above(evaluator, limit, error=OUT_OF_MEMORY):
     """A step that fits in micro-batches of at most `limit` tokens; returns the largest one."""
 
     def work(micro_batches):
         largest = max(micro_batch.input_ids_RS.numel() for micro_batch in micro_batches)
         if largest > limit:
-            raise torch.OutOfMemoryError("made up")
+            raise error
         return largest
 
     return evaluator.in_micro_batches(GROUP * 4, 8, work, undo=lambda: None)
+
+
+@pytest.mark.parametrize("error", [RuntimeError(HOST), MemoryError()], ids=repr)
+def test_a_step_is_made_in_halves_whichever_allocator_has_failed(error, caplog):
+    evaluator, _ = make_evaluator(batch_size=8)
+    whole = evaluator.packer.largest(GROUP * 4)
+    assert run_out_above(evaluator, whole - 1, error) < whole
+    assert (str(error) or type(error).__name__) in caplog.text
+
+
+def test_another_error_of_a_step_is_raised_unchanged():
+    evaluator, _ = make_evaluator(batch_size=8)
+    with pytest.raises(RuntimeError, match="made up"):
+        run_out_above(evaluator, 1, RuntimeError("made up"))
+    assert evaluator.packer.max_tokens is None
 
 
 def test_a_limit_after_memory_ran_out_is_raised_again_and_each_failure_doubles_the_wait():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..attention.compatibility import incompatibility
 from ..logging import EVERY_RANK, get_logger
+from ..model_utils import ran_out_of_memory
 from ..types import Completion, MicroBatch, Ranks
 from .compute import compute_completion_entropies, compute_completion_logprobs, compute_router_load
 from .packing import Packer
@@ -102,9 +103,9 @@ class LogprobEvaluator:
         except Exception as met:
             error = met
         reports = self._ranks.gather([(reason, None if error is None else repr(error))])
-        if isinstance(error, torch.OutOfMemoryError):
+        if error is not None and ran_out_of_memory(error):
             raise DoesNotFit(
-                f"Memory ran out in a forward of a few completions ({str(error).splitlines()[0]}). Lower "
+                f"Memory ran out in a forward of a few completions ({_first_line(error)}). Lower "
                 "max_completion_length or the length of prompts, or use ZeRO-3 or LoRA."
             ) from error
         if error is not None:
@@ -192,8 +193,10 @@ class LogprobEvaluator:
         while True:
             try:
                 return work()
-            except torch.OutOfMemoryError as error:
-                message = str(error).splitlines()[0]
+            except Exception as error:
+                if not ran_out_of_memory(error):
+                    raise
+                message = _first_line(error)
             # out of the handler, whose traceback holds what the micro-batches have allocated
             undo()
             if torch.cuda.is_available():
@@ -245,3 +248,7 @@ class LogprobEvaluator:
             raise ValueError(f"shared_prefix=True cannot work: {reason}; 'auto' and False pad instead.")
         logger.warning("Prompts are not shared between the completions of a group: %s.", reason)
         self.packer = replace(self.packer, shared_prefix=False)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention.compatibility import ignored_window
-from ..model_utils import causal_lm, evaluation_mode
+from ..model_utils import causal_lm, evaluation_mode, ran_out_of_memory
 from ..types import Completion
 from .compute import compute_completion_logprobs, compute_logprobs
 from .packing import Packer, group_by_prompt
@@ -59,9 +59,9 @@ def packed_mismatch(
         with torch.no_grad(), torch.random.fork_rng(devices), evaluation_mode(model):
             model.train()
             compute_logprobs(model, packed_packer.micro_batch(sample, len(sample)), temperature)
-    except torch.OutOfMemoryError:  # padding takes more
-        raise
     except Exception as error:  # whatever a model's own code raises where it is called in a way that it does not know
+        if ran_out_of_memory(error):  # padding takes more
+            raise
         return f"{name} cannot be called with packed rows ({type(error).__name__}: {error})"
     difference, allowed = _mean_difference(packed, padded), tolerance(model, mixed_precision)
     noise = ""

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 
 from ..types import Completion
 
@@ -104,12 +103,3 @@ class SyncedEngine(RolloutEngine, Protocol):
 def most_rows_in_flight(option: int | None, device: torch.device) -> int:
     """Completions that are decoded at a time: what the option says, or as many as are worth it on the device."""
     return option or (128 if device.type == "cpu" else 256)
-
-
-def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was missing, of whichever device; torch has no class of its own for the host's."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    # while a graph is captured, and in the libraries of CUDA, it arrives as a plain RuntimeError
-    out = isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-    return out or (isinstance(error, Exception) and should_reduce_batch_size(error))

@@ -22,10 +22,10 @@ from transformers import (
 )
 
 from ..logging import EVERY_RANK, get_logger
-from ..model_utils import evaluation_mode
+from ..model_utils import evaluation_mode, ran_out_of_memory
 from ..seeds import derive_seed
 from ..types import Completion
-from .base import Rollout, RolloutRequest, SamplingOptions, most_rows_in_flight, ran_out_of_memory
+from .base import Rollout, RolloutRequest, SamplingOptions, most_rows_in_flight
 from .sampling import generation_config, stop_strings
 
 

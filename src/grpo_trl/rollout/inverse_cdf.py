@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..logging import get_logger
-from .base import ran_out_of_memory
+from ..model_utils import ran_out_of_memory
 
 
 logger = get_logger(__name__)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import ran_out_of_memory
+from ...model_utils import ran_out_of_memory
 from .cache import GroupCache
 from .cpu_linear import filled_up
 from .step import Step

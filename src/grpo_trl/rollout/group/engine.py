@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from ...attention.compatibility import ignored_window, incompatibility
 from ...logging import EVERY_RANK, get_logger
-from ...model_utils import attending_by, causal_lm, evaluation_mode
-from ..base import Rollout, RolloutRequest, SamplingOptions, most_rows_in_flight, ran_out_of_memory
+from ...model_utils import attending_by, causal_lm, evaluation_mode, ran_out_of_memory
+from ..base import Rollout, RolloutRequest, SamplingOptions, most_rows_in_flight
 from ..generate import GenerateEngine
 from ..sampling import Sampler, stop_strings, unserved_option
 from .cache import NAME, GroupCache
