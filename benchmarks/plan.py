@@ -31,13 +31,17 @@ from grpo_trl.plan import Card, phases, step_seconds
 SIZES = {"layers": 8, "hidden": 256, "key_value": 128, "intermediate": 768, "vocabulary": 1024}
 PROMPT, PROMPTS = 500, 8
 CASES = {
-    "float32": {},
+    "float32": {"gradient_checkpointing": True},
     "float32, no checkpointing": {"gradient_checkpointing": False},
-    "float32, four micro-batches": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
-    "autocast": {"bf16": True},
-    "float32, reference": {"beta": 0.1},
-    "float32, LoRA": {"lora": True},
-    "float32, SGD": {"optim": "sgd"},
+    "float32, four micro-batches": {
+        "gradient_checkpointing": True,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+    },
+    "autocast": {"gradient_checkpointing": True, "bf16": True},
+    "float32, reference": {"gradient_checkpointing": True, "beta": 0.1},
+    "float32, LoRA": {"gradient_checkpointing": True, "lora": True},
+    "float32, SGD": {"gradient_checkpointing": True, "optim": "sgd"},
 }
 TIMED = {
     "7 M": SIZES,

@@ -9,7 +9,7 @@ import grpo_trl
 
 PACKAGE = Path(grpo_trl.__file__).parent
 ROOMS = (
-    ("errors", "seeds", "logging", "objective"),
+    ("errors", "seeds", "logging", "free_memory", "objective"),
     ("model_utils", "rewards", "metrics", "report"),
     ("attention",),
     ("types",),

@@ -18,7 +18,9 @@ PACKED = pytest.mark.parametrize("shared_prefix", [True, False], ids=["packed", 
 SETTINGS = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-def make_packer(shared_prefix=True, batch_size=4, max_tokens=None, **options):
+def make_packer(shared_prefix=True, batch_size=None, max_tokens=None, **options):
+    """By count, by tokens, or by both; by four completions unless something is said."""
+    batch_size = 4 if batch_size is None and max_tokens is None else batch_size
     return Packer(batch_size, max_tokens, pad_token_id=0, shared_prefix=shared_prefix, **options)
 
 
@@ -174,11 +176,15 @@ def test_every_completion_is_in_one_micro_batch_and_no_micro_batch_is_too_large(
     cut = packer.cut(completions)
     assert sorted(i for indices in cut for i in indices) == list(range(len(completions)))
     assert all(cut) or (cut == [[]] and not completions)
+    by_count = make_packer(shared_prefix, batch_size).cut(completions)
+    sizes = [packer.micro_batch(chosen(completions, indices), 1).input_ids_RS.numel() for indices in cut]
     if extra is None:
         assert len(cut) == max(1, math.ceil(len(completions) / batch_size))
     else:
-        sizes = [packer.micro_batch(chosen(completions, indices), 1).input_ids_RS.numel() for indices in cut]
         assert max(sizes) <= packer.max_tokens
+        fits = max(packer.micro_batch(chosen(completions, indices), 1).input_ids_RS.numel() for indices in by_count)
+        assert cut == by_count or fits > packer.max_tokens
+        assert len(cut) >= len(make_packer(shared_prefix, None, packer.max_tokens).cut(completions))
 
 
 @PACKED
@@ -314,7 +320,7 @@ def test_with_a_limit_only_groups_above_it_are_split(completions, extra):
 @SETTINGS
 def test_padded_micro_batches_hold_completions_of_like_length_and_are_full(completions, batch_size, extra):
     max_tokens = None if extra is None else max(computed([c], False) for c in completions) + extra
-    cut = make_packer(False, batch_size, max_tokens).cut(completions)
+    cut = make_packer(False, None if max_tokens else batch_size, max_tokens).cut(completions)
     lengths = [[computed([c], False) for c in chosen(completions, indices)] for indices in cut]
     for longer, shorter in itertools.pairwise(lengths):
         assert min(longer) >= max(shorter)
@@ -352,7 +358,7 @@ def test_ranks_agree_once_on_the_number_that_holds_a_batch_each_on_average(share
 def test_under_a_limit_ranks_agree_once_on_the_largest_number(shared_prefix, lengths, own, other):
     asked = []
     limit = 11 if shared_prefix else 18
-    packer = make_packer(shared_prefix, 2, limit, gather=lambda number: asked.append(number) or [number, other])
+    packer = make_packer(shared_prefix, None, limit, gather=lambda number: asked.append(number) or [number, other])
     cut = cut_in_step(packer, group(1, 3, lengths), max(1, own, other), asked, own)
     assert sum(map(bool, cut)) == own
 

@@ -26,7 +26,8 @@ class BatchOptions:
         default=None,
         metadata={
             "help": "Tokens that one forward and backward computes at most, each group's prompt counted once. An optimizer "
-            "step has as many of them as that needs; by default, each has per_device_train_batch_size completions."
+            "step has as many of them as that needs. Default: what fits into memory; on a CPU at most "
+            "per_device_train_batch_size completions."
         },
     )
     shared_prefix: str = field(  # or a bool

@@ -65,7 +65,10 @@ class GRPOConfig(
     logging_steps: float = field(default=10, metadata={"help": "Log every so many optimizer steps."})
     gradient_checkpointing: bool | None = field(
         default=None,
-        metadata={"help": "Recompute activations in the backward pass: less memory, slower training. Default: True."},
+        metadata={
+            "help": "Recompute activations in the backward pass: less memory, slower training. Default: where a "
+            "micro-batch does not fit into memory otherwise."
+        },
     )
     bf16: bool | None = field(  # type: ignore[assignment]  # None until the hardware is known
         default=None,
@@ -91,10 +94,12 @@ class GRPOConfig(
             self.bf16 = not self.fp16 and not self.use_cpu and gpu_has_bf16()
         if self.bf16:
             check_bf16(self.use_cpu)
-        self._resolve_checkpointing()
+        leaves_open = self._resolve_checkpointing()
         self._choose_metric()
         super().__post_init__()
         check_accelerator(cast("AcceleratorConfig", self.accelerator_config))
+        if leaves_open:
+            self._leave_checkpointing_open()
         self._direct_scheduler()
         if self.deepspeed_plugin is not None:
             check_backend_config(self.deepspeed_plugin.hf_ds_config)
@@ -137,15 +142,24 @@ class GRPOConfig(
         """Whether the policy computes in half precision, whatever its weights are."""
         return bool(self.bf16 or self.fp16)
 
-    def _resolve_checkpointing(self) -> None:
-        """On by default, under either of its names: transformers renames gradient to activation checkpointing."""
-        renamed = hasattr(self, "activation_checkpointing")
-        if self.gradient_checkpointing is None:
-            self.gradient_checkpointing = True
-        if renamed and self.activation_checkpointing is None:  # else transformers warns of the old names
+    def _resolve_checkpointing(self) -> bool:
+        """Read it under either of its names, gradient and activation checkpointing; return whether neither is set."""
+        if not hasattr(self, "activation_checkpointing"):
+            return self.gradient_checkpointing is None
+        if self.activation_checkpointing is None:  # else transformers warns of the old names
             self.activation_checkpointing = self.gradient_checkpointing
-        if renamed and self.activation_checkpointing_kwargs is None:
+        if self.activation_checkpointing_kwargs is None:
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+        return self.activation_checkpointing is None
+
+    def _leave_checkpointing_open(self) -> None:
+        """Keep None, which transformers has resolved to False, unless FSDP recomputes by its own option."""
+        own = cast("dict[str, Any]", self.fsdp_config or {}).get("activation_checkpointing", False)
+        self.gradient_checkpointing = None if str(own).lower() in ("false", "0") else False
+        if hasattr(self, "activation_checkpointing"):
+            self.activation_checkpointing = self.gradient_checkpointing
+        if self.ddp_find_unused_parameters is None:  # which DDP decides before it is known whether activations are kept
+            self.ddp_find_unused_parameters = False
 
     def _choose_metric(self) -> None:
         """What is held out is judged by its reward, wherever Trainer asks for a metric."""

@@ -79,6 +79,12 @@ class LogprobEvaluator:
             reasons = ranks.gather([incompatibility(model)])
             self._pad_for(next(filter(None, reasons), None))
 
+    def fit(self, max_tokens: int | None, by_count: bool) -> None:
+        """Cut into micro-batches of at most `max_tokens` from now on, and of so many completions only if `by_count`."""
+        self.packer = replace(
+            self.packer, max_tokens=max_tokens, batch_size=self.packer.batch_size if by_count else None
+        )
+
     def compare(self, model: nn.Module, completions: Sequence[Completion]) -> None:
         """At the first call, pad from now on if packed log-probabilities of some `completions` are not the padded ones.
 
@@ -173,6 +179,7 @@ class LogprobEvaluator:
             "compared": self._compared,
             "shared_prefix": self.packer.shared_prefix,
             "max_tokens": self.packer.max_tokens,
+            "by_count": self.packer.batch_size is not None,
             "option": self._option,
             "larger": self._larger,
             "steps": self._steps,
@@ -184,7 +191,7 @@ class LogprobEvaluator:
         shared_prefix = self.packer.shared_prefix and state["shared_prefix"]
         self.packer = replace(self.packer, shared_prefix=shared_prefix)
         if state["option"] == self._option:  # else memory ran out under another option
-            self.packer = replace(self.packer, max_tokens=state["max_tokens"])
+            self.fit(state["max_tokens"], state["by_count"])
             self._larger, self._steps, self._patience = list(state["larger"]), state["steps"], state["patience"]
 
     def _in_memory(

@@ -29,19 +29,20 @@ class GroupSize:
 class Packer:
     """Cuts completions into micro-batches that are balanced by tokens.
 
-    There are as many micro-batches as `max_tokens` needs; without it, as many as hold `batch_size` completions each, on
-    average over the ranks that cut together. A group larger than a micro-batch is split, and its prompt repeated. These
-    ranks make the same number of micro-batches: one that has too few completions adds empty ones, whose gradient is 0.
+    There are as many micro-batches as hold `batch_size` completions each, on average over the ranks that cut together, and
+    more where one of them would have more than `max_tokens`; a limit that is None does not count. A group larger than a
+    micro-batch is split, and its prompt repeated. These ranks make the same number of micro-batches: one that has too few
+    completions adds empty ones, whose gradient is 0.
     """
 
-    batch_size: int
+    batch_size: int | None
     max_tokens: int | None
     pad_token_id: int
     device: torch.device | str = "cpu"
     shared_prefix: bool = True
     """Pack; pad otherwise."""
     gather: Callable[[int], list[int]] = lambda number: [number]
-    """From this rank's number to those of all ranks that cut together. Called once per cut."""
+    """From this rank's number to those of all ranks that cut together. Called once per cut for each limit."""
 
     def micro_batches(self, completions: Sequence[Completion], divisor: float) -> list[MicroBatch]:
         """Build at least one micro-batch; `divisor` is that of the whole optimizer step's loss."""
@@ -49,12 +50,12 @@ class Packer:
 
     def cut(self, completions: Sequence[Completion]) -> list[list[int]]:
         """Indices of the completions of each micro-batch; the same number of micro-batches on every rank, at least one."""
-        if self.max_tokens is None:
+        number = 1
+        if self.batch_size is not None:
             counts = self.gather(len(completions))
             number = math.ceil(sum(counts) / (len(counts) * self.batch_size))
-            micro_batches = self._cut(completions, number)
-        else:
-            micro_batches = self._cut(completions)
+        micro_batches = self._cut(completions, number)
+        if self.max_tokens is not None:
             number = max(self.gather(len(micro_batches)))
         return micro_batches + [[] for _ in range(max(1, number) - len(micro_batches))]
 
@@ -74,8 +75,8 @@ class Packer:
             return GroupSize(prompt, tuple(lengths))
         return GroupSize(0, tuple(prompt + length for length in lengths))
 
-    def _cut(self, completions: Sequence[Completion], number: int = 1) -> list[list[int]]:
-        """As many micro-batches as `max_tokens` needs; without it `number`, or fewer if there are fewer completions."""
+    def _cut(self, completions: Sequence[Completion], number: int) -> list[list[int]]:
+        """Cut into `number` micro-batches, fewer if there are fewer completions, or into as many as `max_tokens` needs."""
         cut = _cut_packed if self.shared_prefix else _cut_padded
         return cut(completions, min(number, len(completions)), self.max_tokens) if completions else []
 
@@ -183,11 +184,12 @@ def _tokens(completions: Sequence[Completion]) -> int:
 def _cut_packed(completions: Sequence[Completion], count: int, max_tokens: int | None) -> list[list[int]]:
     """Put whole groups into `count` micro-batches, or into as many as `max_tokens` needs; split them where necessary."""
     size = _Sizes(completions)
-    if max_tokens is None:
-        return _balanced(_split_into(size, count), count, size)
+    by_count = _balanced(_split_into(size, count), count, size)
+    if max_tokens is None or max(map(size, by_count)) <= max_tokens:
+        return by_count
     chunks = [chunk for group in size.groups for chunk in _fitting(size, group, max_tokens)]
     limit = max(max_tokens, *map(size, chunks))  # one completion may be too large by itself
-    fewest = math.ceil(sum(map(size, chunks)) / limit)
+    fewest = min(len(chunks), max(count, math.ceil(sum(map(size, chunks)) / limit)))
     cuts = (_balanced(chunks, number, size) for number in range(fewest, len(chunks) + 1))
     return next(cut for cut in cuts if max(map(size, cut)) <= limit)
 
@@ -239,10 +241,10 @@ def _cut_padded(completions: Sequence[Completion], count: int, max_tokens: int |
 
     order = sorted(range(len(completions)), key=size, reverse=True)
     micro_batches: list[list[int]] = []
-    rows = math.ceil(len(order) / count)
+    most = rows = math.ceil(len(order) / count)
     for i in order:
         if micro_batches and max_tokens is not None:
-            rows = max_tokens // size(micro_batches[-1][0])  # 0 where one completion is too large by itself
+            rows = min(most, max_tokens // size(micro_batches[-1][0]))  # 0 where one completion is too large by itself
         if not micro_batches or len(micro_batches[-1]) >= rows:
             micro_batches.append([])
         micro_batches[-1].append(i)

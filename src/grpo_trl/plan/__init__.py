@@ -1,6 +1,7 @@
 """What a configuration does and costs, before it is run."""
 
 from .activations import (
+    GPU_TOKENS,
     PREFILL_TOKENS,
     Precision,
     Shape,
@@ -13,13 +14,25 @@ from .activations import (
 )
 from .batch import BatchPlan
 from .cards import CARDS, Card, card_named
-from .estimate import LAID_OUT_SHARE, Setup, largest_tokens, launches, peak, phases, step_seconds
+from .estimate import (
+    LAID_OUT_SHARE,
+    Setup,
+    choose,
+    fitted,
+    largest_tokens,
+    launches,
+    peak,
+    phases,
+    room_for_activations,
+    step_seconds,
+)
 from .memory import METHODS, Job, Memory, Traffic, memory, offloaded, traffic
 from .setup import RunPlan, setup_of
 
 
 __all__ = [
     "CARDS",
+    "GPU_TOKENS",
     "LAID_OUT_SHARE",
     "METHODS",
     "PREFILL_TOKENS",
@@ -35,6 +48,8 @@ __all__ = [
     "activation_bytes_per_token",
     "activations",
     "card_named",
+    "choose",
+    "fitted",
     "key_value_bytes_per_token",
     "largest_micro_batch",
     "largest_tokens",
@@ -44,6 +59,7 @@ __all__ = [
     "offloaded",
     "peak",
     "phases",
+    "room_for_activations",
     "setup_of",
     "slice_tokens",
     "step_seconds",

@@ -18,6 +18,8 @@ GPU_SLICE_SHARE = 0.1
 """Share of a GPU's memory that these logits may take."""
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of prompts that sampling computes at a time at most, if more than one prompt is in it."""
+GPU_TOKENS = 2**14
+"""Tokens of a micro-batch on a GPU by default; larger ones are hardly faster."""
 LOGIT_BYTES = 20
 """Of one logit and what is computed from it, forward and backward."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from .activations import (
+    GPU_TOKENS,
     PREFILL_TOKENS,
     Precision,
     Shape,
@@ -13,6 +14,7 @@ from .activations import (
     forward_bytes_per_token,
     kept_bytes_per_token,
     key_value_bytes_per_token,
+    largest_micro_batch,
     layer_weights,
     logits_bytes,
 )
@@ -22,6 +24,8 @@ from .memory import Job, memory
 
 
 GIB = 2**30
+FREE_SHARE = 0.8
+"""Share of the free memory that an update may take; the rest is for what the plan does not count, such as fragments."""
 LAID_OUT_SHARE = 0.15
 """Share of the free memory that weights laid out for decoding may take; where they would take more, there are none."""
 Sampler = Literal["engine", "vllm", "server"]
@@ -44,9 +48,10 @@ class Setup:
     """`max_completion_length`: what memory must hold."""
     rows_in_flight: int
     """Completions that are decoded at a time."""
-    checkpointing: bool = True
+    checkpointing: bool | None = True
+    """Whether the backward pass recomputes activations; None: where a micro-batch does not fit otherwise."""
     max_tokens: int | None = None
-    """Tokens of a micro-batch; by default those of `batch_size` completions with their prompts."""
+    """Tokens of a micro-batch; None: those of `micro_batch_tokens` if they fit, and as many as fit otherwise."""
     reference_copies: bool = False
     """Whether a frozen copy of the trained weights is kept: `beta > 0` without a new adapter."""
     reference: bool = False
@@ -61,11 +66,16 @@ class Setup:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Tokens of the largest micro-batch: the limit, or `batch_size` completions of full length with their prompts."""
+        """Tokens of the largest micro-batch: the limit, or what is worth it.
+
+        That is on a CPU `batch_size` completions of full length with their prompts; on a GPU an optimizer step, or the part
+        of it that has `GPU_TOKENS`.
+        """
         if self.max_tokens is not None:
             return self.max_tokens
-        groups = -(-self.batch.batch_size // self.batch.num_generations)
-        return self.batch.batch_size * self.completion_tokens + groups * self.prompt_tokens
+        if self.gpu_bytes is None:
+            return self._tokens_of(self.batch.batch_size)
+        return max(self._tokens_of(1), min(GPU_TOKENS, self.step_tokens))
 
     @property
     def micro_batches(self) -> int:
@@ -75,7 +85,14 @@ class Setup:
     @property
     def step_tokens(self) -> int:
         """Tokens of a rank in an optimizer step, if all completions have full length."""
-        completions = self.batch.batch_size * self.batch.accumulation
+        return self._tokens_of(self.batch.batch_size * self.batch.accumulation)
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether activations are recomputed, as far as is known."""
+        return self.checkpointing is not False
+
+    def _tokens_of(self, completions: int) -> int:
         return completions * self.completion_tokens + -(-completions // self.batch.num_generations) * self.prompt_tokens
 
 
@@ -137,9 +154,9 @@ def _update(setup: Setup) -> dict[str, float]:
     gradients = memory(job).update
     first, own_head = setup.micro_batches == 1 and job.method == "DDP", job.frozen == 0
     early = min(job.trained_bytes * shape.vocabulary * shape.hidden * own_head, gradients) if first else gradients
-    kept = kept_bytes_per_token(shape, setup.precision, setup.checkpointing)
-    last = activation_bytes_per_token(shape, setup.precision, setup.checkpointing)
-    only = activation_bytes_per_token(replace(shape, layers=1), setup.precision, setup.checkpointing)
+    kept = kept_bytes_per_token(shape, setup.precision, setup.recomputes)
+    last = activation_bytes_per_token(shape, setup.precision, setup.recomputes)
+    only = activation_bytes_per_token(replace(shape, layers=1), setup.precision, setup.recomputes)
     logits = float(logits_bytes(shape, setup.gpu_bytes))
     moments = (
         {"activations": float(tokens * kept), "gradients": early, "logits": logits},
@@ -182,6 +199,52 @@ def largest_tokens(setup: Setup, gpu_bytes: float) -> int:
     return max(0, bisect.bisect_right(range(2**40), gpu_bytes, key=taken) - 1)
 
 
+def room_for_activations(setup: Setup, free: float) -> float:
+    """Count the bytes for activations and logits where `free` are free before the first update.
+
+        room = 0.8 (free - gradients - gathered weights - optimizer)
+
+    Under ZeRO the optimizer is there before the first update.
+    """
+    job = setup.job
+    share = job.ranks if job.method == "FSDP2" else 1
+    optimizer = 0.0 if job.stage else job.optimizer_bytes * job.trained / share
+    gathered = phases(setup)["update"].get("gathered weights", 0.0)
+    return FREE_SHARE * (free - memory(job).update - gathered - optimizer)
+
+
+def choose(setup: Setup, room: float) -> tuple[bool, int]:
+    """Choose whether activations are recomputed, and count the tokens of a micro-batch that fit into `room` then.
+
+    Where the setup leaves it open, activations are kept if a micro-batch of `micro_batch_tokens` fits with them. The count
+    is rounded down to four binary digits, so that a little more or less memory makes no other micro-batches.
+    """
+    fits = {
+        recomputed: largest_micro_batch(setup.shape, room, setup.precision, recomputed, setup.gpu_bytes)
+        for recomputed in (False, True)
+    }
+    recomputed = fits[False] < setup.micro_batch_tokens if setup.checkpointing is None else setup.checkpointing
+    digits = max(0, fits[recomputed].bit_length() - 4)
+    return recomputed, fits[recomputed] >> digits << digits
+
+
+def fitted(setup: Setup, room: float) -> Setup:
+    """Choose what a setup leaves open as the run does that has `room` bytes for activations and logits."""
+    recomputed, fits = choose(setup, room)
+    tokens = setup.max_tokens
+    if tokens is None and fits:
+        tokens = min(fits, setup.micro_batch_tokens)
+    return replace(setup, checkpointing=recomputed, max_tokens=tokens)
+
+
+def fitted_to_card(setup: Setup, gpu_bytes: float) -> Setup:
+    """Choose what a setup leaves open as the run does on a card of so many bytes."""
+    setup = replace(setup, gpu_bytes=gpu_bytes)
+    update = phases(setup)["update"]
+    held = sum(size for name, size in update.items() if name not in ("activations", "logits", "gradients"))
+    return fitted(setup, FREE_SHARE * (gpu_bytes - held - memory(setup.job).update))
+
+
 def step_seconds(setup: Setup, card: Card) -> dict[str, float]:
     """Estimate the least time of an optimizer step by phase: a card at its full rate and bandwidth (roofline).
 
@@ -201,7 +264,7 @@ def step_seconds(setup: Setup, card: Card) -> dict[str, float]:
     return {
         "sampling": _sampling_seconds(setup, card, sampled),
         "logprobs": passes * forward,
-        "update": (4 if setup.checkpointing else 3) * forward,
+        "update": (4 if setup.recomputes else 3) * forward,
     }
 
 

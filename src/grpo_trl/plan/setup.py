@@ -2,13 +2,13 @@
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from .activations import Precision, Shape
 from .batch import BatchPlan
 from .cards import Card
-from .estimate import GIB, Sampler, Setup, largest_tokens, launches, peak, phases, step_seconds
+from .estimate import GIB, Sampler, Setup, fitted_to_card, largest_tokens, launches, peak, phases, step_seconds
 from .memory import Job
 
 
@@ -75,7 +75,7 @@ def setup_of(
         prompt_tokens=prompt_tokens,
         completion_tokens=args.max_completion_length,
         rows_in_flight=rows,
-        checkpointing=bool(args.gradient_checkpointing),
+        checkpointing=args.gradient_checkpointing,
         max_tokens=args.max_tokens_per_micro_batch,
         reference=args.beta > 0,
         reference_copies=args.beta > 0 and not new_adapter,
@@ -115,15 +115,21 @@ class RunPlan:
     """What the time of a step is estimated for."""
     gpu_bytes: float | None = None
     """What a rank's card holds."""
+    given: Setup = field(init=False, repr=False)
+    """The setup before what it leaves open was chosen for the card."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "setup", replace(self.setup, gpu_bytes=self.gpu_bytes))
+        object.__setattr__(self, "given", self.setup)
+        if self.gpu_bytes is not None:
+            object.__setattr__(self, "setup", fitted_to_card(self.setup, self.gpu_bytes))
 
     def lines(self) -> list[str]:
         """Describe the run in about ten lines."""
         lines = [
             f"model: {self._parameters()}, {self._launch()}, {self.setup.precision}",
             *self.setup.batch.lines(),
+            f"micro-batch: at most {self.setup.micro_batch_tokens:,} tokens; activations are "
+            + ("recomputed" if self.setup.recomputes else "kept"),
         ]
         for phase, components in phases(self.setup).items():
             parts = sorted(components.items(), key=lambda item: -item[1])
@@ -152,7 +158,7 @@ class RunPlan:
     def fitting(self) -> list[tuple[str, float, bool]]:
         """List the ways to launch this run: the name, bytes of a rank at the peak, and whether they fit."""
         assert self.gpu_bytes is not None
-        peaks = [(name, peak(setup)) for name, setup in launches(self.setup)]
+        peaks = [(name, peak(fitted_to_card(setup, self.gpu_bytes))) for name, setup in launches(self.given)]
         return [(name, size, size <= self.gpu_bytes) for name, size in peaks]
 
     def as_dict(self) -> dict[str, Any]:

@@ -238,7 +238,7 @@ def make_evaluator(
     """Build what computes logprobs of `model`, not wrapped yet; ranks may wait for each other in every forward of it."""
     assert tokenizer.pad_token_id is not None
     packer = Packer(
-        batch_size=args.per_device_train_batch_size,
+        batch_size=None if args.max_tokens_per_micro_batch else args.per_device_train_batch_size,
         max_tokens=args.max_tokens_per_micro_batch,
         pad_token_id=tokenizer.pad_token_id,
         device=args.device,

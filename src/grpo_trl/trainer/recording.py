@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,7 +26,8 @@ from ..data.prompts import Prompts
 from ..data.schedule import Schedule
 from ..distributed.sharding import backend_config, backend_of
 from ..errors import RunStopped
-from ..plan import RunPlan, card_named, offloaded, setup_of
+from ..free_memory import free_memory
+from ..plan import RunPlan, Setup, card_named, fitted, offloaded, room_for_activations, setup_of
 from ..reliability.signals import EXIT_CODE
 from ..report import RunLog, merge_tables, print_completions
 from ..report.environment import environment
@@ -49,7 +51,7 @@ PROMPTS = 64
 """Whose lengths the plan looks at."""
 
 
-def make_plan(
+def make_setup(
     args: GRPOConfig,
     model: nn.Module,
     *,
@@ -57,12 +59,12 @@ def make_plan(
     backend: str,
     offload: Sequence[str] = (),
     reference_copies: bool,
-    gpu: str | None,
-    gpu_memory: float | None,
-) -> RunPlan:
-    """Plan a run; see `GRPOTrainer.plan`."""
-    card = None if gpu is None else card_named(gpu)
-    gib = card.memory_gib if gpu_memory is None and card is not None else gpu_memory
+) -> Setup:
+    """Describe a run to the plan, on the device that it has.
+
+    Raises:
+        ValueError: The plan cannot read the sizes of the model.
+    """
     lengths = [] if prompts is None else [len(prompt.ids) for prompt in prompts.first(PROMPTS)]
     setup = setup_of(
         args,
@@ -74,7 +76,8 @@ def make_plan(
         offload=offload,
         new_adapter=not reference_copies,
     )
-    return RunPlan(setup, card, None if gib is None else gib * 2**30)
+    on_gpu = args.device.type == "cuda"
+    return replace(setup, gpu_bytes=torch.cuda.get_device_properties(args.device).total_memory if on_gpu else None)
 
 
 class RunRecorder(TrainerCallback):
@@ -306,13 +309,19 @@ class RecordedTrainer(TrlInterface):
         Raises:
             ValueError: `gpu` is unknown, or the plan cannot read the sizes of the model.
         """
-        return make_plan(
+        setup, card = self._setup(), None if gpu is None else card_named(gpu)
+        gib = card.memory_gib if gpu_memory is None and card is not None else gpu_memory
+        size = setup.gpu_bytes if gib is None else gib * 2**30
+        if size is None:
+            setup = fitted(setup, room_for_activations(setup, free_memory(self.args.device)))
+        return RunPlan(setup, card, size)
+
+    def _setup(self) -> Setup:
+        return make_setup(
             self.args,
             self.model,
             prompts=None if self._schedule is None else self._builder.order.source,
             backend=backend_of(self.accelerator),
             offload=offloaded(backend_config(self.accelerator)),
             reference_copies=self._reference is not None and self._reference.model is not None,
-            gpu=gpu,
-            gpu_memory=gpu_memory,
         )

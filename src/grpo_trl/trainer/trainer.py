@@ -65,6 +65,7 @@ from .entropy import EntropyControl
 from .evaluation import ComputeMetrics
 from .generation import GenerationBatchBuilder
 from .loss_metrics import loss_metrics
+from .memory_budget import MemoryBudget
 from .recording import RecordedTrainer
 from .router import RouterBalance, router_coefficient
 from .runner import RolloutRunner
@@ -178,6 +179,7 @@ class GRPOTrainer(RecordedTrainer):
         self._runner = RolloutRunner(engine, rewards, tokenizer, self._watchdog.phase, self._signals.interruptible)
         functions = dict(zip(self.reward_func_names, self.reward_funcs, strict=True))
         self._hints = Hints(tokenizer, eos_token_ids(self.model, tokenizer), functions)
+        self._memory = MemoryBudget(args, self.model, self._evaluator, self._ranks, self._setup)
         self._entropy = EntropyControl(args, self._evaluator, self._ranks)
         router = router_coefficient(args.router_aux_loss_coef, self.model)
         self._router = RouterBalance(router, self._evaluator, self._ranks)
@@ -251,6 +253,7 @@ class GRPOTrainer(RecordedTrainer):
             self.control.should_training_stop = True
             return [], None
         self._between_steps()
+        self._memory.choose()
         count = len(list(itertools.islice(epoch_iterator, num_batches)))
         mini_batch = self._next_mini_batch(count)
         self._timer.start_update()
@@ -395,6 +398,7 @@ class GRPOTrainer(RecordedTrainer):
             "prompts": self._order,
             "metrics": self._metrics,
             "logprobs": self._evaluator,
+            "memory": self._memory,
             "entropy": self._entropy,
             "dead_run": self._dead_run,
             "nonfinite": self._nonfinite,

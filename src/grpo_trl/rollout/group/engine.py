@@ -5,18 +5,17 @@ once; memory is allocated before the first token is sampled.
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import psutil
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, StopStringCriteria
 
 from ...attention.compatibility import ignored_window, incompatibility
+from ...free_memory import free_memory
 from ...logging import EVERY_RANK, get_logger
 from ...model_utils import attending_by, causal_lm, evaluation_mode, ran_out_of_memory
 from ..base import Rollout, RolloutRequest, SamplingOptions, most_rows_in_flight
@@ -33,7 +32,9 @@ from .speculation import SpeculativeScheduler
 logger = get_logger(__name__)
 
 FREE_SHARE = 0.7
-"""Share of the free memory that keys and values may take; the rest is for activations and logits."""
+"""Share of the free memory that keys, values and logits may take; the rest is for activations."""
+LOGIT_BYTES = 3 * 4
+"""Of one logit and what sampling makes of it."""
 KERNEL_COLUMNS = 16
 """Columns of memory are a multiple of this, as kernels want it."""
 
@@ -118,7 +119,7 @@ class GroupEngine:
                 if not self._bytes_per_token:
                     self._decide_together(request)
                 if not self._reason:
-                    with laid_out(self.model, _free_memory(self.model.device)):
+                    with laid_out(self.model, free_memory(self.model.device)):
                         return self._sample_what_fits(request)
         return self._generate.rollout(request)
 
@@ -177,7 +178,7 @@ class GroupEngine:
         """
         most = most_rows_in_flight(self.max_rows_in_flight, self.model.device)
         rows = min(most, request.num_rows)
-        free = FREE_SHARE * (_free_memory(self.model.device) - self._bytes_of_casts())
+        free = FREE_SHARE * (free_memory(self.model.device) - self._bytes_of_casts())
         wanted = self._cache_of(request, rows)
         while rows and self._bytes_of(cache := self._cache_of(request, rows)) > free:
             rows -= -(-rows // 16)
@@ -185,13 +186,13 @@ class GroupEngine:
             raise MemoryError(
                 f"No completion of max_completion_length={self.options.max_completion_length} tokens fits into the "
                 f"{free / 2**30:.2f} GiB that are free: a prompt of {wanted.max_prompt_tokens} tokens and one completion "
-                f"need {self._bytes_of(self._cache_of(request, 1)) / 2**30:.2f} GiB of keys and values. Lower it, or "
-                "shorten the prompts."
+                f"need {self._bytes_of(self._cache_of(request, 1)) / 2**30:.2f} GiB of keys, values and logits. Lower it, "
+                "or shorten the prompts."
             )
         if rows < wanted.max_rows:
             logger.warning(
-                "%d completions are decoded at a time instead of %d: their keys and values would take %.2f GiB, and %.2f "
-                "are free for them. It takes longer; max_rows_in_flight=%d avoids this.",
+                "%d completions are decoded at a time instead of %d: their keys, values and logits would take %.2f GiB, "
+                "and %.2f are free for them. It takes longer; max_rows_in_flight=%d avoids this.",
                 rows,
                 wanted.max_rows,
                 self._bytes_of(wanted) / 2**30,
@@ -211,7 +212,8 @@ class GroupEngine:
 
     def _bytes_of(self, cache: GroupCache) -> int:
         tokens = cache.max_rows * cache.max_completion_tokens + cache.max_prompts * cache.max_prompt_tokens
-        return tokens * self._bytes_per_token
+        logits = cache.max_rows * causal_lm(self.model).config.get_text_config().vocab_size
+        return tokens * self._bytes_per_token + LOGIT_BYTES * logits
 
     def _bytes_of_casts(self) -> int:
         """Of the half-precision copies that autocast makes of float32 weights at the first step."""
@@ -274,7 +276,7 @@ class GroupEngine:
         options = sample_options(self.model, self.options, tokens)
         longest = max(map(len, sample.prompt_ids))
         cache = GroupCache(3, prompts, _columns(longest), _columns(options.max_completion_length))
-        with laid_out(self.model, _free_memory(self.model.device)):
+        with laid_out(self.model, free_memory(self.model.device)):
             completions = self._sample(sample, options, None, cache).completions
         self._bytes_per_token = cache.bytes_per_token
         if not self._bytes_per_token:
@@ -284,14 +286,6 @@ class GroupEngine:
 
 def _columns(tokens: int) -> int:
     return -(-tokens // KERNEL_COLUMNS) * KERNEL_COLUMNS
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes that this process may count on."""
-    if device.type != "cuda":
-        return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 class _Bar:

@@ -1,0 +1,61 @@
+"""The memory that this process may still take."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+
+CGROUPS = Path("/sys/fs/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
+"""Which control groups this process is in."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Count the bytes that this process may still take on `device`.
+
+    On a GPU these are the free ones and those that torch has reserved and does not use. On the host they are this rank's
+    share of what the system and its control groups leave, and at most what the limit of its address space leaves.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    shared = min(psutil.virtual_memory().available, *left_in_cgroups(), 2**63)
+    own = shared // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
+    if limit != resource.RLIM_INFINITY:
+        own = min(own, limit - psutil.Process().memory_info().vms)
+    return max(0, own)
+
+
+def left_in_cgroups(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[int]:
+    """Yield the bytes that each control group around this process leaves, files that are only cached not counted."""
+    if not membership.exists():
+        return
+    for line in membership.read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            top, limit, usage, cached = root, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            top, limit, usage, cached = (
+                root / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+                "total_inactive_file",
+            )
+        else:
+            continue
+        group = top / path.strip("/")
+        for folder in (group, *group.parents):
+            if (folder / limit).exists() and (most := (folder / limit).read_text().strip()) != "max":
+                yield int(most) - int((folder / usage).read_text()) + _statistic(folder / "memory.stat", cached)
+            if folder == top:
+                break
+
+
+def _statistic(file: Path, name: str) -> int:
+    values = dict(line.split() for line in file.read_text().splitlines()) if file.exists() else {}
+    return int(values.get(name, 0))
