@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import linear
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from trl.trainer.utils import disable_dropout_in_model
@@ -203,6 +204,12 @@ def disable_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "attention_dropout"):
             setattr(module, "attention_dropout", 0.0)  # noqa: B010 - mypy takes every attribute for a tensor
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether some dropout of `model` is active in training mode."""
+    rates = [m.p if isinstance(m, _DropoutNd) else getattr(m, "attention_dropout", 0.0) for m in model.modules()]
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
 def compute_head_in_float32(model: Any) -> None:

@@ -1,5 +1,6 @@
 """How a run scores its completions: which of them, packed or padded, in which micro-batches."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -133,6 +134,13 @@ class LogprobEvaluator:
             for c in completions
         ]
 
+    def logps(self, model: nn.Module, completions: Sequence[Completion], alone: bool = False) -> list[Tensor]:
+        """Return the logprobs of each completion's tokens under `model`, without dropout; `alone`: each in a padded row."""
+        if not alone:
+            return self._evaluate(compute_completion_logprobs, model, completions)
+        packer = replace(self.packer, batch_size=1, shared_prefix=False)
+        return compute_completion_logprobs(model, completions, packer, self.temperature)
+
     def entropies(self, model: nn.Module, completions: Sequence[Completion]) -> list[Tensor]:
         """Return the entropies (nats) of each completion's tokens under `model`, whether it has a gradient or not."""
         return self._evaluate(compute_completion_entropies, model, completions)
@@ -204,8 +212,9 @@ class LogprobEvaluator:
                 if not ran_out_of_memory(error):
                     raise
                 message = _first_line(error)
-            # out of the handler, whose traceback holds what the micro-batches have allocated
+            # out of the handler, whose traceback holds what the micro-batches have allocated; so do cycles of its frames
             undo()
+            gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             self._shrink(completions, message)

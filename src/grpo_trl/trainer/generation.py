@@ -31,6 +31,7 @@ from ..seeds import derive_seed
 from ..types import Completion, GenerationBatch, Ranks
 from .ahead import SampledRollout, SamplesAhead
 from .runner import RewardedRollout, RolloutRunner, make_request
+from .sampler_check import SamplerCheck
 from .weight_sync import WeightSync
 
 
@@ -47,6 +48,7 @@ class GenerationBatchBuilder:
         schedule: Which groups of it this rank has, and which mini-batch.
         runner: Samples and rewards.
         evaluator: Computes logprobs.
+        sampler_check: Compares the logprobs of a sampler that computes with the trainer's model.
         balancer: Assigns the work to ranks.
         reference: The frozen policy; None without a KL term.
         sync: Keeps an engine with weights of its own on the policy; None for one without.
@@ -66,6 +68,7 @@ class GenerationBatchBuilder:
     schedule: Schedule
     runner: RolloutRunner
     evaluator: LogprobEvaluator
+    sampler_check: SamplerCheck
     balancer: Balancer
     reference: Reference | None
     sync: WeightSync | None
@@ -100,6 +103,8 @@ class GenerationBatchBuilder:
         own = [replace(c, advantage=a) for c, a in zip(own, advantages, strict=True)]
         with log.timed("time/logprobs"), self.phase("computing logprobs of the old policy and the reference"):
             self.evaluator.compare(policy, share.rollout.completions)  # of which each rank has some
+            if self.runner.engine.in_process:
+                self.sampler_check.run(policy, share.rollout.completions)
             mini_batches = self.balancer.balance(
                 self._divide(groups, own), self.evaluator.has_gradient, self.evaluator.packer.group_size
             )

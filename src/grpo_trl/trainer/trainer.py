@@ -40,7 +40,7 @@ from ..distributed.sharding import backend_of
 from ..logprobs.compute import compute_logprobs
 from ..logprobs.verify import tolerance
 from ..metrics import Mean, MetricLog, Sum
-from ..models import context_length, eos_token_ids
+from ..models import context_length, eos_token_ids, has_dropout
 from ..objective import Counts, grpo_loss, make_objective
 from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures, warn_of_drift
 from ..reliability.hints import Hints
@@ -69,6 +69,7 @@ from .memory_budget import MemoryBudget
 from .recording import RecordedTrainer
 from .router import RouterBalance, router_coefficient
 from .runner import RolloutRunner
+from .sampler_check import SamplerCheck
 from .timing import StepTimer
 
 
@@ -207,6 +208,7 @@ class GRPOTrainer(RecordedTrainer):
             schedule=self._schedule,
             runner=self._runner,
             evaluator=self._evaluator,
+            sampler_check=SamplerCheck(self._evaluator, self.args.half_precision, self._ranks),
             balancer=Balancer(self._ranks, partial(exchange, device=self.args.device)),
             reference=self._reference,
             sync=self._sync,
@@ -432,7 +434,8 @@ class GRPOTrainer(RecordedTrainer):
             if ended:  # the loss of a few steps, beside that of the run
                 metrics.pop("loss", None)
             logs = logs | metrics | {"num_tokens": self.state.num_input_tokens_seen}
-            warn_of_drift(logs, tolerance(self.model, self.args.half_precision))
+            if not (self._schedule is not None and self._schedule.on_policy and has_dropout(self.model)):
+                warn_of_drift(logs, tolerance(self.model, self.args.half_precision))
         super().log(logs, start_time)
         if training and self._generation_batch is not None:
             table = self._generation_batch.table
