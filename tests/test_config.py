@@ -75,6 +75,13 @@ def test_gradient_checkpointing_is_left_open_unless_it_is_set_under_either_name(
     assert [getattr(config, name) for name in CHECKPOINTING] == [value] * len(CHECKPOINTING)
 
 
+def test_activations_that_fsdp_recomputes_are_not_recomputed_twice():
+    config = make_config()
+    config.fsdp_config = {"activation_checkpointing": True}
+    config._leave_checkpointing_open()
+    assert [getattr(config, name) for name in CHECKPOINTING] == [False] * len(CHECKPOINTING)
+
+
 def no_questions_to_the_gpu(args):
     args.accelerator_config = AcceleratorConfig()
 
