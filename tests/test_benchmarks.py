@@ -53,6 +53,12 @@ def test_the_step_benchmark_prints_its_table():
 
 
 @pytest.mark.slow
+def test_the_evaluation_benchmark_prints_its_speedup():
+    done = run("evaluation.py", "--prompts", "3", "--one_by_one", "1")
+    assert re.search(r"^speedup \d+\.\d+$", done, re.MULTILINE)
+
+
+@pytest.mark.slow
 def test_time_to_reward_prints_its_table(shared):
     options = ["--model", shared / "models" / "gsm8k-mini", "--dataset", shared / "gsm8k", "--systems", "grpo_trl"]
     done = run("time_to_reward.py", *options, "--seeds", "3", "--max_steps", "1", "--batch_size", "8")
