@@ -8,20 +8,21 @@ from hypothesis import strategies as st
 
 from grpo_trl.logprobs.compute import TokenLogprobs
 from grpo_trl.logprobs.packing import Packer
-from grpo_trl.metrics import Max, Mean, Metric, MetricLog, Min, Quantile, Std
+from grpo_trl.metrics import Max, Mean, Metric, MetricLog, Min, Quantile, RunningMean, Std
 from grpo_trl.objective import ObjectiveOptions, grpo_loss, make_objective
 from grpo_trl.trainer.loss_metrics import loss_metrics
 from grpo_trl.types import Completion
 
 
 NAN = math.nan
-KINDS = ["mean", "max", "min", "std", "quantile"]
+KINDS = ["mean", "running mean", "max", "min", "std", "quantile"]
 
 
 def metric_of(kind: str, values: torch.Tensor) -> Metric:
     everywhere = torch.ones_like(values, dtype=torch.bool)
     return {
         "mean": lambda: Mean.of(values),
+        "running mean": lambda: RunningMean.of(values),
         "max": lambda: Max.of(values, everywhere),
         "min": lambda: Min.of(values, everywhere),
         "std": lambda: Std.of(values),
@@ -34,7 +35,7 @@ def expected_of(kind: str, values: np.ndarray) -> float | None:
         return float(np.std(values, ddof=1)) if len(values) > 1 else None
     if kind == "quantile":
         return float(np.quantile(values, 0.1))
-    return float({"mean": np.mean, "max": np.max, "min": np.min}[kind](values))
+    return float({"mean": np.mean, "running mean": np.mean, "max": np.max, "min": np.min}[kind](values))
 
 
 @st.composite
@@ -114,6 +115,10 @@ def test_deviations_of_values_of_any_size_do_not_overflow(size):
     expected = size * np.std([0, 1, -2, 3, 1], ddof=1)
     for split in range(6):
         assert (Std.of(values[:split]) + Std.of(values[split:])).value == pytest.approx(expected, rel=1e-9)
+        mean = RunningMean.of(values[:split]) + RunningMean.of(values[split:])
+        assert mean.value == pytest.approx(size * 0.6, rel=1e-9)
+    huge = torch.full((8,), 1.7e308, dtype=torch.float64)
+    assert (RunningMean.of(huge) + RunningMean.of(huge)).value == pytest.approx(1.7e308)
     assert Std.of(1.7e308 * torch.tensor([1.0, -1.0]).double()).value > 1e308
     (Std.of(torch.tensor([1.7e308]).double()) + Std.of(torch.tensor([-1.7e308]).double())).value  # noqa: B018 - no error
 

@@ -11,10 +11,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 Number = float | Tensor
@@ -131,7 +135,7 @@ class Std:
     """Root of the sum of squared deviations, which overflows later than the sum."""
 
     @classmethod
-    def of(cls, values: Tensor) -> Std:
+    def of(cls, values: Tensor) -> Self:
         """Of all values that are not NaN."""
         values = values.detach().double()
         values = values[~values.isnan()]
@@ -142,23 +146,31 @@ class Std:
         mean = (values / unit).mean()
         return cls(len(values), float(mean * unit), float((values / unit - mean).norm() * unit))
 
-    def __add__(self, other: Std) -> Std:
+    def __add__(self, other: Self) -> Self:
         count = self.count + other.count
         if not count:
             return self
         delta = other.mean - self.mean
-        return Std(
+        return type(self)(
             count,
             self.mean + delta * other.count / count,
             math.hypot(self.norm, other.norm, delta * math.sqrt(self.count * other.count / count)),
         )
 
-    def on_cpu(self) -> Std:
+    def on_cpu(self) -> Self:
         return self
 
     @property
     def value(self) -> float | None:
         return self.norm / math.sqrt(self.count - 1) if self.count > 1 else None
+
+
+class RunningMean(Std):
+    """Mean of everything added up, however large: no sum is kept that could overflow."""
+
+    @property
+    def value(self) -> float | None:
+        return self.mean if self.count else None
 
 
 @dataclass(frozen=True)
@@ -230,7 +242,7 @@ class MetricLog:
 
     def load_state_dict(self, state: dict[str, list[Any]]) -> None:
         """Add what a `state_dict` holds."""
-        kinds = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Std, Quantile)}
+        kinds = {kind.__name__: kind for kind in (Mean, Sum, Max, Min, Std, RunningMean, Quantile)}
         self.add_all({name: kinds[kind](*numbers) for name, (kind, *numbers) in state.items()})
 
     @contextlib.contextmanager

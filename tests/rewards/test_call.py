@@ -9,13 +9,15 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import Qwen2Config, Qwen2ForSequenceClassification
 
 from grpo_trl.rewards import RewardBatch, RewardLogs
-from grpo_trl.rewards.call import EventLoop, FunctionReward
+from grpo_trl.rewards.call import FunctionReward
+from grpo_trl.rewards.event_loop import EventLoop
 from grpo_trl.rewards.models import ModelReward
 from tests.helpers.models import SIZES, make_tokenizer
 
@@ -290,6 +292,11 @@ def test_notes_collect_columns_and_metrics():
         np.array([[1], [2.5], [1], [-4]]),
         torch.tensor([[1], [2.5], [1], [-4]]),
         deque([1, 2.5, True, -4]),
+        [[1], [2.5], [True], (-4,)],
+        torch.tensor([1, 2.5, 1, -4]).to_sparse(),
+        pd.Series([1, 2.5, 1, -4], index=[3, 2, 1, 0]),
+        pd.DataFrame({"reward": [1, 2.5, 1, -4]}),
+        memoryview(np.array([1, 2.5, 1, -4])),
     ],
 )
 def test_numbers_of_every_kind_are_accepted(returned):
@@ -319,6 +326,11 @@ def test_none_becomes_nan():
         (torch.ones(4, 2), "returned an array of shape (4, 2) for 4 completions; its shape must be (4,)"),
         (np.ones((1, 4)), "returned an array of shape (1, 4) for 4 completions"),
         (np.ones((2, 2)), "returned an array of shape (2, 2) for 4 completions"),
+        (pd.DataFrame({"a": [1.0] * 4, "b": [2.0] * 4}), "returned an array of shape (4, 2) for 4 completions"),
+        (torch.ones(4, device="meta"), "returned a Tensor that cannot be read (NotImplementedError: "),
+        (bytearray(b"1234"), "returned bytearray; it must return a list"),
+        ({"rewards": [1.0] * 4}, "returned dict; it must return a list"),
+        (map(float, range(4)), "returned map; it must return a list"),
     ],
 )
 def test_a_result_that_is_wrong_as_a_whole_is_a_mistake(returned, message):
@@ -335,6 +347,12 @@ def test_a_result_that_is_wrong_as_a_whole_is_a_mistake(returned, message):
         (lambda extra, metric: extra("seen", "abcde"), "calls log_extra('seen', ...) with 5 values for 4 completions"),
         (lambda extra, metric: extra(3, "abcd"), "calls log_extra(3, ...); the name must be a string"),
         (lambda extra, metric: metric(None, 1.0), "calls log_metric(None, ...); the name must be a string"),
+        (lambda extra, metric: extra("seen", None), "calls log_extra('seen', None); give a list with one value each"),
+        (lambda extra, metric: extra("seen", 1.0), "calls log_extra('seen', 1.0); give a list with one value each"),
+        (lambda extra, metric: metric("share", "a"), "calls log_metric('share', 'a'); give a number"),
+        (lambda extra, metric: metric("share", [1.0]), "calls log_metric('share', [1.0]); give a number"),
+        (lambda extra, metric: metric("share", None), "calls log_metric('share', None); give a number"),
+        (lambda extra, metric: metric("share", 10**400), "calls log_metric('share', 1000"),
     ],
 )
 def test_logs_that_cannot_be_shown_are_a_mistake(log, message):
@@ -370,6 +388,16 @@ def test_a_value_that_is_no_reward_fails_its_own_completion(returned, place, mes
     expected = [1.0, 2.0, 3.0, 4.0]
     assert math.isnan(answer.values[place])
     assert [v for i, v in enumerate(answer.values) if i != place] == [v for v in expected if v != place + 1]
+
+
+def test_an_exit_is_an_error_of_the_function():
+    """As where a completion is a program that the function runs."""
+
+    def runs(completions):
+        exec("raise SystemExit(3)")
+
+    with pytest.raises(RuntimeError, match=r"SystemExit\(3\)"):
+        FunctionReward(runs)(make_batch())
 
 
 def test_coroutines_are_checked_like_functions():

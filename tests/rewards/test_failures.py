@@ -5,8 +5,8 @@ import pickle
 import pytest
 
 from grpo_trl.rewards import RewardBatch, RewardError, RewardLogs
-from grpo_trl.rewards.call import RewardResult
 from grpo_trl.rewards.failures import FailureReport, RewardCall, RewardCallTracker
+from grpo_trl.rewards.values import RewardResult
 from grpo_trl.rewards.worker import CallRaised, WorkerDied
 
 

@@ -1,10 +1,15 @@
 """Whatever a reward function does to its arguments or to the process, nobody else sees it."""
 
 import copy
+import decimal
+import io
+import logging
 import os
 import random
 import signal
+import sys
 import threading
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -106,6 +111,24 @@ def test_what_is_logged_is_not_changed_afterwards():
     assert Rewards(logs)(batch).logs.columns["tests"] == batch.columns["tests"]
 
 
+def recursive(value):
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize("make", [lambda: recursive([]), lambda: [{"a": recursive([1])}], lambda: deep(100)])
+def test_what_no_table_can_hold_is_logged_as_text(make):
+    def logs(completions, log_extra):
+        log_extra("x", [make(), [{"a": [1]}]])
+        return [1.0] * len(completions)
+
+    assert Rewards(logs)(make_batch(1, 2)).logs.columns["x"] == ["<nested too deeply>", [{"a": [1]}]]
+
+
+def deep(levels):
+    return [deep(levels - 1)] if levels else 0
+
+
 def test_what_cannot_be_copied_is_handed_out_as_it_is():
     lock = threading.Lock()
 
@@ -132,12 +155,22 @@ CHANGES = {
     "precision": lambda folder: torch.set_float32_matmul_precision("medium"),
     "anomaly": lambda folder: torch.autograd.set_detect_anomaly(True),
     "autocast": lambda folder: torch.set_autocast_enabled("cpu", True),
+    "autocast dtype": lambda folder: torch.set_autocast_dtype("cpu", torch.float16),
     "torch seed": lambda folder: torch.manual_seed(123),
     "numpy seed": lambda folder: np.random.seed(123),
     "python seed": lambda folder: random.seed(123),
     "draws": lambda folder: (torch.rand(3), np.random.rand(3), random.random()),
     "numpy errors": lambda folder: np.seterr(all="raise"),
     "directory": lambda folder: os.chdir(folder),
+    "variable": lambda folder: os.environ.update(PATH="nowhere"),
+    "variable removed": lambda folder: os.environ.pop("PATH", None),
+    "stdout": lambda folder: setattr(sys, "stdout", io.StringIO()),
+    "stderr": lambda folder: setattr(sys, "stderr", None),
+    "hook": lambda folder: setattr(sys, "excepthook", print),
+    "warnings": lambda folder: warnings.simplefilter("error"),
+    "level": lambda folder: logging.root.setLevel(logging.root.level + 1),
+    "logging off": lambda folder: logging.disable(),
+    "decimals": lambda folder: setattr(decimal.getcontext(), "prec", 3),
     "handler": lambda folder: ignore_signal(signal.SIGTERM),
     "interrupt": lambda folder: ignore_signal(signal.SIGINT),
     "alarm": lambda folder: signal.alarm(60),
@@ -157,11 +190,20 @@ def process_state():
         "precision": (torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.allow_tf32),
         "anomaly": torch.is_anomaly_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
+        "autocast dtype": torch.get_autocast_dtype("cpu"),
         "torch seed": torch.get_rng_state().tolist(),
         "numpy seed": np.random.get_state()[1].tolist(),
         "python seed": random.getstate(),
         "numpy errors": np.geterr(),
         "directory": os.getcwd(),
+        "variable": os.environ["PATH"],
+        "stdout": sys.stdout,
+        "stderr": sys.stderr,
+        "hook": sys.excepthook,
+        "warnings": list(warnings.filters),
+        "level": logging.root.level,
+        "logging off": logging.root.manager.disable,
+        "decimals": decimal.getcontext().prec,
         "handler": signal.getsignal(signal.SIGTERM),
         "interrupt": signal.getsignal(signal.SIGINT),
         "alarm": signal.getitimer(signal.ITIMER_REAL),
@@ -193,6 +235,18 @@ def test_no_change_of_the_process_outlives_a_call(folder, changes, fails):
     Rewards([changes_it, watches])(RewardBatch(["p"] * 2, ["a", "b"], [[1], [2]], {}))
     assert process_state() == before
     assert inside == [before]
+
+
+def test_new_variables_of_the_environment_stay_for_the_libraries_that_set_them_once(monkeypatch):
+    monkeypatch.setenv("SET_BY_A_LIBRARY", "")
+    del os.environ["SET_BY_A_LIBRARY"]
+
+    def sets(completions):
+        os.environ["SET_BY_A_LIBRARY"] = "1"
+        return [1.0] * len(completions)
+
+    Rewards(sets)(RewardBatch(["p"], ["a"], [[1]], {}))
+    assert os.environ["SET_BY_A_LIBRARY"] == "1"
 
 
 IN_ANY_THREAD = sorted(set(CHANGES) - {"handler", "interrupt", "alarm", "blocked"})

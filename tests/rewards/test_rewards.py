@@ -193,10 +193,15 @@ def test_raise_stops_with_the_completion_that_is_to_blame(broken):
     assert "RuntimeError: the judge is out" in raised.value.traceback
 
 
-@pytest.mark.parametrize("exception", [SystemExit(1), KeyboardInterrupt()])
-def test_what_ends_the_process_ends_it(exception):
-    with pytest.raises(type(exception)):
-        Rewards(fails_on("xx", exception))(make_batch())
+def test_an_interrupt_ends_the_process():
+    with pytest.raises(KeyboardInterrupt):
+        Rewards(fails_on("xx", KeyboardInterrupt()))(make_batch())
+
+
+def test_an_exit_fails_its_completion_which_says_so():
+    table = Rewards(fails_on("xx", SystemExit(1)))(make_batch())
+    assert table.failures == {"broken": 1}
+    assert table.reasons == {"broken": "RuntimeError: SystemExit(1)"}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

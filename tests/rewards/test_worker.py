@@ -308,7 +308,8 @@ def test_functions_of_the_running_script_are_sent_whole(tmp_path, runner):
 
 
 def test_a_function_of_the_package_loads_neither_torch_nor_transformers(worker):
-    from grpo_trl.rewards.call import FunctionReward, RewardBatch
+    from grpo_trl.rewards import RewardBatch
+    from grpo_trl.rewards.call import FunctionReward
 
     batch = RewardBatch(["p"], ["ab"], [[1]], {})
     assert worker.call(packed_call(FunctionReward(faults.lengths), batch), 60).values == [2.0]

@@ -31,6 +31,8 @@ class RankSummary:
     """Completions that came to their end."""
     failures: dict[str, int]
     """Completions that each reward function failed on; those whose weight is 0 are left out."""
+    reasons: dict[str, str]
+    """Why each reward function that failed did, at first."""
 
 
 def check_failures(summaries: Sequence[RankSummary], max_rate: float) -> None:
@@ -43,10 +45,11 @@ def check_failures(summaries: Sequence[RankSummary], max_rate: float) -> None:
     for name in summaries[0].failures:
         failed = sum(summary.failures[name] for summary in summaries)
         if failed > max_rate * count:
+            reason = next(summary.reasons[name] for summary in summaries if name in summary.reasons)
             raise RunStopped(
                 f"The reward function {name!r} failed on {failed} of the {count} completions of a generation batch "
-                f"(max_reward_failure_rate={max_rate}); the log has its first traceback. Repair it and resume, or raise "
-                "max_reward_failure_rate."
+                f"(max_reward_failure_rate={max_rate}), first with: {reason}. The log has more of it. Repair it and "
+                "resume, or raise max_reward_failure_rate."
             )
 
 

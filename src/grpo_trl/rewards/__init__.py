@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from .call import RewardBatch, RewardLogs
+    from .batch import RewardBatch, RewardLogs
     from .failures import RewardError
     from .library.answers import MathAnswer, gsm8k_answer, math_answer
     from .library.format import format_tags, json_schema, length_penalty, repetition_penalty
@@ -33,7 +33,7 @@ __all__ = [
 
 _MODULES = {
     "library.answers": ("MathAnswer", "gsm8k_answer", "math_answer"),
-    "call": ("RewardBatch", "RewardLogs"),
+    "batch": ("RewardBatch", "RewardLogs"),
     "failures": ("RewardError",),
     "library.format": ("format_tags", "json_schema", "length_penalty", "repetition_penalty"),
     "library.python_tests": ("python_tests",),

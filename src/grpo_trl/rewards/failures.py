@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..errors import RunStopped
-from .call import RewardBatch, RewardLogs, RewardResult
+from .batch import RewardBatch, RewardLogs
+from .values import RewardResult
 from .worker import WorkerError
 
 
@@ -122,6 +123,8 @@ class RewardCallTracker:
         self.failed = [False] * len(self.batch.completions)
         self._results: list[tuple[range, RewardResult]] = []
         self._first_failure: tuple[int, str, str] | None = None
+        self.reason = ""
+        """Why the first completion that failed did."""
 
     def calls(self, parts: int = 1) -> list[RewardCall]:
         """Divide the batch into at most `parts` calls on whole groups."""
@@ -186,6 +189,7 @@ class RewardCallTracker:
 
     def _fail(self, row: int, message: str, text: str) -> None:
         self.failed[row] = True
+        self.reason = self.reason or message
         self.report.completion_failed(self.name, self.batch.completions[row], message, text, self.watches)
 
 

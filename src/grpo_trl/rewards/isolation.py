@@ -4,11 +4,14 @@ A worker imports this module, which therefore imports neither torch nor numpy: a
 """
 
 import contextlib
+import decimal
+import logging
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -22,10 +25,10 @@ TIMER_TOLERANCE = 0.01
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Restore the working directory, the signal handlers and timer, and the global settings of torch and numpy.
+    """Restore the settings of the process, of Python, and of torch and numpy that change what others compute or show.
 
-    `os.environ` is left as it is: libraries set variables once, when they are first used. Signals are restored in the main
-    thread only, which alone may set them. Random states: see `grpo_trl.seeds`.
+    Variables of `os.environ` get their values back; new ones stay, since libraries set them once, when they are first used.
+    Signals are restored in the main thread only, which alone may set them. Random states: see `grpo_trl.seeds`.
     """
     settings = _settings()
     before = [read() for read, _ in settings]
@@ -38,7 +41,11 @@ def isolated() -> Iterator[None]:
 
 
 def _settings() -> list[Setting]:
-    settings: list[Setting] = [(_working_directory, _change_directory)]
+    settings: list[Setting] = [
+        (_working_directory, _change_directory),
+        (os.environ.copy, _reset_variables),
+        *_python_settings(),
+    ]
     if threading.current_thread() is threading.main_thread():
         settings += [(_timer, _set_timer), (_handlers, _set_handlers), (_blocked_signals, _block_signals)]
     if numpy := sys.modules.get("numpy"):
@@ -97,6 +104,45 @@ def _set_timer(timer: tuple[float, float] | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, max(1e-3, end - time.monotonic()), interval)
 
 
+def _reset_variables(variables: dict[str, str]) -> None:
+    for name, value in variables.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+# ---- Python ----
+def _python_settings() -> list[Setting]:
+    root = logging.root
+    return [
+        (partial(getattr, sys, name), partial(setattr, sys, name)) for name in ("stdout", "stderr", "excepthook")
+    ] + [
+        (lambda: list(warnings.filters), _set_filters),
+        (lambda: root.manager.disable, logging.disable),
+        (lambda: root.level, root.setLevel),
+        (_decimal_context, _set_decimal_context),
+    ]
+
+
+def _decimal_context() -> tuple[dict[str, Any], dict[Any, bool]]:
+    context = decimal.getcontext()
+    names = ("prec", "rounding", "Emin", "Emax", "capitals", "clamp")
+    return {name: getattr(context, name) for name in names}, dict(context.traps)
+
+
+def _set_decimal_context(values: tuple[dict[str, Any], dict[Any, bool]]) -> None:
+    """In place: coroutines share the object with who called them."""
+    options, traps = values
+    context = decimal.getcontext()
+    for name, value in options.items():
+        setattr(context, name, value)
+    context.traps.update(traps)
+
+
+def _set_filters(filters: list[Any]) -> None:
+    warnings.resetwarnings()  # and forget what was shown under others
+    warnings.filters[:] = filters  # type: ignore[index]  # a list
+
+
 # ---- Libraries ----
 def _torch_settings(torch: Any) -> list[Setting]:
     """Of the thread: grad mode, autocast. Of the process: all others."""
@@ -110,10 +156,11 @@ def _torch_settings(torch: Any) -> list[Setting]:
         (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
         (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     ]
-    settings += [
-        (partial(torch.is_autocast_enabled, kind), partial(torch.set_autocast_enabled, kind))
-        for kind in ("cpu", "cuda")
-    ]
+    for kind in ("cpu", "cuda"):
+        settings += [
+            (partial(torch.is_autocast_enabled, kind), partial(torch.set_autocast_enabled, kind)),
+            (partial(torch.get_autocast_dtype, kind), partial(torch.set_autocast_dtype, kind)),
+        ]
     settings += [
         (partial(getattr, place, name), partial(setattr, place, name))
         for place, name in (

@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
-from .call import RewardBatch, RewardLogs, RewardResult
+from .batch import RewardBatch, RewardLogs
+from .values import RewardResult
 
 
 OTHER_HEADS = ("ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice", "ForImageClassification")

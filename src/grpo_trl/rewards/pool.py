@@ -12,8 +12,9 @@ from multiprocessing.connection import wait
 from typing import Any
 
 from ..logging import EVERY_RANK, get_logger
-from .call import FunctionReward, RewardResult
+from .call import FunctionReward
 from .failures import RewardCall, RewardCallTracker
+from .values import RewardResult
 from .worker import PENDING, POLL_SECONDS, CallNotLoaded, Worker, WorkerError, packed_call, packed_function
 
 

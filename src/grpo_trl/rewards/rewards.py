@@ -9,18 +9,24 @@ import sys
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..logging import get_logger
 from ..seeds import keeping_random_state
-from .call import EVENT_LOOP, FunctionReward, RewardBatch, RewardLogs
+from .batch import RewardBatch, RewardLogs
+from .call import FunctionReward
+from .event_loop import EVENT_LOOP
 from .failures import FailureReport, OnError, RewardCall, RewardCallTracker
 from .models import ModelReward, check_reward_model, load_reward_model, reward_tokenizer
 from .pool import Phase, RewardPool
+
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,8 @@ class RewardTable:
     """bool; True where the function failed on the completion."""
     watching: frozenset[str] = frozenset()
     """Functions whose weight is 0."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why each function that failed did, at first."""
 
     @property
     def failures(self) -> dict[str, int]:
@@ -89,6 +97,8 @@ class Rewards:
         weights = [1.0] * len(funcs) if weights is None else _one_each("reward_weights", weights, funcs)
         tokenizers = _one_each("reward_processing_classes", _as_list(processing_classes) or [None] * len(funcs), funcs)
         self.weights_F = torch.tensor(weights, dtype=torch.float64)
+        if not self.weights_F.any():
+            logger.warning("reward_weights=%s are all 0: every reward is 0, and nothing is learned from it.", weights)
         make = partial(_reward, model_init_kwargs or {}, chat_template_kwargs or {}, batch_size)
         self.functions = list(map(make, funcs, tokenizers))
         self.names = _distinct([function.name for function in self.functions])
@@ -162,7 +172,9 @@ class Rewards:
         values_BF = torch.tensor(columns, dtype=torch.float64).T.contiguous()
         failed_BF = torch.tensor([tracker.failed for tracker in trackers]).T.contiguous()
         watching = frozenset(tracker.name for tracker in trackers if tracker.watches)
-        return RewardTable(self.names, values_BF, self.total(values_BF, failed_BF), logs, failed_BF, watching)
+        reasons = {tracker.name: tracker.reason for tracker in trackers if tracker.reason}
+        total_B = self.total(values_BF, failed_BF)
+        return RewardTable(self.names, values_BF, total_B, logs, failed_BF, watching, reasons)
 
     def of_nothing(self) -> RewardTable:
         """Return the rewards of no completion."""

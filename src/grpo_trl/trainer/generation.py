@@ -256,4 +256,5 @@ def summarize(sampled: RewardedRollout, trained_tokens: list[int]) -> RankSummar
         groups_with_signal=int(sampled.has_signal_P.sum()),
         ended=sum(c.ended for c in sampled.completions),
         failures=rewards.failures,
+        reasons=rewards.reasons,
     )

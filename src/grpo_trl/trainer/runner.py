@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..metrics import Max, Mean, Metric, MetricLog, Min, Quantile, Std, Sum
+from ..metrics import Max, Mean, Metric, MetricLog, Min, Quantile, RunningMean, Std, Sum
 from ..rewards import RewardBatch, Rewards, RewardTable
 from ..rollout.base import Rollout, RolloutEngine, RolloutRequest
 from ..seeds import derive_seed, seeded
@@ -79,7 +79,7 @@ class RewardedRollout:
     def _reward_metrics(self) -> dict[str, Metric]:
         total_B = self.rewards.total_B
         metrics: dict[str, Metric] = {
-            "reward": Mean.of(total_B, ~total_B.isnan()),
+            "reward": RunningMean.of(total_B),
             "reward_std": Std.of(total_B),
             "reward/quantile_10": Quantile.of(total_B, 0.1),
             "reward/quantile_90": Quantile.of(total_B, 0.9),
@@ -87,7 +87,7 @@ class RewardedRollout:
         }
         for f, name in enumerate(self.rewards.names):
             values_B = self.rewards.values_BF[:, f]
-            metrics[f"rewards/{name}/mean"] = Mean.of(values_B, ~values_B.isnan())
+            metrics[f"rewards/{name}/mean"] = RunningMean.of(values_B)
             metrics[f"rewards/{name}/std"] = Std.of(values_B)
             metrics[f"rewards/{name}/failures"] = Sum(self.rewards.failed_BF[:, f].sum())
         for name, values in self.rewards.logs.metrics.items():
