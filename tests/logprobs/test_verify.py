@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from grpo_trl.attention.compatibility import ignored_window, incompatibility
+from grpo_trl.logprobs.comparison import COARSE_TOLERANCE, TOLERANCE, tolerance
 from grpo_trl.logprobs.compute import compute_completion_logprobs, compute_logprobs
 from grpo_trl.logprobs.head import enable_logprobs
 from grpo_trl.logprobs.packing import Packer
-from grpo_trl.logprobs.verify import COARSE_TOLERANCE, TOLERANCE, packed_mismatch, tolerance
+from grpo_trl.logprobs.verify import packed_mismatch
 from grpo_trl.types import Completion
 from tests.helpers.families import FAMILIES, SIZES, WINDOWED, make_completions, make_family
 from tests.helpers.models import make_model

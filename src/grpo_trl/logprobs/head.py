@@ -64,7 +64,7 @@ def enable_logprobs(model: Any) -> None:
     if lm.base_model is lm or _name_of(lm, lm.get_output_embeddings()) is None:
         raise TypeError(
             f"{type(lm).__name__} is not a backbone (its base_model_prefix, {lm.base_model_prefix!r}) and a head (its "
-            "get_output_embeddings()); the logprobs of such a model cannot be computed."
+            "get_output_embeddings()), so its logprobs cannot be computed; pass another causal language model."
         )
 
     def forward(self: Any, *args: Any, logprob_request: LogprobRequest | None = None, **kwargs: Any) -> Any:

@@ -4,23 +4,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..attention.compatibility import ignored_window
 from ..model_utils import causal_lm, evaluation_mode, ran_out_of_memory
 from ..types import Completion
+from .comparison import Comparison, tolerance
 from .compute import compute_completion_logprobs, compute_logprobs
 from .packing import Packer, group_by_prompt
 
 
-TOLERANCE = 1e-3
-"""Mean difference (nats) of log-probabilities that float32 may show."""
-COARSE_TOLERANCE = 0.05
-"""The same where matrix products are rounded more: half precision, and TF32."""
-
-
-NOISE_FACTOR = 4.0
-"""How many times the model's own noise is allowed."""
 MORE_COMPLETIONS = 8
 """Compared before packing is given up."""
 
@@ -63,29 +56,12 @@ def packed_mismatch(
         if ran_out_of_memory(error):  # padding takes more
             raise
         return f"{name} cannot be called with packed rows ({type(error).__name__}: {error})"
-    difference, allowed = _mean_difference(packed, padded), tolerance(model, mixed_precision)
-    noise = ""
+    alone = None
     if thorough:
-        alone = replace(local, batch_size=1, shared_prefix=False)
-        own = _mean_difference(compute_completion_logprobs(model, sample, alone, temperature), padded)
-        allowed = max(allowed, NOISE_FACTOR * own)
-        noise = f" (the model differs from itself by {own:.2g} in another batch shape)"
-    if difference <= allowed:
-        return None
-    return (
-        f"packed log-probabilities of {name} differ from padded ones by {difference:.2g} nats on average over "
-        f"{sum(map(len, padded))} tokens, where {allowed:.2g} are allowed{noise}"
-    )
-
-
-def _mean_difference(one: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    difference = (torch.cat(list(one)) - torch.cat(list(other))).abs()
-    return difference.mean().item() if len(difference) else 0.0
-
-
-def tolerance(model: nn.Module, mixed_precision: bool) -> float:
-    """Mean difference (nats) of log-probabilities that two ways of computing them may show."""
-    return COARSE_TOLERANCE if mixed_precision or _rounds(model) else TOLERANCE
+        one_by_one = replace(local, batch_size=1, shared_prefix=False)
+        alone = torch.cat(compute_completion_logprobs(model, sample, one_by_one, temperature))
+    compared = Comparison.of(torch.cat(packed), torch.cat(padded), alone, tolerance(model, mixed_precision))
+    return None if compared.agrees else f"packed log-probabilities of {name} differ from padded ones by {compared}"
 
 
 def _sample(completions: Sequence[Completion]) -> list[Completion]:
@@ -100,12 +76,3 @@ def _sample(completions: Sequence[Completion]) -> list[Completion]:
         for group in group_by_prompt(completions)
     ]
     return max([[pair[0] for pair in pairs[:2]], *pairs], key=telling)
-
-
-def _rounds(model: nn.Module) -> bool:
-    """Whether some products are rounded more than float32 does: in half precision, by TF32, or over a k-bit base."""
-    parameters = list(model.parameters())
-    on_gpu = parameters[0].device.type == "cuda"
-    tf32 = on_gpu and torch.get_float32_matmul_precision() != "highest"
-    coarse = any(p.dtype not in (torch.float32, torch.float64) for p in parameters)
-    return tf32 or coarse or bool(getattr(causal_lm(model), "is_quantized", False))

@@ -1,17 +1,13 @@
-"""How far the log-probabilities of the group engine are from those of plain forwards, and these from one another.
-
-The same tokens get slightly different log-probabilities in batches of different shapes, whose sums are rounded in another
-order. So the engine's difference is held against the model's own, between one row and two.
-"""
+"""How far the log-probabilities of the group engine are from those of plain forwards of one row and of two."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...logprobs.verify import tolerance
+from ...logprobs.comparison import Comparison, tolerance
 from ...model_utils import causal_lm
 from ...types import Completion
 from ..base import RolloutRequest, SamplingOptions
@@ -22,30 +18,6 @@ TOKENS = 32
 MORE_TOKENS = 128
 WIDEST_WINDOW = 1024
 """Completions are compared past a sliding window of up to this many tokens."""
-NOISE_FACTOR = 4.0
-"""How many times the model's own noise is allowed."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Mean differences of log-probabilities (nats)."""
-
-    difference: float
-    """Of the engine's from plain forwards'."""
-    noise: float
-    """Of plain forwards' over one row from those over two."""
-    allowed: float
-    tokens: int
-
-    @property
-    def agrees(self) -> bool:
-        return self.difference <= self.allowed
-
-    def __str__(self) -> str:
-        return (
-            f"{self.difference:.2g} nats on average over {self.tokens} tokens, where {self.allowed:.2g} are allowed (the "
-            f"model differs from itself by {self.noise:.2g} in another batch shape)"
-        )
 
 
 def compare(model: Any, completions: Sequence[Completion], temperature: float, mixed_precision: bool) -> Comparison:
@@ -57,16 +29,11 @@ def compare(model: Any, completions: Sequence[Completion], temperature: float, m
         temperature: The sampling temperature.
         mixed_precision: Whether the model computes in half precision, whatever its weights are.
     """
-    differences, noises = [], []
-    for first, second in zip(completions[::2], completions[1::2], strict=True):
-        pair = [first, second]
-        together_2T = _logps(model, pair, temperature)
-        alone_2T = torch.cat([_logps(model, [completion], temperature) for completion in pair])
-        noises.append((together_2T - alone_2T).abs())
-        differences.append((torch.tensor([c.sampler_logps for c in pair], dtype=torch.float64) - alone_2T).abs())
-    difference, noise = torch.cat(differences), torch.cat(noises)
-    allowed = max(tolerance(model, mixed_precision), NOISE_FACTOR * noise.mean().item())
-    return Comparison(difference.mean().item(), noise.mean().item(), allowed, difference.numel())
+    pairs = [[first, second] for first, second in zip(completions[::2], completions[1::2], strict=True)]
+    together = torch.cat([_logps(model, pair, temperature) for pair in pairs])
+    alone = torch.cat([_logps(model, [completion], temperature) for completion in completions])
+    sampled = torch.tensor([c.sampler_logps for c in completions], dtype=torch.float64)
+    return Comparison.of(sampled.flatten(), alone.flatten(), together.flatten(), tolerance(model, mixed_precision))
 
 
 def _logps(model: Any, completions: list[Completion], temperature: float) -> Tensor:

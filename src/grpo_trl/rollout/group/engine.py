@@ -17,12 +17,13 @@ from transformers import PreTrainedTokenizerBase, StopStringCriteria
 from ...attention.compatibility import ignored_window, incompatibility
 from ...free_memory import free_memory
 from ...logging import EVERY_RANK, get_logger
+from ...logprobs.comparison import Comparison
 from ...model_utils import attending_by, causal_lm, evaluation_mode, ran_out_of_memory
 from ..base import Rollout, RolloutRequest, SamplingOptions, most_rows_in_flight
 from ..generate import GenerateEngine
 from ..sampling import Sampler, stop_strings, unserved_option
 from .cache import NAME, GroupCache
-from .comparison import MORE_TOKENS, TOKENS, Comparison, compare, sample_options, sample_request
+from .comparison import MORE_TOKENS, TOKENS, compare, sample_options, sample_request
 from .cuda_graphs import CudaRecorder, EagerSteps, RecordedSteps
 from .fused_layers import laid_out
 from .scheduler import Scheduler
