@@ -42,6 +42,14 @@ def test_parts_of_text_are_one_string_and_keys_without_a_value_are_left_out():
     [
         ({"role": "user", "content": [{"type": "image", "text": None}]}, "part of type 'image'"),
         ({"from": "human", "value": "1="}, "without a 'role'"),
+        ({"role": None, "content": "1="}, "without a 'role'"),
+        ({"role": "user", "content": [{"type": "text"}]}, "part of type 'text'"),
+        ({"role": "user", "content": ["1="]}, "part of type '1='"),
+        ({"role": "user", "content": None}, "without a 'content'"),
+        ({"role": "system"}, "without a 'content'"),
+        ("1=", r"message '1=' \(str\); a message is \{'role'"),
+        (7, r"message 7 \(int\); a message is"),
+        ([{"role": "user", "content": "1="}], r"\(list\); a message is"),
     ],
 )
 def test_messages_that_a_text_model_cannot_read_are_refused(message, text):
@@ -55,3 +63,27 @@ def test_messages_need_a_chat_template():
     with pytest.raises(ValueError, match=r"data has lists of messages as prompts, .* no chat template; pass"):
         tokenize_prompts([[{"role": "user", "content": "1="}]], tokenizer, {}, "data")
     assert tokenize_prompts(["1="], tokenizer, {}, "data")
+
+
+def test_a_message_that_calls_a_tool_needs_no_content():
+    messages = [
+        {"role": "user", "content": "1="},
+        {"role": "assistant", "tool_calls": []},
+        {"role": "tool", "content": "1"},
+    ]
+    assert tokenize_prompts([messages], make_tokenizer(), {}, "data")
+
+
+@pytest.mark.parametrize(
+    "template, text",
+    [
+        ("{{ raise_exception('roles must alternate') }}", "does not render .*roles must alternate"),
+        ("{% for m in messages %}", "does not render"),
+        ("{{ messages[3]['content'] }}", "does not render"),
+    ],
+)
+def test_a_conversation_that_the_template_does_not_render_is_shown_with_the_reason(template, text):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"train_dataset has the conversation .*'1='.*{text}"):
+        tokenize_prompts([[{"role": "user", "content": "1="}]], tokenizer, {}, "train_dataset")

@@ -3,6 +3,11 @@
 from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from pyarrow.lib import ArrowException
+
+
+ROW_FORMATS = (None, "custom", "numpy", "torch")
+"""Formats of a dataset in which a row is a dict."""
 
 
 def as_dataset(data: Any, name: str) -> Any:
@@ -19,7 +24,9 @@ def as_dataset(data: Any, name: str) -> Any:
         raise TypeError(f"{name}={data!r} is a name; pass datasets.load_dataset({data!r}, split='train').")
     if hasattr(data, "to_parquet") and hasattr(data, "iloc"):
         raise TypeError(f"{name} is a {type(data).__name__}; pass datasets.Dataset.from_pandas(...) of it.")
-    if isinstance(data, (Dataset, IterableDataset)):
+    if isinstance(data, Dataset):
+        return _by_rows(data)
+    if isinstance(data, IterableDataset):
         return data
     if not isinstance(data, list):
         raise TypeError(
@@ -33,7 +40,20 @@ def as_dataset(data: Any, name: str) -> Any:
             raise TypeError(
                 f"{name}[{row}] is a {type(example).__name__}; a row is a dict such as {{'prompt': '1 + 1 ='}}."
             )
-    return Dataset.from_list(data)
+    try:
+        return Dataset.from_list(data)
+    except (ArrowException, OverflowError) as error:
+        raise ValueError(
+            f"{name} has a column whose rows are of different kinds, or too large for a table ({error}); give each column "
+            "one kind, e.g. text."
+        ) from error
+
+
+def _by_rows(dataset: Dataset) -> Dataset:
+    """Return the dataset with rows that are dicts of all columns, whatever format was set on it."""
+    shown = dataset.format
+    by_rows = shown["type"] in ROW_FORMATS and set(shown["columns"]) == set(dataset.column_names)
+    return dataset if by_rows else dataset.with_format(None)
 
 
 def as_train_dataset(data: Any, max_steps: int) -> Any:

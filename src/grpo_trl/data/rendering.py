@@ -21,8 +21,8 @@ def tokenize_prompts(
         name: The dataset, for messages.
 
     Raises:
-        ValueError: The prompts are of different kinds; the tokenizer has no chat template; a message has no role, or a
-            part that is not text.
+        ValueError: The prompts are of different kinds; the tokenizer has no chat template, or it refuses the messages; a
+            message has no role, or a part that is not text.
     """
     for prompt in prompts:
         if not isinstance(prompt, type(prompts[0])) or not isinstance(prompt, (str, list)):
@@ -65,28 +65,43 @@ def _tokenize_messages(
         return []
     cleaned = [_cleaned(message, name) for message in messages]
     continued = cleaned[-1]["role"] == "assistant"
-    rendered: Any = tokenizer.apply_chat_template(
-        cleaned,
-        add_generation_prompt=not continued,
-        continue_final_message=continued,
-        tokenize=True,
-        return_dict=True,
-        **chat_template_kwargs,
-    )
+    try:
+        rendered: Any = tokenizer.apply_chat_template(
+            cleaned,
+            add_generation_prompt=not continued,
+            continue_final_message=continued,
+            tokenize=True,
+            return_dict=True,
+            **chat_template_kwargs,
+        )
+    except Exception as error:  # a template is a program
+        raise ValueError(
+            f"{name} has the conversation {cleaned!r}, which the chat template does not render ({type(error).__name__}: "
+            f"{error})."
+        ) from error
     return rendered["input_ids"]
 
 
-def _cleaned(message: dict[str, Any], name: str) -> dict[str, Any]:
+def _cleaned(message: Any, name: str) -> dict[str, Any]:
     """Return a message without keys that are None, its content as one string where it comes in parts."""
+    if not isinstance(message, dict):
+        raise ValueError(
+            f"{name} has a prompt with the message {message!r} ({type(message).__name__}); a message is "
+            "{'role': 'user', 'content': ...}, and a prompt that is no conversation is a string."
+        )
     message = {key: value for key, value in message.items() if value is not None}
     if "role" not in message:
         raise ValueError(
             f"{name} has the message {message!r} without a 'role'; a message is {{'role': 'user', 'content': ...}}."
         )
     content = message.get("content")
+    if content is None and message["role"] in ("system", "user"):
+        raise ValueError(f"{name} has the message {message!r} without a 'content'; remove it, or write what it says.")
     if not isinstance(content, list):
         return message
-    others = [part for part in content if not isinstance(part, dict) or part.get("type") != "text"]
+    others = [
+        part for part in content if not isinstance(part, dict) or part.get("type") != "text" or "text" not in part
+    ]
     if others:
         kind = others[0].get("type") if isinstance(others[0], dict) else others[0]
         raise ValueError(
