@@ -5,6 +5,7 @@ import logging
 import sys
 from decimal import Decimal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy
 import pyarrow.parquet
@@ -116,6 +117,14 @@ def closed():
     stream = io.StringIO()
     stream.close()
     return stream
+
+
+def test_an_object_that_only_writes_is_an_output(monkeypatch, warnings):
+    written = []
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=written.append, flush=lambda: None))
+    print_completions(TABLE, 1)
+    assert "step 1" in "".join(written)
+    assert not warnings.records
 
 
 @pytest.mark.parametrize("make", [lambda: None, closed, lambda: Stream(BrokenPipeError()), lambda: Stream(OSError(28))])

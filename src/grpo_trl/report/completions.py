@@ -93,13 +93,13 @@ def shown_as(value: Any) -> str:
 
 def _print(view: Table) -> None:
     """Print on standard output, in characters that its encoding has."""
-    if sys.stdout is None or sys.stdout.closed:
+    if sys.stdout is None or getattr(sys.stdout, "closed", False):
         raise ValueError("standard output is closed")
     console = Console()
     with console.capture() as captured:
         console.print(view)
     stream: TextIO = sys.stdout
-    encoding = stream.encoding or "utf-8"
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     stream.write(captured.get().encode(encoding, "backslashreplace").decode(encoding))
     stream.flush()
 

@@ -223,7 +223,10 @@ def reason_of(error: BaseException) -> str:
 
 def has_terminal(stream: TextIO | None) -> bool:
     """Whether somebody watches what is written to a stream."""
-    return stream is not None and not stream.closed and stream.isatty()
+    try:
+        return stream is not None and stream.isatty()
+    except Exception:  # closed, or a logger in the place of a stream
+        return False
 
 
 def shows_live_view(args: GRPOConfig) -> bool:
