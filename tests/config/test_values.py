@@ -55,6 +55,21 @@ def test_none_switches_off(name):
     assert getattr(make_config(**{name: None}), name) == OFF[name]
 
 
+@pytest.mark.parametrize("value", [None, "None", "none", ["none"], []])
+def test_no_tracker_has_several_names(value):
+    assert make_config(report_to=value).report_to == []
+
+
+@pytest.mark.parametrize("value", ["wand", "wandb,tensorboard", ["tensorboard", "wand"], 3])
+def test_an_unknown_tracker_is_refused_with_those_that_there_are(value):
+    assert "which is unknown; use 'none', or a list of" in refusal(report_to=value)
+
+
+@pytest.mark.parametrize("value", [-1e-6, "nan", float("inf")])
+def test_a_learning_rate_that_cannot_work_is_refused(value):
+    assert "it must be a finite number such as 1e-6" in refusal(learning_rate=value)
+
+
 def test_top_k_is_off_as_vllm_says_it_too():
     assert make_config(top_k=-1).top_k == make_config(generation_kwargs={"top_k": -1}).top_k == 0
 

@@ -6,6 +6,7 @@ from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..distributed.launch import fsdp_was_asked_for
 from ..objective import make_objective
@@ -19,6 +20,7 @@ def check_options(args: Any) -> None:
         ValueError: One cannot work.
     """
     _check_choices(args)
+    _check_trackers(args)
     _check_ranges(args)
     _check_combinations(args)
     args.check_objective()
@@ -53,6 +55,15 @@ def _choices(hint: Any) -> tuple[Any, ...]:
     parts = get_args(hint) if get_origin(hint) is Union else (hint,)
     literals = [value for part in parts if get_origin(part) is Literal for value in get_args(part)]
     return (*literals, *([None] if NoneType in parts else [])) if literals else ()
+
+
+def _check_trackers(args: Any) -> None:
+    for name in args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to={args.report_to!r} has {name!r}, which is unknown; use 'none', or a list of "
+                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+            )
 
 
 def _check_combinations(args: Any) -> None:
@@ -105,7 +116,7 @@ def _check_ranges(args: Any) -> None:
         if not ok:
             raise ValueError(f"{name}={getattr(args, name)} cannot work; {remedy}.")
 
-    check("learning_rate", math.isfinite(args.learning_rate), "it must be a finite number such as 1e-6")
+    check("learning_rate", 0 <= args.learning_rate < math.inf, "it must be a finite number such as 1e-6")
     check("num_generations", args.num_generations >= 2, "a group needs at least 2 completions to compare, e.g. 8")
     check("num_iterations", args.num_iterations >= 1, "use at least 1")
     check("per_device_train_batch_size", args.per_device_train_batch_size >= 1, "use at least 1, e.g. 8")

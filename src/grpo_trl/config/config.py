@@ -28,6 +28,8 @@ from .values import convert_values
 from .vllm import VLLMOptions
 
 
+SCHEDULE = {"per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed"}
+"""Options of transformers from which the schedule and the noise of a run are built."""
 FOLLOWS_A_METRIC = ("reduce_lr_on_plateau", "greedy")
 """Values of `lr_scheduler_type` whose rate follows `metric_for_best_model`."""
 
@@ -125,7 +127,7 @@ class GRPOConfig(
         read_live = {
             f.name for kind in (TrainingArguments, EvaluationOptions, ReliabilityOptions) for f in fields(kind)
         }
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in read_live}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in read_live - SCHEDULE}
 
     @property
     def init_kwargs(self) -> dict[str, Any]:

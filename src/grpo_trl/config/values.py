@@ -31,6 +31,8 @@ def convert_values(args: Any) -> None:
     Raises:
         ValueError: A value is none of its type; the message names one that is.
     """
+    if args.report_to in (None, "None"):
+        args.report_to = "none"
     hints = get_type_hints(type(args))
     for field in fields(args):
         types = set(get_args(hints[field.name]) or (hints[field.name],))
