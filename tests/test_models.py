@@ -1,11 +1,22 @@
 import copy
 import logging
+import os
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import (
+    LoftQConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -23,6 +34,7 @@ from transformers import (
 from grpo_trl.models import (
     Reference,
     add_adapter,
+    check_checkpointing,
     context_length,
     eos_token_ids,
     load_policy,
@@ -100,6 +112,40 @@ def test_a_path_with_a_model_of_another_kind_is_refused(tmp_path, kind):
     other_kinds()[kind].save_pretrained(tmp_path)
     with pytest.raises((TypeError, ValueError), match="causal language model"):
         load_policy(str(tmp_path), {})
+
+
+@pytest.mark.parametrize("kind", ["no head that predicts tokens", "no head that predicts"])
+def test_a_checkpoint_without_the_weights_of_a_head_is_refused(tmp_path, kind):
+    other_kinds()[kind].save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"has no weights for 1 parameters \(lm_head.weight, ...\), which would be random"
+    ):
+        load_policy(str(tmp_path), {})
+
+
+def test_a_checkpoint_without_a_layer_is_refused(tmp_path):
+    model = make_model()
+    model.save_pretrained(tmp_path, state_dict={n: p for n, p in model.state_dict().items() if "layers.1." not in n})
+    with pytest.raises(ValueError, match=r"has no weights for .*model\.layers\.1\."):
+        load_policy(str(tmp_path), {})
+
+
+@pytest.mark.parametrize("size", [0, 7, 300])
+def test_a_damaged_file_of_weights_is_named_as_one(tmp_path, size):
+    make_model().save_pretrained(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", size)
+    with pytest.raises(OSError, match=f"model='{tmp_path}' has a damaged file of weights"):
+        load_policy(str(tmp_path), {})
+
+
+def test_an_adapter_whose_name_is_a_path_is_refused():
+    with pytest.raises(ValueError, match="adapter 'a/b' has a '/' in its name"):
+        load_policy(make_adapted("a/b"), {})
+
+
+def test_weights_that_have_no_values_are_refused():
+    with pytest.raises(ValueError, match="parameters on the device 'meta', which have no values"):
+        load_policy(make_model().to("meta"), {})
 
 
 @pytest.mark.parametrize("wrong", [None, 3, nn.Linear(2, 2)])
@@ -231,6 +277,18 @@ def test_what_is_no_peft_config_is_refused_by_its_type(model):
         add_adapter(model, {"r": 4})
 
 
+def test_an_adapter_that_cannot_be_trained_is_refused(model):
+    with pytest.raises(ValueError, match="LoraConfig with inference_mode=True"):
+        add_adapter(model, lora(inference_mode=True))
+
+
+def test_a_prefix_cannot_be_recomputed():
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match=r"prefix tuning.*set gradient_checkpointing=False"):
+        check_checkpointing(get_peft_model(make_model(), prefix))
+    check_checkpointing(make_adapted())
+
+
 def test_a_second_adapter_is_refused_with_the_ways_out():
     with pytest.raises(ValueError, match=r"peft_config came with a PeftModel.*peft_config=None.*merge_and_unload"):
         add_adapter(make_adapted(), lora())
@@ -338,7 +396,7 @@ def test_whoever_saves_the_policy_saves_no_copy_of_the_reference(adapter, tmp_pa
     assert torch.equal(reference_logits(reference, policy), before)
 
 
-INITIALIZATIONS = [True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4"]
+INITIALIZATIONS = [True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq", "corda"]
 
 
 @settings(max_examples=25, deadline=None)
@@ -351,10 +409,16 @@ INITIALIZATIONS = [True, False, "gaussian", "orthogonal", "olora", "pissa", "pis
     second=st.booleans(),
 )
 def test_the_reference_is_the_policy_at_the_start(name, init, bias, new_adapter, more, second):
-    config = lora(init_lora_weights=init, bias=bias, **more)
+    more = more | ({"loftq_config": LoftQConfig(loftq_bits=4)} if init == "loftq" else {})
+    with mock.patch("importlib.util.find_spec"):  # peft asks for scipy where LoftQ is asked for, and does not use it
+        config = lora(init_lora_weights=init, bias=bias, **more)
     if bias != "none" and second:  # peft allows one adapter that trains biases
         second = False
-    policy = get_peft_model(make_model(), config, adapter_name=name)
+    model = make_model()
+    if init == "corda":
+        config.corda_config = CordaConfig()
+        preprocess_corda(model, config, run_model=lambda: logits(model))
+    policy = get_peft_model(model, config, adapter_name=name)
     if second:
         policy.add_adapter("other", lora(r=2, init_lora_weights=False))
         policy.set_adapter(name)

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -44,9 +46,19 @@ def load_policy(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dic
         model = _load(model, {"dtype": "float32"} | model_init_kwargs)
     elif not isinstance(model, (PreTrainedModel, PeftModel)):
         raise TypeError(f"model is a {type(model).__name__}; pass a path, a PreTrainedModel or a PeftModel.")
+    elif any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"The {type(model).__name__} has parameters on the device 'meta', which have no values; load it with "
+            "from_pretrained, without a device context."
+        )
     elif model_init_kwargs:
         names = " and ".join(model_init_kwargs)
         logger.warning("The model is loaded already, and %s of model_init_kwargs has no effect on it.", names)
+    if names := [name for name in getattr(model, "peft_config", {}) if "/" in name]:
+        raise ValueError(
+            f"The adapter {names[0]!r} has a '/' in its name, and a checkpoint is saved under it; choose another "
+            "adapter_name."
+        )
     _check_causal(causal_lm(model))
     return model
 
@@ -60,7 +72,9 @@ def _load(path: str, settings: dict[str, Any]) -> Any:
             )
         raise OSError(f"model={path!r} is a folder without config.json; pass the path of a local model.")
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **settings)
+        model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise OSError(f"model={path!r} has a damaged file of weights ({type(error).__name__}: {error}).") from error
     except OSError as error:
         raise OSError(
             f"model={path!r} could not be loaded: it is no folder with a model, and no hub answers with one. Pass the "
@@ -70,6 +84,13 @@ def _load(path: str, settings: dict[str, Any]) -> Any:
         raise ValueError(
             f"model={path!r} could not be loaded as a causal language model with model_init_kwargs={settings}: {error}"
         ) from error
+    if (missing := sorted(loading["missing_keys"])) and not getattr(model, "is_quantized", False):
+        raise ValueError(
+            f"The checkpoint at model={path!r} has no weights for {len(missing)} parameters ({', '.join(missing[:3])}, "
+            "...), which would be random. It is incomplete, or was saved by another kind of model, as a classifier or a "
+            "backbone; pass the path of a causal language model."
+        )
+    return model
 
 
 def _check_causal(lm: PreTrainedModel) -> None:
@@ -176,7 +197,26 @@ def add_adapter(model: Any, peft_config: PeftConfig | None) -> Any:
             "peft_config came with a PeftModel, which has an adapter already; pass peft_config=None to continue it, or "
             "model.merge_and_unload() as the model to start a new one on top of it."
         )
-    return get_peft_model(model, peft_config)
+    policy = get_peft_model(model, peft_config)
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            f"peft_config is a {type(peft_config).__name__} with inference_mode={peft_config.inference_mode}, whose "
+            "adapter has no trainable parameter; set inference_mode=False."
+        )
+    return policy
+
+
+def check_checkpointing(policy: Any) -> None:
+    """Refuse to recompute the layers of a policy whose adapter is in their caches of keys and values.
+
+    Raises:
+        ValueError: It has such an adapter.
+    """
+    if isinstance(policy, PeftModel) and policy.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        raise ValueError(
+            "gradient_checkpointing=True cannot work with prefix tuning, whose keys and values are lost where layers are "
+            "recomputed; set gradient_checkpointing=False."
+        )
 
 
 def has_injected_adapter(model: Any) -> bool:

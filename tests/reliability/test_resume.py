@@ -16,7 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
-from grpo_trl.reliability.checkpoints import Manifest, last_checkpoint, write_manifest
+from grpo_trl.reliability.checkpoints import Manifest, fault_of, last_checkpoint, write_manifest
 from grpo_trl.reliability.run_state import RunState
 from grpo_trl.reliability.signals import EXIT_CODE
 from tests.helpers.models import make_model, make_tokenizer
@@ -314,7 +314,7 @@ def test_the_folder_of_checkpoints_is_refused_with_those_in_it(tmp_path):
 def test_a_run_that_ends_before_its_checkpoint_says_that_nothing_is_left(tmp_path, caplog):
     run(tmp_path, max_steps=3)
     assert run(tmp_path, True, max_steps=2).state.global_step == 3
-    assert "of step 3 and the run ends at step 2: nothing is left to do" in caplog.text
+    assert "The run is at step 3 and ends at step 2: nothing is left to do" in caplog.text
 
 
 def test_what_resumes_with_other_options_names_those_that_have_an_effect(tmp_path, caplog):
@@ -324,6 +324,106 @@ def test_what_resumes_with_other_options_names_those_that_have_an_effect(tmp_pat
     taken, kept = line.split("kept as they were: ")
     assert re.findall(r"(\w+)=", taken) == ["max_steps", "epsilon"]
     assert kept == "learning_rate=0.01 (given: 0.5)."
+
+
+PAYLOAD = ""
+
+
+class RunsCode:
+    """Makes the folder PAYLOAD where it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, (PAYLOAD,)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.pt", "scheduler.pt", "rng_state.pth", "grpo_state_0.pt", "training_args.bin", "pytorch_model.bin"],
+)
+def test_no_file_of_a_checkpoint_is_executed(name, tmp_path, monkeypatch):
+    """Not even one that the manifest vouches for."""
+    monkeypatch.setitem(globals(), "PAYLOAD", str(tmp_path / "executed"))
+    run(tmp_path, max_steps=1)
+    folder = tmp_path / "checkpoint-1"
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    torch.save({"state": RunsCode()}, folder / name)
+    write_manifest(folder, "run", 1, True)
+    if name == "training_args.bin":  # which nothing reads
+        run(tmp_path, True, max_steps=2)
+    else:
+        with pytest.raises(ValueError, match="holds more than tensors and plain values"):
+            run(tmp_path, True, max_steps=2)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "rmsprop"])
+def test_the_state_of_another_optimizer_is_refused(optim, tmp_path):
+    run(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=f"has the state of another optimizer than optim='{optim}'"):
+        run(tmp_path, True, max_steps=2, optim=optim)
+
+
+def test_another_model_is_another_run(tmp_path):
+    run(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"trained parameters: \d+ of \d+ numbers then, \d+ of \d+ numbers now"):
+        run(tmp_path, True, max_steps=2, lora_dropout=0.0)
+
+
+def test_a_reference_can_be_added_to_a_run(tmp_path, caplog):
+    run(tmp_path, max_steps=1)
+    resumed = run(tmp_path, True, max_steps=2, beta=0.1)
+    assert "in effect from here on: max_steps=2 (before: 1), beta=0.1 (before: 0.0)" in caplog.text
+    assert "kl" in resumed.state.log_history[-2]
+
+
+@pytest.mark.parametrize("path", [True, "true", Path, str])
+def test_a_checkpoint_is_given_as_a_path_of_any_kind_or_as_the_last_one(path, tmp_path):
+    run(tmp_path, max_steps=1)
+    given = path(tmp_path / "checkpoint-1") if callable(path) else path
+    assert run(tmp_path, given, max_steps=2).state.log_history[-1]["step"] == 2
+
+
+@pytest.mark.parametrize("wrong", [3, 1, ["checkpoint-1"]])
+def test_what_is_no_checkpoint_is_refused_by_its_type(wrong, tmp_path):
+    with pytest.raises(TypeError, match=f"is a {type(wrong).__name__}; pass the path of a checkpoint, or True"):
+        run(tmp_path, wrong, max_steps=1)
+
+
+def test_the_option_that_transformers_does_not_read_says_so(tmp_path, caplog):
+    run(tmp_path, max_steps=1, resume_from_checkpoint="somewhere")
+    assert "resume_from_checkpoint='somewhere' of the options has no effect; pass it to train()" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "", "a\0b", "a" * 300])
+def test_an_output_dir_that_can_be_no_folder_is_named_at_construction(kind, tmp_path):
+    (tmp_path / "file").touch()
+    output_dir = {"a file": str(tmp_path / "file"), "below a file": str(tmp_path / "file" / "out")}.get(kind, kind)
+    with pytest.raises(ValueError, match=f"output_dir={re.escape(repr(output_dir))} can be no folder"):
+        make_trainer(output_dir)
+
+
+def test_a_relative_output_dir_is_that_of_the_construction(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    class Moves(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            os.chdir(tmp_path / "elsewhere")
+
+    trainer = make_trainer("out", max_steps=2, callbacks=[Moves()])
+    monkeypatch.chdir("/")
+    trainer.train()
+    assert checkpoints_in(tmp_path / "out") == ["checkpoint-1", "checkpoint-2"]
+    assert not os.listdir(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("left", ["file", "folder"])
+def test_what_an_earlier_save_has_left_is_not_in_the_way(left, tmp_path):
+    unfinished = tmp_path / "unfinished"
+    unfinished.touch() if left == "file" else (unfinished / "checkpoint-1" / "optimizer.pt").mkdir(parents=True)
+    run(tmp_path, max_steps=1)
+    assert fault_of(tmp_path / "checkpoint-1") is None
 
 
 def test_an_adapter_that_transformers_has_added_is_resumed(tmp_path):

@@ -1,6 +1,7 @@
 """Training that does nothing, and options that speak of another policy than the one that samples, are errors."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -62,24 +63,40 @@ class Set(TrainerCallback):
         setattr(args, self.name, self.value)
 
 
-def test_a_callback_that_changes_the_temperature_stops_the_run_and_one_that_changes_how_often_it_logs_does_not(
-    tmp_path,
-):
-    with pytest.raises(RunStopped, match=r"temperature from 1\.0 to 0\.5"):
-        train(make_model(), ["ab="], callbacks=[Set("temperature", 0.5)], max_steps=2, output_dir=str(tmp_path))
+@pytest.mark.parametrize("name, value", [("temperature", 0.5), ("seed", 3), ("gradient_accumulation_steps", 7)])
+def test_a_callback_that_changes_what_is_sampled_or_trained_stops_the_run(name, value, tmp_path):
+    with pytest.raises(RunStopped, match=rf"{name} from \S+ to {value}"):
+        train(make_model(), ["ab="], callbacks=[Set(name, value)], max_steps=2, output_dir=str(tmp_path))
+
+
+def test_a_callback_may_change_how_often_a_run_logs():
     train(make_model(), ["ab="], callbacks=[Set("log_completions", False), Set("logging_steps", 2)], max_steps=2)
 
 
 # ---- Optimizers ----
-def test_an_optimizer_made_before_the_adapter_or_for_another_model_is_refused():
+def test_an_optimizer_made_before_the_adapter_or_for_another_model_is_refused(caplog):
     model = make_model()
     before = torch.optim.SGD(model.parameters())
     policy = get_peft_model(model, LORA)
     for optimizer in (before, torch.optim.SGD(make_model().parameters())):
         with pytest.raises(ValueError, match=r"none of the \d+ that are trained .*lora_A"):
             check_optimizer(policy, optimizer)
+    assert not caplog.text
     check_optimizer(policy, torch.optim.SGD(policy.parameters()))
+    assert not caplog.text
     check_optimizer(policy, torch.optim.SGD([p for n, p in policy.named_parameters() if "lora_B" in n]))
+    assert re.search(r"leaves out 2 of the 4 parameters that are trained \(\S*lora_A", caplog.text)
+
+
+def test_a_learning_rate_of_0_is_said_to_change_nothing_and_a_warmup_is_not(caplog):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    assert optimizer.param_groups[0]["lr"] == 0
+    check_optimizer(model, optimizer)
+    assert not caplog.text
+    check_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    assert "learning rate of the optimizer is 0" in caplog.text
 
 
 # ---- Adapters ----
@@ -102,6 +119,15 @@ def test_an_adapter_that_is_trained_is_active_and_switched_on(active, trained, e
         check_adapters(policy)
 
 
+def test_an_adapter_that_is_merged_is_refused():
+    policy = get_peft_model(make_model(), LORA)
+    policy.merge_adapter()
+    with pytest.raises(ValueError, match=r"'default' is merged into the base.*unmerge_adapter"):
+        check_adapters(policy)
+    policy.unmerge_adapter()
+    check_adapters(policy)
+
+
 def test_a_model_without_adapters_has_none_to_check():
     check_adapters(make_model())
 
@@ -114,27 +140,54 @@ def test_a_model_without_adapters_has_none_to_check():
     moves=st.booleans(),
     learning_rate=st.sampled_from([0.0, 0.1]),
     norm=st.sampled_from([0.0, 1.0, float("nan"), float("inf")]),
+    skipped=st.booleans(),
 )
-def test_a_step_with_a_gradient_and_a_learning_rate_moves_a_weight(dtype, place, moves, learning_rate, norm):
-    """One element of one parameter is enough; without gradient or learning rate nothing has to move."""
+def test_a_step_with_a_gradient_and_a_learning_rate_moves_a_weight(dtype, place, moves, learning_rate, norm, skipped):
+    """One element of one parameter is enough; without gradient or learning rate nothing has to move, nor where fp16
+    overflowed and the scaler has skipped the step."""
     model = nn.Linear(3, 4, dtype=dtype)
     check = WeightsMove()
     check.before_step(model, learning_rate)
-    check.note_gradient(norm)
+    check.note_gradient(norm, has_signal=False)
     if moves:
         with torch.no_grad():
             model.weight.view(-1)[place] += 0.5
-    if not moves and learning_rate and norm == 1.0:
+    if not moves and learning_rate and norm == 1.0 and not skipped:
         with pytest.raises(RunStopped, match=r"norm 1\).*changed none of the 2 trained parameters \(weight"):
-            check.after_step(model, Ranks())
+            check.after_step(model, Ranks(), skipped)
     else:
+        check.after_step(model, Ranks(), skipped)
+
+
+@pytest.mark.parametrize("own, other", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("norm", [0.0, 1e-30])
+def test_signal_on_some_rank_gives_a_gradient(own, other, norm):
+    model, check = nn.Linear(3, 4), WeightsMove()
+    check.before_step(model, 0.1)
+    check.note_gradient(norm, has_signal=own)
+    ranks = Ranks(0, 2, lambda objects: [*objects, norm > 0 or other])
+    if not norm and (own or other):
+        with pytest.raises(RunStopped, match="exactly 0: none of the 2 parameters that are trained"):
+            check.after_step(model, ranks)
+    else:
+        check.after_step(model, ranks)
+
+
+def test_a_step_that_the_scaler_skipped_says_nothing_of_the_next():
+    model, check = nn.Linear(3, 4), WeightsMove()
+    for skipped in (True, False):
+        check.before_step(model, 0.1)
+        check.note_gradient(1.0, has_signal=True)
+        if skipped:
+            check.after_step(model, Ranks(), skipped)
+    with pytest.raises(RunStopped, match="changed none"):
         check.after_step(model, Ranks())
 
 
 def test_weights_that_move_on_another_rank_are_weights_that_move():
     model, check = nn.Linear(3, 4), WeightsMove()
     check.before_step(model, 0.1)
-    check.note_gradient(1.0)
+    check.note_gradient(1.0, has_signal=True)
     check.after_step(model, Ranks(0, 2, lambda own: [*own, True]))
 
 
@@ -149,6 +202,24 @@ def test_training_whose_weights_stand_still_stops(tmp_path):
     with pytest.raises(RunStopped, match="changed none of the"):
         trainer.train()
     assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("how", ["unused", "detached", "multiplied by 0"])
+def test_training_of_what_takes_no_part_in_the_logprobs_stops(how, tmp_path):
+    model = make_model()
+    if how == "unused":
+        model.requires_grad_(False)
+        model.extra = nn.Linear(2, 2)
+    elif how == "detached":
+        model.requires_grad_(False)
+        model.model.norm.requires_grad_(True)
+        model.model.norm.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+    else:
+        for parameter in model.parameters():
+            parameter.register_hook(lambda gradient: gradient * 0)
+    trainer = sampling_trainer(tmp_path, 16, model=model)
+    with pytest.raises(RunStopped, match="exactly 0"):
+        trainer.train()
 
 
 # ---- Schedule-free optimizers ----

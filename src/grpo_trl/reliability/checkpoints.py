@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -61,9 +63,27 @@ class Manifest:
         try:
             values = json.loads((folder / MANIFEST).read_text())
             files = {name: FileRecord(**record) for name, record in values.pop("files").items()}
-            return cls(files=files, **values)
+            manifest = cls(files=files, **values | {"saved": float(values["saved"])})
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None
+        return manifest if math.isfinite(manifest.saved) else None
+
+
+def prepare_output_dir(output_dir: str) -> str:
+    """Make the folder of a run, and return its absolute path, which no later change of the working directory moves.
+
+    Raises:
+        ValueError: It can be no folder.
+    """
+    try:
+        if not output_dir:
+            raise OSError(None, "it is empty")
+        path = Path(output_dir).absolute()
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"output_dir={output_dir!r} can be no folder ({reason}); choose another one.") from error
+    return str(path)
 
 
 def write_manifest(folder: Path, run: str, step: int, resumable: bool) -> None:
@@ -91,6 +111,24 @@ def fault_of(folder: Path) -> str | None:
         if fault := _fault_of_file(folder / name, record):
             return fault
     return None if manifest.resumable else "holds the model alone (save_only_model=True)"
+
+
+def checkpoint_argument(given: Any) -> Path | bool | None:
+    """Return what `resume_from_checkpoint` says: a path, True for the last one, or None to start fresh.
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    if not given or given in ("False", "false"):  # as text: of a command line
+        return None
+    if given is True or given in ("True", "true"):
+        return True
+    if isinstance(given, (str, os.PathLike)):
+        return Path(given)
+    raise TypeError(
+        f"resume_from_checkpoint={given!r} is a {type(given).__name__}; pass the path of a checkpoint, or True for the "
+        "last one in output_dir."
+    )
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
@@ -132,6 +170,13 @@ def finish_checkpoint(unfinished: Path, final: Path) -> None:
     _to_disk(final.parent)
 
 
+def remove(path: Path) -> None:
+    """Delete a folder or a file, if it is there."""
+    if path.is_file() or path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def discard_checkpoint(folder: Path) -> None:
     """Delete a checkpoint, if it is there, without leaving half of it under its name."""
     trash = folder.parent / UNFINISHED / f"deleted-{folder.name}"
@@ -154,33 +199,45 @@ def rotate_checkpoints(output_dir: Path, run: str, limit: int | None, best: str 
 
 
 @contextlib.contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """Keep other processes out of a folder of checkpoints.
+def locked(output_dir: Path, saves: bool) -> Iterator[None]:
+    """Keep other processes out of the folder of a run.
+
+    Args:
+        output_dir: The folder.
+        saves: Whether the run saves checkpoints; otherwise a folder that cannot be written is left unlocked.
 
     Raises:
         ValueError: Another process is in it.
         OSError: It cannot be written.
     """
+    lock = _acquire(output_dir, saves)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            (output_dir / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody takes a file that goes away
+            lock.release()
+
+
+def _acquire(output_dir: Path, saves: bool) -> FileLock | None:
+    lock = FileLock(output_dir / LOCK, timeout=0)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output_dir / LOCK, timeout=0)
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"output_dir={str(output_dir)!r} is in use by another process, whose checkpoints this run would replace. "
-            "Choose another output_dir, or wait until that run has ended."
+            f"output_dir={str(output_dir)!r} is in use by another process, whose checkpoints and log this run would "
+            "replace. Choose another output_dir, or wait until that run has ended."
         ) from None
     except OSError as error:
+        if not saves:
+            return None
         raise OSError(
             error.errno,
             f"output_dir={str(output_dir)!r} cannot be written ({error.strerror}), so no checkpoint could be saved; choose "
             "another one, or set save_strategy='no'",
         ) from error
-    try:
-        yield
-    finally:
-        (output_dir / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody takes a file that goes away
-        lock.release()
+    return lock
 
 
 def _fault_of_file(path: Path, record: FileRecord) -> str | None:

@@ -1,5 +1,8 @@
 """The state that a checkpoint adds to what Trainer saves: one file per rank."""
 
+import contextlib
+import pickle
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +70,8 @@ class RunState:
             raise ValueError(
                 f"resume_from_checkpoint={str(folder)!r} has no {path.name}. To start from its weights, pass it as model."
             )
-        values = torch.load(path, map_location="cpu", weights_only=True)
+        with data_only(folder):
+            values = torch.load(path, map_location="cpu", weights_only=True)
         batch = values.pop("generation_batch")
         if batch is not None:
             batch["mini_batches"] = [
@@ -76,6 +80,22 @@ class RunState:
             batch["counts"] = [Counts(**counts) for counts in batch["counts"]]
             batch = GenerationBatch(**batch)
         return cls(generation_batch=batch, **values)
+
+
+@contextlib.contextmanager
+def data_only(folder: Path | str) -> Iterator[None]:
+    """Explain why a file of a checkpoint is not loaded: it holds more than data, and would execute code.
+
+    Raises:
+        ValueError: It does.
+    """
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"resume_from_checkpoint={str(folder)!r} has a file that holds more than tensors and plain values, which no "
+            "trainer has saved; it is not loaded, since it could execute code. Resume from another checkpoint."
+        ) from error
 
 
 def resumed_state(folder: Path, ranks: Ranks, expected: dict[str, Any]) -> RunState:

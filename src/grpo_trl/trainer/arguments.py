@@ -5,6 +5,8 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.utils import DummyOptim
+from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback
 
 from ..config import GRPOConfig
@@ -62,6 +64,43 @@ def check_kinds(rollout_func: Any, **arguments: Any) -> None:
     for name, value in arguments.items():
         if inspect.isclass(value):
             raise TypeError(f"{name} is the class {value.__name__}; pass an instance of it.")
+
+
+def check_optimizers(optimizers: Any) -> None:
+    """Refuse what is no pair of an optimizer and its scheduler, each of which may be None.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: The scheduler is of another optimizer.
+    """
+    remedy = "pass a pair (optimizer, scheduler), each an instance or None"
+    if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
+        raise TypeError(f"optimizers={optimizers!r} is no pair; {remedy}.")
+    optimizer, scheduler = optimizers
+    if optimizer is not None and not isinstance(optimizer, (Optimizer, DummyOptim)):
+        raise TypeError(f"optimizers has {optimizer!r} in place of an optimizer; {remedy}.")
+    if scheduler is not None and (inspect.isclass(scheduler) or not hasattr(scheduler, "step")):
+        raise TypeError(f"optimizers has {scheduler!r} in place of a scheduler; {remedy}.")
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ValueError(
+            "optimizers has a scheduler of another optimizer, whose learning rate would not change; make it from the "
+            "optimizer that is passed with it."
+        )
+
+
+def check_callbacks(callbacks: Any) -> None:
+    """Refuse what is no list of callbacks.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    remedy = "pass a list of transformers.TrainerCallback"
+    if callbacks is not None and not isinstance(callbacks, (list, tuple)):
+        raise TypeError(f"callbacks is a {type(callbacks).__name__}; {remedy}.")
+    for callback in callbacks or []:
+        kind = callback if inspect.isclass(callback) else type(callback)
+        if not hasattr(kind, "on_init_end"):
+            raise TypeError(f"callbacks has {callback!r} ({kind.__name__}); {remedy}.")
 
 
 def config_of(args: Any, model: Any) -> GRPOConfig:

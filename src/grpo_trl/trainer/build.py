@@ -33,6 +33,7 @@ from ..logprobs.packing import Packer
 from ..models import (
     Reference,
     add_adapter,
+    check_checkpointing,
     compute_head_in_float32,
     disable_dropout,
     load_policy,
@@ -90,6 +91,7 @@ def make_policy(
         disable_dropout(policy)
     policy.add_model_tags(["grpo_trl", "grpo"])
     if isinstance(policy, PeftModel) and args.gradient_checkpointing:
+        check_checkpointing(policy)
         policy.enable_input_require_grads()
     return policy, tokenizer
 

@@ -1,7 +1,7 @@
 """A Trainer that a signal can stop and that resumes exactly: which checkpoint, when, and complete."""
 
 import contextlib
-import shutil
+import os
 import uuid
 from pathlib import Path
 from typing import Any, cast
@@ -23,15 +23,18 @@ from ..models import has_injected_adapter, load_injected_adapter
 from ..reliability.checkpoints import (
     UNFINISHED,
     Manifest,
+    checkpoint_argument,
     fault_of,
     finish_checkpoint,
     last_checkpoint,
     locked,
+    prepare_output_dir,
+    remove,
     rotate_checkpoints,
     warn_of_another_run,
     write_manifest,
 )
-from ..reliability.run_state import RunState, Stateful, changed_options, resumed_state, training_options
+from ..reliability.run_state import RunState, Stateful, changed_options, data_only, resumed_state, training_options
 from ..reliability.signals import EXIT_CODE, StopSignals
 from ..reliability.training_checks import (
     WeightsMove,
@@ -39,6 +42,8 @@ from ..reliability.training_checks import (
     check_optimizer,
     check_same_options,
     check_unchanged,
+    describe_trained,
+    same_optimizer,
 )
 from ..reliability.watchdog import Watchdog
 from ..types import GenerationBatch
@@ -57,8 +62,10 @@ class ResumableTrainer(Trainer):
 
     args: GRPOConfig
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: nn.Module, args: GRPOConfig, **kwargs: Any):
+        args.output_dir = prepare_output_dir(str(args.output_dir))
+        super().__init__(model=model, args=args, **kwargs)
+        self._trained = describe_trained(model)
         self._ranks = make_ranks(self.args)
         check_same_options(training_options(self.args.to_dict()), self._ranks)
         self._fixed_options = self.args.fixed_at_construction
@@ -88,7 +95,8 @@ class ResumableTrainer(Trainer):
     def _load_run_state(self, state: RunState) -> None:
         """Load the state of each part; called before the first step of a resumed run."""
         for name, part in self._parts().items():
-            part.load_state_dict(state.parts[name])
+            if name in state.parts:  # else an option that needs it was set since
+                part.load_state_dict(state.parts[name])
 
     def _check_boundary(self) -> None:
         """Called between two optimizer steps and after the last one, on all ranks.
@@ -96,9 +104,12 @@ class ResumableTrainer(Trainer):
         Raises:
             RunStopped: The run must not go on.
         """
-        self._weights_move.after_step(cast(nn.Module, self.model), self._ranks)
+        skipped = self.accelerator.optimizer_step_was_skipped
+        self._weights_move.after_step(cast(nn.Module, self.model), self._ranks, skipped)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(
+        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
         """Train, as `transformers.Trainer.train`; a resumed run equals the uninterrupted one bit for bit.
 
         SIGTERM and SIGUSR1 end it between two optimizer steps, with a checkpoint.
@@ -113,6 +124,7 @@ class ResumableTrainer(Trainer):
             SystemExit: A signal has stopped the run; the code is `signals.EXIT_CODE`.
             RunStopped: A guard has stopped the run, which is saved.
             ValueError: The checkpoint holds another run, or some rank cannot reach `output_dir`.
+            TypeError: `resume_from_checkpoint` is neither a path nor a bool.
             RuntimeError: It is the second call, under DeepSpeed.
         """
         if hasattr(self.model, BACKEND_MARK):
@@ -120,14 +132,20 @@ class ResumableTrainer(Trainer):
                 "train() was called before, and DeepSpeed starts once for a model. Save it with save_model(path), and make "
                 "a new trainer with the path; to go on with this run, use resume_from_checkpoint there."
             )
+        given = checkpoint_argument(resume_from_checkpoint)
+        if given is None and checkpoint_argument(self.args.resume_from_checkpoint):
+            logger.warning(
+                "resume_from_checkpoint=%r of the options has no effect; pass it to train().",
+                self.args.resume_from_checkpoint,
+            )
         if self.args.world_size > 1 and self.args.save_strategy != SaveStrategy.NO:
             check_shared(Path(str(self.args.output_dir)), self._ranks)
         with contextlib.ExitStack() as stack:
             run_on_all_ranks(lambda: stack.enter_context(self._output_dir_locked()), self._ranks)
-            return self._train(resume_from_checkpoint, *args, **kwargs)
+            return self._train(given, *args, **kwargs)
 
-    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
-        folder = self._start_or_resume(resume_from_checkpoint)
+    def _train(self, given: Path | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        folder = self._start_or_resume(given)
         if self.is_deepspeed_enabled:
             setattr(self.model, BACKEND_MARK, True)
         with self._signals.listening():
@@ -163,11 +181,12 @@ class ResumableTrainer(Trainer):
         check_unchanged(self._fixed_options, self.args.fixed_at_construction)
 
     def _output_dir_locked(self) -> contextlib.AbstractContextManager[None]:
-        """Keep other runs out of `output_dir` while this one saves there."""
-        saves = self._ranks.rank == 0 and self.args.save_strategy != SaveStrategy.NO
-        return locked(Path(str(self.args.output_dir))) if saves else contextlib.nullcontext()
+        """Keep other runs out of `output_dir` while this one is in it."""
+        if self._ranks.rank != 0:
+            return contextlib.nullcontext()
+        return locked(Path(str(self.args.output_dir)), saves=self.args.save_strategy != SaveStrategy.NO)
 
-    def _start_or_resume(self, given: str | bool | None) -> Path | None:
+    def _start_or_resume(self, given: Path | bool | None) -> Path | None:
         """Find the checkpoint to resume from and read this rank's state of it; None where the run starts fresh."""
         on_first = self._ranks.rank == 0
         found = run_on_all_ranks(lambda: self._choose_checkpoint(given) if on_first else None, self._ranks)
@@ -180,19 +199,19 @@ class ResumableTrainer(Trainer):
                 logger.warning("The run resumes with other options; %s.", changes)
         return folder
 
-    def _choose_checkpoint(self, given: str | bool | None) -> tuple[Path | None, str]:
+    def _choose_checkpoint(self, given: Path | bool | None) -> tuple[Path | None, str]:
         """Return the folder to resume from, None for a new run, and what identifies the run.
 
         Raises:
             ValueError: The checkpoint that was given cannot be resumed from.
         """
         output_dir = Path(str(self.args.output_dir))
-        if isinstance(given, str) and (fault := fault_of(Path(given))):
+        if isinstance(given, Path) and (fault := fault_of(given)):
             raise ValueError(
-                f"resume_from_checkpoint={given!r} {fault}. To start a new run from the weights of a checkpoint, pass its "
-                "path as model."
+                f"resume_from_checkpoint={str(given)!r} {fault}. To start a new run from the weights of a checkpoint, pass "
+                "its path as model."
             )
-        folder = last_checkpoint(output_dir) if given is True else Path(given) if given else None
+        folder = last_checkpoint(output_dir) if given is True else given if isinstance(given, Path) else None
         manifest = None if folder is None else Manifest.read(folder)
         if manifest is not None:
             return folder, manifest.run
@@ -202,19 +221,41 @@ class ResumableTrainer(Trainer):
             warn_of_another_run(output_dir)
         return None, uuid.uuid4().hex[:12]
 
+    # ---- Loading ----
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """As `transformers.Trainer`, and for an adapter that `model.add_adapter` made."""
-        if has_injected_adapter(self.model):
-            load_injected_adapter(self.model, Path(resume_from_checkpoint))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with data_only(resume_from_checkpoint):
+            if has_injected_adapter(self.model):
+                load_injected_adapter(self.model, Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As `transformers.Trainer`; the state of another optimizer is refused."""
+        if checkpoint is None:
+            return
+        loads_itself = self.is_deepspeed_enabled  # together with the model
+        same = contextlib.nullcontext() if loads_itself else same_optimizer(checkpoint, self.optimizer, self.args.optim)
+        with data_only(checkpoint), same:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """As `transformers.Trainer`; a run that no longer is in fp16 has no use for it."""
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            with data_only(checkpoint):
+                super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            with data_only(checkpoint):
+                super()._load_rng_state(checkpoint)
 
     def _prepare_for_training(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """As `transformers.Trainer`; called when the state of a resumed run is known, before its first step."""
         if self.state.global_step >= max_steps:
             logger.warning(
-                "The checkpoint is of step %d and the run ends at step %d: nothing is left to do. Raise max_steps or "
-                "num_train_epochs to train further.",
+                "The run is at step %d and ends at step %d: nothing is left to do. Raise max_steps or num_train_epochs to "
+                "train further.",
                 self.state.global_step,
                 max_steps,
             )
@@ -255,7 +296,7 @@ class ResumableTrainer(Trainer):
         final = self._checkpoint(trial)
         self._unfinished = final.parent / UNFINISHED
         if self.args.should_save:
-            shutil.rmtree(self._unfinished, ignore_errors=True)
+            remove(self._unfinished)
         self.accelerator.wait_for_everyone()
         unfinished = self._unfinished / final.name
         with self._watchdog.phase("saving"):
@@ -279,7 +320,7 @@ class ResumableTrainer(Trainer):
                 finish_checkpoint(unfinished, final)
                 best = self.state.best_model_checkpoint
                 rotate_checkpoints(final.parent, self._run, self.args.save_total_limit, best)
-                shutil.rmtree(unfinished.parent, ignore_errors=True)
+                remove(unfinished.parent)
             self.accelerator.wait_for_everyone()
         if not self.args.save_only_model:
             self._saved = final

@@ -37,19 +37,28 @@ from ..distributed.collectives import exchange
 from ..distributed.launch import check_devices, check_one_backend, check_ranks, delay_exit, fsdp_was_asked_for
 from ..distributed.load_balance import Balancer
 from ..distributed.sharding import backend_of
+from ..logprobs.comparison import tolerance
 from ..logprobs.compute import compute_logprobs
-from ..logprobs.verify import tolerance
 from ..metrics import Mean, MetricLog, Sum
 from ..models import context_length, eos_token_ids, has_dropout
 from ..objective import Counts, grpo_loss, make_objective
 from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures, warn_of_drift
 from ..reliability.hints import Hints
 from ..reliability.run_state import Stateful, fingerprint
+from ..reliability.training_checks import check_loss
 from ..report import merge_tables
 from ..rollout.vllm import VLLMEngine
 from ..types import Completion, GenerationBatch, MicroBatch, MiniBatch
 from .advantages import AdvantageFunc
-from .arguments import check_kinds, check_names, check_not_here, choose_metric, config_of
+from .arguments import (
+    check_callbacks,
+    check_kinds,
+    check_names,
+    check_not_here,
+    check_optimizers,
+    choose_metric,
+    config_of,
+)
 from .build import (
     make_advantages,
     make_evaluator,
@@ -116,7 +125,7 @@ class GRPOTrainer(RecordedTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | os.PathLike[str] | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
         args: GRPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | list[dict[str, Any]] | None = None,
@@ -135,8 +144,11 @@ class GRPOTrainer(RecordedTrainer):
         **unknown: Any,
     ):
         check_names(unknown, GRPOTrainer)
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         check_not_here(tools=tools, environment_factory=environment_factory)
         check_kinds(rollout_func, model=model, args=args, processing_class=processing_class, peft_config=peft_config)
+        check_callbacks(callbacks)
+        check_optimizers(optimizers)
         args = config_of(args, model)
         choose_metric(args, callbacks, eval_dataset, compute_metrics is not None)
         check_ranks(args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
@@ -162,6 +174,7 @@ class GRPOTrainer(RecordedTrainer):
         self._objective = make_objective(args)
         self._metrics, self._step_metrics, self._step_flos = MetricLog(), MetricLog(), 0.0
         self._step_loss = self._step_entropy = torch.zeros((), device=args.device)
+        self._step_has_signal = False
         self._generation_batch: GenerationBatch | None = None
         self._timer = StepTimer(self._metrics)
         self.add_callback(self._timer)
@@ -311,6 +324,10 @@ class GRPOTrainer(RecordedTrainer):
         if self._router.active:
             self._metrics.add("aux_loss", Mean(self._router.value))
         self._step_loss = loss
+        # a correction for another sampler may leave out completions, with their signal
+        self._step_has_signal = self._correction is None and any(
+            c.has_signal and any(c.mask if c.mask_policy is None else c.mask_policy) for c in completions
+        )
         return loss
 
     def _forward_backward(self, model: nn.Module, micro_batches: list[MicroBatch]) -> Tensor:
@@ -362,6 +379,7 @@ class GRPOTrainer(RecordedTrainer):
             entropy_weight=self._entropy.weight,
             correction_BT=correction_BT,
         )
+        check_loss(output.loss, model)
         self._step_metrics.add_all(loss_metrics(output, logprobs, inputs, correction_BT))
         self._step_entropy = self._step_entropy + output.entropy
         loss = output.loss / inputs.divisor + self._router.loss(logprobs.router_load_2E)
@@ -390,8 +408,8 @@ class GRPOTrainer(RecordedTrainer):
         if self._nonfinite.should_skip(self._step_loss, known_norm, self.accelerator.reduce):
             self._metrics.add("nonfinite_steps", Sum(float(self.is_world_process_zero())))
             model.zero_grad()
-        elif not self.args.fp16:  # where the step may still be skipped
-            self._weights_move.note_gradient(grad_norm)
+        else:
+            self._weights_move.note_gradient(grad_norm, self._step_has_signal)
         return grad_norm
 
     # ---- What survives ----
@@ -414,7 +432,7 @@ class GRPOTrainer(RecordedTrainer):
         run = fingerprint(self._schedule, self._order.fingerprint, self.args.seed, backend_of(self.accelerator))
         # what is sampled ahead belongs to a rank
         ahead = {"generations_ahead": self._ahead.distance, "ranks": self._ranks.world_size} if self._ahead else {}
-        return run | ahead
+        return run | ahead | {"trained parameters": self._trained}
 
     def _generation_batch_in_use(self) -> GenerationBatch | None:
         assert self._schedule is not None
