@@ -1,5 +1,6 @@
 """Which checkpoints are found, kept and refused."""
 
+import json
 import os
 import re
 import tempfile
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_trl.reliability.checkpoints import (
+    FileRecord,
     fault_of,
     finish_checkpoint,
     last_checkpoint,
@@ -131,6 +133,28 @@ def test_what_cannot_be_resumed_is_passed_over_with_a_line(make, fault, tmp_path
     assert last_checkpoint(tmp_path) == whole
     assert fault in caplog.text
     assert "checkpoint-9" in caplog.text
+
+
+def test_a_file_that_cannot_be_read_is_a_fault(tmp_path):
+    folder = save(tmp_path, "a", 1)
+    with mock.patch.object(FileRecord, "of", side_effect=PermissionError(13, "Permission denied")):
+        assert fault_of(folder) == "has shard.pt, which cannot be read (Permission denied)"
+
+
+@pytest.mark.parametrize("saved", ["yesterday", None, "NaN", []])
+def test_a_manifest_without_a_time_is_damaged(saved, tmp_path):
+    folder = save(tmp_path, "a", 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"saved": saved}))
+    assert fault_of(folder) == "has a damaged manifest.json"
+    assert last_checkpoint(tmp_path) is None
+
+
+def test_what_is_no_checkpoint_of_this_run_is_renamed_and_stays(tmp_path):
+    (tmp_path / "checkpoint-1").write_text("notes")
+    save(tmp_path, "a", 1)
+    assert (tmp_path / "checkpoint-1.earlier").read_text() == "notes"
+    assert fault_of(tmp_path / "checkpoint-1") is None
 
 
 def test_a_readme_may_be_changed_and_files_may_be_added(tmp_path):

@@ -163,7 +163,7 @@ def finish_checkpoint(unfinished: Path, final: Path) -> None:
     """
     for path in [*unfinished.rglob("*"), unfinished]:
         _to_disk(path)
-    if final.is_dir() and _run_of(final) != _run_of(unfinished):
+    if final.exists() and _run_of(final) != _run_of(unfinished):
         final.rename(_free_name(final))
     discard_checkpoint(final)
     unfinished.rename(final)
@@ -245,9 +245,11 @@ def _fault_of_file(path: Path, record: FileRecord) -> str | None:
         return f"lacks {path.name}"
     if path.stat().st_size != record.size:
         return f"is damaged: {path.name} has {path.stat().st_size} bytes of {record.size}"
-    if FileRecord.of(path) != record:
-        return f"is damaged: {path.name} is not what was saved"
-    return None
+    try:
+        same = FileRecord.of(path) == record
+    except OSError as error:
+        return f"has {path.name}, which cannot be read ({error.strerror})"
+    return None if same else f"is damaged: {path.name} is not what was saved"
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:

@@ -30,9 +30,7 @@ class RewardLogs:
         if isinstance(values, Iterable):
             self.columns[column].extend(_copy(value) if _is_shallow(value) else _TOO_DEEP for value in values)
         else:
-            self.mistakes.append(
-                f"calls log_extra({column!r}, {_brief(values)}); give a list with one value per completion"
-            )
+            self.mistakes.append(f"calls log_extra({column!r}, {_brief(values)}); give a list with one value each")
 
     def log_metric(self, name: str, value: float) -> None:
         """Log a number; it is averaged over calls and ranks until the next log."""

@@ -21,6 +21,7 @@ from ..logging import get_logger
 from ..metrics import MetricLog
 from ..model_utils import evaluation_mode, set_optimizer_mode
 from ..models import eos_token_ids, num_embeddings
+from ..rewards.batch import OWN_ARGUMENTS
 from ..rollout.base import RolloutEngine
 from ..rollout.rollout_func import RolloutFuncEngine
 from ..seeds import derive_seed
@@ -189,6 +190,12 @@ class EvaluatingTrainer(ResumableTrainer):
         if images := [column for column in ("image", "images") if column in prompts.column_names]:
             logger.warning(
                 "%s has the column %r, which only reward functions see: the policy reads text.", name, images[0]
+            )
+        if hidden := [column for column in prompts.column_names if column in OWN_ARGUMENTS]:
+            logger.warning(
+                "%s has the column %r, which reward functions do not see: the trainer passes an argument of that name.",
+                name,
+                hidden[0],
             )
         return prompts
 

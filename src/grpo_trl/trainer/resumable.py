@@ -234,9 +234,8 @@ class ResumableTrainer(Trainer):
         """As `transformers.Trainer`; the state of another optimizer is refused."""
         if checkpoint is None:
             return
-        loads_itself = self.is_deepspeed_enabled  # together with the model
-        same = contextlib.nullcontext() if loads_itself else same_optimizer(checkpoint, self.optimizer, self.args.optim)
-        with data_only(checkpoint), same:
+        same = same_optimizer(checkpoint, self.optimizer, getattr(self.args.optim, "value", self.args.optim))
+        with data_only(checkpoint), contextlib.nullcontext() if self.is_deepspeed_enabled else same:
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
