@@ -399,6 +399,13 @@ def test_whoever_saves_the_policy_saves_no_copy_of_the_reference(adapter, tmp_pa
 INITIALIZATIONS = [True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq", "corda"]
 
 
+def loftq_on_cpu(weight, num_bits, reduced_rank, num_iter=1):
+    """As peft's, which needs a GPU: a coarse weight, and factors of what it lacks."""
+    coarse = (weight * 8).round() / 8
+    left, sizes, right = torch.linalg.svd(weight - coarse, full_matrices=False)
+    return coarse, right[:reduced_rank], left[:, :reduced_rank] * sizes[:reduced_rank]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     name=st.sampled_from(["default", "ref", "model"]),
@@ -418,7 +425,8 @@ def test_the_reference_is_the_policy_at_the_start(name, init, bias, new_adapter,
     if init == "corda":
         config.corda_config = CordaConfig()
         preprocess_corda(model, config, run_model=lambda: logits(model))
-    policy = get_peft_model(model, config, adapter_name=name)
+    with mock.patch("peft.tuners.lora.layer.loftq_init", loftq_on_cpu):
+        policy = get_peft_model(model, config, adapter_name=name)
     if second:
         policy.add_adapter("other", lora(r=2, init_lora_weights=False))
         policy.set_adapter(name)

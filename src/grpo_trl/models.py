@@ -54,9 +54,9 @@ def load_policy(model: str | PreTrainedModel | PeftModel, model_init_kwargs: dic
     elif model_init_kwargs:
         names = " and ".join(model_init_kwargs)
         logger.warning("The model is loaded already, and %s of model_init_kwargs has no effect on it.", names)
-    if names := [name for name in getattr(model, "peft_config", {}) if "/" in name]:
+    if adapters := [adapter for adapter in getattr(model, "peft_config", {}) if "/" in adapter]:
         raise ValueError(
-            f"The adapter {names[0]!r} has a '/' in its name, and a checkpoint is saved under it; choose another "
+            f"The adapter {adapters[0]!r} has a '/' in its name, and a checkpoint is saved under it; choose another "
             "adapter_name."
         )
     _check_causal(causal_lm(model))
@@ -71,8 +71,9 @@ def _load(path: str, settings: dict[str, Any]) -> Any:
                 "is_trainable=True), base being the model under it."
             )
         raise OSError(f"model={path!r} is a folder without config.json; pass the path of a local model.")
+    load: Any = AutoModelForCausalLM.from_pretrained
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
+        model, loading = load(path, output_loading_info=True, **settings)
     except (SafetensorError, UnpicklingError, EOFError) as error:
         raise OSError(f"model={path!r} has a damaged file of weights ({type(error).__name__}: {error}).") from error
     except OSError as error:

@@ -1,22 +1,42 @@
 import dataclasses
 import logging
+import re
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SchedulerType
 
 from grpo_trl import GRPOConfig
+from grpo_trl.config.config import FOLLOWS_A_METRIC
 from grpo_trl.config.inherited import ACCELERATOR, INHERITED
 from grpo_trl.config.sampling import MOOT, OPTIONS, REFUSED
-from grpo_trl.config.values import OFF
+from grpo_trl.config.values import CHOICES, OFF
 from tests.test_config import make_config, refusal
 
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
 
 
+NUMBERS = sorted(
+    name for name, hint in get_type_hints(GRPOConfig).items() if {int, float} & set(get_args(hint) or [hint])
+)
+
+
 # ---- Numbers ----
+@pytest.mark.parametrize(
+    "name", [name for name in NUMBERS if name in DEFAULTS and not isinstance(DEFAULTS[name], bool)]
+)
+def test_no_number_is_nan_or_a_switch(name):
+    """Apart from options that take several kinds of values."""
+    if bool in get_args(get_type_hints(GRPOConfig)[name]) or str in get_args(get_type_hints(GRPOConfig)[name]):
+        return
+    for value in (float("nan"), "nan", True, np.False_):
+        assert f"{name}={value!r} cannot work; it must be a" in refusal(**{name: value})
+
+
 @pytest.mark.parametrize(
     "name, value, expected",
     [
@@ -53,6 +73,42 @@ def test_a_count_has_no_fraction(value):
 @pytest.mark.parametrize("name", sorted(OFF))
 def test_none_switches_off(name):
     assert getattr(make_config(**{name: None}), name) == OFF[name]
+
+
+@pytest.mark.parametrize("value", [2, -1, "maybe", [True], 0.5])
+def test_a_switch_is_on_or_off(value):
+    assert f"disable_dropout={value!r} cannot work; it must be True or False" in refusal(disable_dropout=value)
+
+
+@pytest.mark.parametrize("name", sorted(CHOICES))
+@pytest.mark.parametrize("value", ["fourier", 3, True])
+def test_an_unknown_choice_of_transformers_is_refused_with_those_that_there_are(name, value):
+    known = next(iter(CHOICES[name])).value
+    assert re.search(rf"{name}={value!r} is unknown; use one of .*{known!r}", refusal(**{name: value}))
+
+
+@pytest.mark.parametrize("name", ["eval_strategy", "save_strategy", "logging_strategy"])
+@pytest.mark.parametrize("value", [False, None, "no"])
+def test_yaml_reads_no_as_false(name, value):
+    assert getattr(make_config(**{name: value}), name) == "no"
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType])
+def test_every_scheduler_is_built_or_refused_with_its_options(name):
+    given = {"eval_strategy": "steps", "eval_steps": 1} if name in FOLLOWS_A_METRIC else {}
+    needed = {
+        "cosine_with_min_lr": {"min_lr": 1e-7},
+        "cosine_warmup_with_min_lr": {"min_lr": 1e-7},
+        "warmup_stable_decay": {"num_decay_steps": 2},
+    }
+    make_config(lr_scheduler_type=name, lr_scheduler_kwargs=needed.get(name), **given)
+    if name not in ("constant", "greedy"):  # the one takes no options, and the other any
+        text = refusal(lr_scheduler_type=name, lr_scheduler_kwargs=(needed.get(name) or {}) | {"unknown": 1}, **given)
+        assert f"cannot work with lr_scheduler_type={name!r}" in text
+
+
+def test_a_best_checkpoint_needs_an_evaluation():
+    assert "eval_strategy='no' makes none" in refusal(save_strategy="best")
 
 
 @pytest.mark.parametrize("value", [None, "None", "none", ["none"], []])

@@ -204,6 +204,10 @@ def test_training_whose_weights_stand_still_stops(tmp_path):
     assert trainer.state.global_step == 1
 
 
+def letters(completions):
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
 @pytest.mark.parametrize("how", ["unused", "detached", "multiplied by 0"])
 def test_training_of_what_takes_no_part_in_the_logprobs_stops(how, tmp_path):
     model = make_model()
@@ -217,7 +221,7 @@ def test_training_of_what_takes_no_part_in_the_logprobs_stops(how, tmp_path):
     else:
         for parameter in model.parameters():
             parameter.register_hook(lambda gradient: gradient * 0)
-    trainer = sampling_trainer(tmp_path, 16, model=model)
+    trainer = sampling_trainer(tmp_path, 16, model=model, reward_funcs=letters)
     with pytest.raises(RunStopped, match="exactly 0"):
         trainer.train()
 

@@ -5,8 +5,12 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
+from torch.optim import SGD
+from transformers import get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from ..distributed.launch import fsdp_was_asked_for
 from ..objective import make_objective
@@ -21,6 +25,7 @@ def check_options(args: Any) -> None:
     """
     _check_choices(args)
     _check_trackers(args)
+    _check_scheduler(args)
     _check_ranges(args)
     _check_combinations(args)
     args.check_objective()
@@ -66,7 +71,24 @@ def _check_trackers(args: Any) -> None:
             )
 
 
+def _check_scheduler(args: Any) -> None:
+    """Build the scheduler once, for an optimizer of nothing."""
+    name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    optimizer = SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=10, scheduler_specific_kwargs=options)
+    except Exception as error:
+        raise ValueError(
+            f"lr_scheduler_kwargs={options!r} cannot work with lr_scheduler_type={name.value!r}: {error}"
+        ) from error
+
+
 def _check_combinations(args: Any) -> None:
+    if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
+        raise ValueError(
+            "save_strategy='best' saves after an evaluation, and eval_strategy='no' makes none; set eval_strategy='steps' "
+            "or 'epoch'."
+        )
     if args.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size=True would split groups when it shrinks the batch; set it to False and lower "

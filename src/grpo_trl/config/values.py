@@ -1,9 +1,14 @@
 """Values of options: numbers that come as text or as another kind of number, and None for off."""
 
+import math
 from dataclasses import fields
 from numbers import Real
 from types import NoneType
 from typing import Any, get_args, get_type_hints
+
+import numpy as np
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 
 OFF = {
@@ -21,18 +26,30 @@ OFF = {
 }
 """What None means for a number that another number switches off."""
 
+CHOICES = {
+    "eval_strategy": IntervalStrategy,
+    "hub_strategy": HubStrategy,
+    "logging_strategy": IntervalStrategy,
+    "lr_scheduler_type": SchedulerType,
+    "optim": OptimizerNames,
+    "save_strategy": SaveStrategy,
+}
+"""Options of transformers that have one of some values."""
+
 WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 KINDS = {bool: "True or False", int: "a whole number", float: "a number"}
 
 
 def convert_values(args: Any) -> None:
-    """Convert, in place, numbers and switches to their type: YAML reads 1e-6 as text, and 4.0 as no count.
+    """Convert, in place, numbers and switches to their type: YAML reads 1e-6 as text, 4.0 as no count, and no as False.
 
     Raises:
         ValueError: A value is none of its type; the message names one that is.
     """
     if args.report_to in (None, "None"):
         args.report_to = "none"
+    for name, choices in CHOICES.items():
+        setattr(args, name, _chosen(name, getattr(args, name), [choice.value for choice in choices]))
     hints = get_type_hints(type(args))
     for field in fields(args):
         types = set(get_args(hints[field.name]) or (hints[field.name],))
@@ -49,13 +66,33 @@ def convert_values(args: Any) -> None:
             ) from None
 
 
+def _chosen(name: str, value: Any, choices: list[str]) -> str:
+    if value in (None, False) and "no" in choices:
+        return "no"
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}.")
+    return str(getattr(value, "value", value))
+
+
 def _converted(value: Any, kind: type) -> Any:
+    if kind is bool:
+        return _switch(value)
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError("it is a switch")
     if isinstance(value, str):
-        value = WORDS[value.strip().lower()] if kind is bool else float(value)
-    if kind is int and value != int(value):
-        raise ValueError("it has a fraction")
-    if kind is int:
-        return int(value)
+        value = float(value)
     if not isinstance(value, Real):
         raise TypeError("it is no number")
+    if math.isnan(float(value)) or (kind is int and value != int(value)):
+        raise ValueError("it is not a number, or has a fraction")
+    if kind is int:
+        return int(value)
     return value if isinstance(value, (int, float)) else float(value)
+
+
+def _switch(value: Any) -> bool:
+    if isinstance(value, str):
+        return WORDS[value.strip().lower()]
+    if value not in (0, 1):
+        raise ValueError("it is no switch")
+    return bool(value)

@@ -8,6 +8,7 @@ from typing import Any
 from accelerate.utils import DummyOptim
 from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import IntervalStrategy
 
 from ..config import GRPOConfig
 from ..logging import get_logger
@@ -124,9 +125,15 @@ def choose_metric(args: GRPOConfig, callbacks: Sequence[Any] | None, eval_datase
     """Let early stopping follow the reward unless told otherwise, and say what the reward of several eval sets is.
 
     Raises:
-        ValueError: The metric is a loss, which evaluation does not compute.
+        ValueError: The metric is a loss, which evaluation does not compute; or early stopping has no evaluation to follow.
     """
-    if args.metric_for_best_model is None and any(isinstance(c, EarlyStoppingCallback) for c in callbacks or []):
+    stops_early = any(isinstance(c, EarlyStoppingCallback) for c in callbacks or [])
+    if stops_early and args.eval_strategy == IntervalStrategy.NO:
+        raise ValueError(
+            "callbacks has an EarlyStoppingCallback, and eval_strategy='no' makes no evaluation that it could follow; set "
+            "eval_strategy='steps' or 'epoch'."
+        )
+    if stops_early and args.metric_for_best_model is None:
         args.metric_for_best_model, args.greater_is_better = "eval_reward", True
     metric = (args.metric_for_best_model or "").removeprefix("eval_")
     if metric == "loss" and not computes_metrics:
