@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from grpo_trl.rollout.base import RolloutRequest
@@ -18,7 +20,8 @@ def make_output(**changes) -> dict:
 
 
 def run(**changes):
-    return RolloutFuncEngine(lambda prompts, trainer: make_output(**changes), None, (1,)).rollout(REQUEST)
+    engine = RolloutFuncEngine(lambda prompts, trainer: make_output(**changes), None, (1,), num_tokens=50)
+    return engine.rollout(REQUEST)
 
 
 def test_the_function_gets_every_prompt_in_a_row_and_the_trainer():
@@ -91,11 +94,33 @@ def test_further_keys_are_columns():
         ({"prompt_ids": [[5], [5], [], []]}, "empty prompt_ids in row 2"),
         ({"logprobs": [[-1.0, -1.0], [-1.0], [-1.0], [-1.0] * 3]}, "1 logprobs for the 0 tokens .* in row 2"),
         ({"env_mask": [[1, 1], [1], [], [1, 1]]}, "2 env_mask for the 3 tokens of completion_ids in row 3"),
+        (
+            {"completion_ids": [[7, 1], [8], [], [9, 50, 1]]},
+            r"'completion_ids' with 50 in row 3, .*0 to 49",
+        ),
+        ({"completion_ids": [[7, 1], [-1], [], [9, 9, 1]]}, "'completion_ids' with -1 in row 1, which is no token"),
+        ({"prompt_ids": [[5.0], [5], [6, 6], [6, 6]]}, "'prompt_ids' with 5.0 in row 0, which is no token"),
+        ({"prompt_ids": [["5"], [5], [6, 6], [6, 6]]}, "'prompt_ids' with '5' in row 0, which is no token"),
+        (
+            {"logprobs": [[-0.5, math.nan], [-1], [], [-1] * 3]},
+            r"logprobs with \[-0.5, nan\] in row 0; they must",
+        ),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused(changes, message):
     with pytest.raises(ValueError, match="rollout_func returned " + message):
         run(**changes)
+
+
+@pytest.mark.parametrize("returned", [None, [[5]], "ids"])
+def test_what_is_no_dict_is_refused(returned):
+    with pytest.raises(TypeError, match=f"rollout_func returned {type(returned).__name__}; it must return a dict"):
+        RolloutFuncEngine(lambda prompts, trainer: returned, None, (1,)).rollout(REQUEST)
+
+
+def test_tokens_that_something_else_inserted_need_no_logprob():
+    mask = {"env_mask": [[1, 0], [1], [], [1] * 3], "logprobs": [[-0.5, math.nan], [-0.25], [], [-1.0] * 3]}
+    assert run(**mask).completions[0].sampler_logps[0] == -0.5
 
 
 def test_groups_with_the_same_prompt_as_their_neighbour_are_accepted():

@@ -85,6 +85,9 @@ def test_tokens_may_have_advantages_of_their_own():
         ([[1.0], 2.0], "returned 1 advantages for the 2 tokens of a completion"),
         ([1.0, NAN], "finite numbers"),
         ([1.0, math.inf], "finite numbers"),
+        (None, "returned None; it must return a list with one number"),
+        (["a", "b"], r"returned \['a', 'b'\]; it must return a list"),
+        (1.0, "returned 1.0; it must return a list"),
     ],
 )
 def test_advantages_that_cannot_be_used_are_refused(result, message):

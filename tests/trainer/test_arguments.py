@@ -6,7 +6,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import ConstantLR
 from transformers import PrinterCallback, TrainerCallback
 
-from grpo_trl.trainer.arguments import check_callbacks, check_optimizers
+from grpo_trl.trainer.arguments import check_callbacks, check_functions, check_optimizers
 
 
 WEIGHT = [torch.nn.Parameter(torch.zeros(2))]
@@ -50,3 +50,26 @@ def test_callbacks_are_a_list_of_callbacks(wrong):
         check_callbacks(wrong)
     for right in (None, [], (TrainerCallback(),), [PrinterCallback, TrainerCallback()]):
         check_callbacks(right)
+
+
+async def awaited(prompts, trainer):
+    return {}
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (3, r"rollout_func is 3 \(int\)"),
+        (dict, "rollout_func is <class 'dict'>"),
+        (awaited, "rollout_func is a coroutine function"),
+        (lambda: {}, "rollout_func cannot be called: too many positional arguments"),
+        (lambda prompts: {}, "rollout_func cannot be called: too many positional arguments"),
+        (lambda prompts, trainer, tokens: {}, "rollout_func cannot be called: missing a required argument: 'tokens'"),
+    ],
+)
+def test_functions_can_be_called_with_what_they_get(wrong, message):
+    with pytest.raises(TypeError, match=rf"{message}.*; pass a function rollout_func\(prompts, trainer\)"):
+        check_functions(rollout_func=(wrong, "prompts, trainer"))
+    check_functions(
+        rollout_func=(lambda *everything: {}, "prompts, trainer"), advantage_func=(None, "rewards_per_func, group")
+    )

@@ -88,7 +88,7 @@ def test_a_class_instead_of_an_instance_is_refused(tmp_path, name, value):
 
 
 def test_a_rollout_func_that_is_no_function_is_refused():
-    with pytest.raises(TypeError, match=r"rollout_func is a LoraConfig; pass a function"):
+    with pytest.raises(TypeError, match=r"rollout_func is LoraConfig.*; pass a function"):
         GRPOTrainer(make_model(), length, rollout_func=LoraConfig())
 
 
@@ -232,6 +232,20 @@ def test_compute_metrics_gets_completions_and_rewards_in_the_order_of_the_datase
     }
     assert evaluated.rewards == [2 * len(text) for text in evaluated.completions]
     assert result["eval_longest"] == max(map(len, evaluated.completions))
+
+
+@pytest.mark.parametrize(
+    "metrics, error, message",
+    [
+        ({"share": "high"}, TypeError, "compute_metrics returned 'high' for 'share'; it must be a number"),
+        ({"share": {"high": 1.0}}, TypeError, "for 'share'; it must be a number"),
+        ({"reward": 1.0}, ValueError, "compute_metrics returned 'reward', which the evaluation has itself"),
+    ],
+)
+def test_compute_metrics_returns_numbers_that_the_evaluation_does_not_have(metrics, error, message, tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset=ROWS, compute_metrics=lambda evaluated: metrics)
+    with pytest.raises(error, match=message):
+        trainer.evaluate()
 
 
 def test_compute_metrics_returns_a_dict(tmp_path):

@@ -1,7 +1,10 @@
 """A user's `rollout_func` as an engine."""
 
 import copy
-from collections.abc import Callable
+import inspect
+import math
+import operator
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -33,29 +36,38 @@ class RolloutFuncEngine:
         trainer: Any,
         eos_token_ids: tuple[int, ...],
         interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
+        num_tokens: int | None = None,
     ):
         self.rollout_func = rollout_func
         self.trainer = trainer
         self.eos_token_ids = eos_token_ids
         self.interruptible = interruptible
+        self.num_tokens = num_tokens
+        """That the model has an embedding for; None if it does not say."""
 
     def rollout(self, request: RolloutRequest) -> Rollout:
         """Call the function and check what it returns.
 
         Raises:
             ValueError: The function returned something else than documented.
+        TypeError: It returned no dict.
         """
         group = request.num_generations
         prompts = [copy.deepcopy(prompt) for prompt in request.prompts for _ in range(group)]  # its own to change
         with self.interruptible():
             output = self.rollout_func(prompts, self.trainer)
+        if not isinstance(output, Mapping):
+            hint = "; a function that is async cannot be awaited here" if inspect.isawaitable(output) else ""
+            raise TypeError(
+                f"rollout_func returned {type(output).__name__}; it must return a dict of {', '.join(REQUIRED)}{hint}."
+            )
         columns = _columns(output, len(prompts), group)
         completions = [self._completion(output, row) for row in range(len(prompts))]
         _check_groups(completions, group)
         return Rollout(completions, columns)
 
     def _completion(self, output: dict[str, Any], row: int) -> Completion:
-        prompt_ids, ids = list(output["prompt_ids"][row]), list(output["completion_ids"][row])
+        prompt_ids, ids = (self._ids(output, key, row) for key in ("prompt_ids", "completion_ids"))
         if not prompt_ids:
             raise ValueError(f"rollout_func returned empty prompt_ids in row {row}; a prompt needs at least one token.")
         logps = None if output["logprobs"] is None else output["logprobs"][row]
@@ -71,8 +83,22 @@ class RolloutFuncEngine:
             ids,
             mask,
             ended=bool(ids) and ids[-1] in self.eos_token_ids,
-            sampler_logps=None if logps is None else [float(x) for x in logps],
+            sampler_logps=None if logps is None else _finite(logps, mask, row),
         )
+
+    def _ids(self, output: dict[str, Any], key: str, row: int) -> list[int]:
+        ids, limit = [], self.num_tokens or math.inf
+        for token in output[key][row]:
+            try:
+                ids.append(operator.index(token))
+            except TypeError:
+                ids.append(-1)
+            if not 0 <= ids[-1] < limit:
+                raise ValueError(
+                    f"rollout_func returned {key!r} with {token!r} in row {row}, which is no token; one of the model is an "
+                    f"integer from 0 to {limit - 1}."
+                )
+        return ids
 
 
 def _columns(output: dict[str, Any], rows: int, group: int) -> dict[str, list[Any]]:
@@ -96,6 +122,13 @@ def _columns(output: dict[str, Any], rows: int, group: int) -> dict[str, list[An
         if is_column:
             columns[key] = value
     return columns
+
+
+def _finite(logps: Any, mask: list[bool], row: int) -> list[float]:
+    values = [float(x) for x in logps]
+    if not all(math.isfinite(value) for value, trained in zip(values, mask, strict=True) if trained):
+        raise ValueError(f"rollout_func returned logprobs with {values} in row {row}; they must be finite, or None.")
+    return values
 
 
 def _check_groups(completions: list[Completion], group: int) -> None:

@@ -99,7 +99,15 @@ def check_advantages(result: Any, completion_ids: Sequence[Sequence[int]]) -> li
     Raises:
         ValueError: It is not one finite number, or one for each token, per completion.
     """
-    entries = result.tolist() if isinstance(result, Tensor) else [torch.as_tensor(entry).tolist() for entry in result]
+    try:
+        entries = (
+            result.tolist() if isinstance(result, Tensor) else [torch.as_tensor(entry).tolist() for entry in result]
+        )
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            f"advantage_func returned {result!r}; it must return a list with one number, or one list of numbers, per "
+            "completion."
+        ) from None
     if len(entries) != len(completion_ids):
         raise ValueError(
             f"advantage_func returned {len(entries)} advantages for a group of {len(completion_ids)} completions; return "

@@ -52,16 +52,36 @@ def check_not_here(**arguments: Any) -> None:
             )
 
 
-def check_kinds(rollout_func: Any, **arguments: Any) -> None:
-    """Refuse classes where instances are meant, and a `rollout_func` that is no function.
+def check_functions(**functions: tuple[Any, str]) -> None:
+    """Refuse what cannot be called with the arguments that it will get, which stand beside it, as "prompts, trainer".
+
+    Raises:
+        TypeError: An argument is no such function.
+    """
+    for name, (function, arguments) in functions.items():
+        if function is None:
+            continue
+        form = f"pass a function {name}({arguments})"
+        if not callable(function) or inspect.isclass(function):
+            raise TypeError(f"{name} is {function!r} ({type(function).__name__}); {form}.")
+        if inspect.iscoroutinefunction(function):
+            raise TypeError(
+                f"{name} is a coroutine function, which is not awaited; {form} that runs its own event loop."
+            )
+        try:
+            inspect.signature(function).bind(*arguments.split(", "))
+        except TypeError as error:
+            raise TypeError(f"{name} cannot be called: {error}; {form}.") from None
+        except ValueError:  # some built-in callables have no signature
+            pass
+
+
+def check_kinds(**arguments: Any) -> None:
+    """Refuse classes where instances are meant.
 
     Raises:
         TypeError: An argument is of the wrong kind.
     """
-    if rollout_func is not None and not callable(rollout_func):
-        raise TypeError(
-            f"rollout_func is a {type(rollout_func).__name__}; pass a function rollout_func(prompts, trainer)."
-        )
     for name, value in arguments.items():
         if inspect.isclass(value):
             raise TypeError(f"{name} is the class {value.__name__}; pass an instance of it.")

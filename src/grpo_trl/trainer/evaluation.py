@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -144,17 +144,29 @@ def _in_order(names: list[str], rows: list[tuple[Any, ...]]) -> EvaluatedComplet
     return evaluated
 
 
-def _computed(compute_metrics: ComputeMetrics, evaluated: EvaluatedCompletions) -> dict[str, float]:
-    """Call `compute_metrics`.
+def _computed(
+    compute_metrics: ComputeMetrics, evaluated: EvaluatedCompletions, known: Collection[str]
+) -> dict[str, float]:
+    """Call `compute_metrics`; the evaluation has metrics of the names `known` itself.
 
     Raises:
-        TypeError: It returned no dict.
+        TypeError: It returned no dict of numbers.
+        ValueError: It returned a metric that the evaluation has itself.
     """
     computed = compute_metrics(evaluated)
     if not isinstance(computed, dict):
         raise TypeError(
             f"compute_metrics returned a {type(computed).__name__}; it must return a dict of numbers by name."
         )
+    for name, value in computed.items():
+        if name in known:
+            raise ValueError(
+                f"compute_metrics returned {name!r}, which the evaluation has itself; choose another name."
+            )
+        try:
+            computed[name] = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"compute_metrics returned {value!r} for {name!r}; it must be a number.") from None
     return computed
 
 
@@ -207,7 +219,8 @@ class EvaluatingTrainer(ResumableTrainer):
                 raise ValueError("use_vllm=True samples, and rollout_func does too; set use_vllm=False, or pass none.")
             return make_vllm_engine(self.model, self.processing_class, self.args, ends, self._signals.interruptible)
         if rollout_func is not None:
-            return RolloutFuncEngine(rollout_func, self, ends, self._signals.interruptible)
+            tokens = num_embeddings(self.model)
+            return RolloutFuncEngine(rollout_func, self, ends, self._signals.interruptible, tokens)
         return make_engine(
             self.model,
             self.processing_class,
@@ -302,7 +315,7 @@ class EvaluatingTrainer(ResumableTrainer):
                 show_progress=self._shows_progress(),
             )
         if compute_metrics is not None:
-            metrics |= _computed(compute_metrics, evaluated)
+            metrics |= _computed(compute_metrics, evaluated, metrics)
         set_optimizer_mode(self.optimizer, training=self.is_in_train)
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
         metrics |= speed_metrics(prefix, start_time, num_samples=num_prompts)

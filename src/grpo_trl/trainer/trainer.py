@@ -52,6 +52,7 @@ from ..types import Completion, GenerationBatch, MicroBatch, MiniBatch
 from .advantages import AdvantageFunc
 from .arguments import (
     check_callbacks,
+    check_functions,
     check_kinds,
     check_names,
     check_not_here,
@@ -146,7 +147,12 @@ class GRPOTrainer(RecordedTrainer):
         check_names(unknown, GRPOTrainer)
         model = os.fspath(model) if isinstance(model, os.PathLike) else model
         check_not_here(tools=tools, environment_factory=environment_factory)
-        check_kinds(rollout_func, model=model, args=args, processing_class=processing_class, peft_config=peft_config)
+        check_functions(
+            rollout_func=(rollout_func, "prompts, trainer"),
+            compute_metrics=(compute_metrics, "evaluated"),
+            advantage_func=(advantage_func, "rewards_per_func, group"),
+        )
+        check_kinds(model=model, args=args, processing_class=processing_class, peft_config=peft_config)
         check_callbacks(callbacks)
         check_optimizers(optimizers)
         args = config_of(args, model)
@@ -324,8 +330,8 @@ class GRPOTrainer(RecordedTrainer):
         if self._router.active:
             self._metrics.add("aux_loss", Mean(self._router.value))
         self._step_loss = loss
-        # a correction for another sampler may leave out completions, with their signal
-        self._step_has_signal = self._correction is None and any(
+        # the correction for another sampler may leave out completions, with their signal
+        self._step_has_signal = not self.args.use_vllm and any(
             c.has_signal and any(c.mask if c.mask_policy is None else c.mask_policy) for c in completions
         )
         return loss
