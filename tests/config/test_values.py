@@ -164,6 +164,12 @@ def test_an_unknown_generation_kwarg_suggests_the_nearest(name, nearest):
     assert f"did you mean {nearest}?" in refusal(generation_kwargs={name: 2})
 
 
+@pytest.mark.parametrize("name", ["generation_kwargs", "model_init_kwargs", "lr_scheduler_kwargs"])
+@pytest.mark.parametrize("value", ["{x", "{'top_k': 3}", '{"top_k": 3'])
+def test_a_dict_that_is_no_json_is_named(name, value):
+    assert f"{name}={value!r} is no JSON" in refusal(**{name: value})
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_a_generation_kwarg_that_cannot_work_says_what_would(name):
     assert f"{name}=99, which cannot work: {REFUSED[name]}" in refusal(generation_kwargs={name: 99})

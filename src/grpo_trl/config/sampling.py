@@ -28,11 +28,24 @@ REFUSED = {
     "eos_token_id": "set model.generation_config.eos_token_id before the trainer is made",
     "pad_token_id": "set the tokenizer's pad_token",
     "return_dict_in_generate": "leave it out",
-    "prompt_lookup_num_tokens": "leave it out: completions are sampled token by token",
+    **dict.fromkeys(("early_stopping", "length_penalty", "diversity_penalty"), "it is of beams; leave it out"),
+    **dict.fromkeys(
+        ("assistant_early_exit", "dola_layers", "penalty_alpha", "prompt_lookup_num_tokens", "token_healing"),
+        "leave it out: completions are sampled token by token",
+    ),
+    **dict.fromkeys(
+        ("output_attentions", "output_hidden_states", "output_logits", "output_scores"),
+        "leave it out: nobody reads them",
+    ),
+    "max_time": "it would cut completions off by the clock; set max_completion_length",
 }
 """Options of transformers.GenerationConfig that cannot work, and what to use."""
 
-MOOT = {"do_sample": True, "num_return_sequences": 1, "num_beams": 1, "num_beam_groups": 1}
+MOOT = {
+    **{"do_sample": True, "num_return_sequences": 1, "num_beams": 1, "num_beam_groups": 1},
+    **{"early_stopping": False, "length_penalty": 1.0, "diversity_penalty": 0.0, "token_healing": False},
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_logits", "output_scores"), False),
+}
 """Values that ask for what is done anyway."""
 
 OTHER_SAMPLERS = {

@@ -1,5 +1,6 @@
 """Values of options: numbers that come as text or as another kind of number, and None for off."""
 
+import json
 import math
 from dataclasses import fields
 from numbers import Real
@@ -48,6 +49,8 @@ def convert_values(args: Any) -> None:
     """
     if args.report_to in (None, "None"):
         args.report_to = "none"
+    for name in args._VALID_DICT_FIELDS:
+        _check_json(name, getattr(args, name))
     for name, choices in CHOICES.items():
         setattr(args, name, _chosen(name, getattr(args, name), [choice.value for choice in choices]))
     hints = get_type_hints(type(args))
@@ -64,6 +67,15 @@ def convert_values(args: Any) -> None:
             raise ValueError(
                 f"{field.name}={value!r} cannot work; it must be {KINDS[kind]}, e.g. {field.default!r}."
             ) from None
+
+
+def _check_json(name: str, value: Any) -> None:
+    """Refuse a text that begins as a dict and is none; other texts may be paths."""
+    if isinstance(value, str) and value.startswith("{"):
+        try:
+            json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"{name}={value!r} is no JSON ({error}); write it as '{{\"key\": 1}}'.") from None
 
 
 def _chosen(name: str, value: Any, choices: list[str]) -> str:
