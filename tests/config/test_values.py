@@ -10,6 +10,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.trainer_utils import SchedulerType
 
 from grpo_trl import GRPOConfig
+from grpo_trl.config.checks import OF_RENDERING
 from grpo_trl.config.config import FOLLOWS_A_METRIC
 from grpo_trl.config.inherited import ACCELERATOR, INHERITED
 from grpo_trl.config.sampling import MOOT, OPTIONS, REFUSED
@@ -168,6 +169,14 @@ def test_an_unknown_generation_kwarg_suggests_the_nearest(name, nearest):
 @pytest.mark.parametrize("value", ["{x", "{'top_k': 3}", '{"top_k": 3'])
 def test_a_dict_that_is_no_json_is_named(name, value):
     assert f"{name}={value!r} is no JSON" in refusal(**{name: value})
+
+
+@pytest.mark.parametrize("name", OF_RENDERING)
+def test_how_a_conversation_is_rendered_is_no_option_of_its_template(name):
+    assert f"chat_template_kwargs has {name}=False, which the trainer sets" in refusal(
+        chat_template_kwargs={name: False}
+    )
+    assert make_config(chat_template_kwargs={"enable_thinking": False}).template_kwargs == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))

@@ -17,6 +17,13 @@ from ..objective import make_objective
 from .vllm import check_vllm_options
 
 
+OF_RENDERING = (
+    *("add_generation_prompt", "continue_final_message", "conversation", "max_length", "padding"),
+    *("return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "truncation"),
+)
+"""Arguments of `apply_chat_template` that are none of the template."""
+
+
 def check_options(args: Any) -> None:
     """Check every option and every pair of options.
 
@@ -43,6 +50,12 @@ def check_dicts(args: Any) -> None:
         value = getattr(args, name)
         if not isinstance(value, (dict, NoneType)):
             raise ValueError(f"{name}={value} cannot work; it must be a dict, as JSON '{{\"key\": 1}}'.")
+    for name in args.chat_template_kwargs or {}:
+        if name in OF_RENDERING:
+            raise ValueError(
+                f"chat_template_kwargs has {name}={args.chat_template_kwargs[name]!r}, which the trainer sets itself; leave it "
+                "out."
+            )
 
 
 def _check_choices(args: Any) -> None:
