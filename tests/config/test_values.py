@@ -108,6 +108,17 @@ def test_every_scheduler_is_built_or_refused_with_its_options(name):
         assert f"cannot work with lr_scheduler_type={name!r}" in text
 
 
+@pytest.mark.parametrize("value", [-1, 2**32])
+def test_a_seed_is_one_of_numpys(value):
+    assert f"seed={value} cannot work; it must be from 0 to 2**32 - 1" in refusal(seed=value)
+
+
+def test_unknown_options_of_checkpointing_are_refused_with_those_that_there_are():
+    text = refusal(gradient_checkpointing_kwargs={"reentrant": False})
+    assert re.search(r"has reentrant=False, which torch.* it takes .*preserve_rng_state.*use_reentrant", text)
+    make_config(gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": True})
+
+
 def test_a_best_checkpoint_needs_an_evaluation():
     assert "eval_strategy='no' makes none" in refusal(save_strategy="best")
 

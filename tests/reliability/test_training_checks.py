@@ -226,6 +226,13 @@ def test_training_of_what_takes_no_part_in_the_logprobs_stops(how, tmp_path):
         trainer.train()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_without_gradients_stops_and_says_why(mode, tmp_path):
+    trainer = sampling_trainer(tmp_path, 16, beta=0.0)
+    with pytest.raises(RunStopped, match=r"inside torch\.no_grad\(\) or torch\.inference_mode"), mode():
+        trainer.train()
+
+
 # ---- Schedule-free optimizers ----
 class ScheduleFree(torch.optim.SGD):
     """In evaluation mode the weights are others than those that are trained."""

@@ -1,5 +1,6 @@
 """Checks of options that need no model and no data."""
 
+import inspect
 import math
 from dataclasses import fields
 from types import NoneType
@@ -7,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch.optim import SGD
+from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
@@ -33,6 +35,7 @@ def check_options(args: Any) -> None:
     _check_choices(args)
     _check_trackers(args)
     _check_scheduler(args)
+    _check_checkpointing(args)
     _check_ranges(args)
     _check_combinations(args)
     args.check_objective()
@@ -53,8 +56,8 @@ def check_dicts(args: Any) -> None:
     for name in args.chat_template_kwargs or {}:
         if name in OF_RENDERING:
             raise ValueError(
-                f"chat_template_kwargs has {name}={args.chat_template_kwargs[name]!r}, which the trainer sets itself; leave it "
-                "out."
+                f"chat_template_kwargs has {name}={args.chat_template_kwargs[name]!r}, which the trainer sets itself; "
+                "leave it out."
             )
 
 
@@ -81,6 +84,16 @@ def _check_trackers(args: Any) -> None:
             raise ValueError(
                 f"report_to={args.report_to!r} has {name!r}, which is unknown; use 'none', or a list of "
                 f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+            )
+
+
+def _check_checkpointing(args: Any) -> None:
+    known = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+    for name, value in (args.gradient_checkpointing_kwargs or {}).items():
+        if name not in known:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs has {name}={value!r}, which torch.utils.checkpoint does not take; it takes "
+                f"{', '.join(sorted(known))}."
             )
 
 
@@ -152,6 +165,7 @@ def _check_ranges(args: Any) -> None:
             raise ValueError(f"{name}={getattr(args, name)} cannot work; {remedy}.")
 
     check("learning_rate", 0 <= args.learning_rate < math.inf, "it must be a finite number such as 1e-6")
+    check("seed", 0 <= args.seed < 2**32, "it must be from 0 to 2**32 - 1")
     check("num_generations", args.num_generations >= 2, "a group needs at least 2 completions to compare, e.g. 8")
     check("num_iterations", args.num_iterations >= 1, "use at least 1")
     check("per_device_train_batch_size", args.per_device_train_batch_size >= 1, "use at least 1, e.g. 8")

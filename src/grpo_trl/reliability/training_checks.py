@@ -147,8 +147,10 @@ def check_loss(loss: Tensor, model: nn.Module) -> None:
     """Refuse a loss that does not depend on what is trained.
 
     Raises:
-        RunStopped: It does not.
+        RunStopped: It does not, or nothing has a gradient here.
     """
+    if not torch.is_grad_enabled():
+        raise RunStopped("train() runs inside torch.no_grad() or torch.inference_mode(); call it outside.")
     if not loss.requires_grad:
         raise RunStopped(no_gradient([name for name, p in model.named_parameters() if p.requires_grad]))
 
