@@ -87,6 +87,17 @@ def test_a_class_instead_of_an_instance_is_refused(tmp_path, name, value):
     assert f"{name} is the class {value.__name__}; pass an instance" in refusal(tmp_path, TypeError, **{name: value})
 
 
+def test_a_path_may_be_an_object(tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    trainer = make_trainer(tmp_path, model=tmp_path / "model")
+    assert type(trainer.model) is type(make_model())
+
+
+def test_a_column_that_rewards_cannot_see_is_named(tmp_path, caplog):
+    make_trainer(tmp_path, data=Dataset.from_list([{"prompt": "1=", "completions": "1"}] * 2))
+    assert "train_dataset has the column 'completions', which reward functions do not see" in caplog.text
+
+
 def test_a_rollout_func_that_is_no_function_is_refused():
     with pytest.raises(TypeError, match=r"rollout_func is LoraConfig.*; pass a function"):
         GRPOTrainer(make_model(), length, rollout_func=LoraConfig())
