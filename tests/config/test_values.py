@@ -103,9 +103,9 @@ def test_every_scheduler_is_built_or_refused_with_its_options(name):
         "warmup_stable_decay": {"num_decay_steps": 2},
     }
     make_config(lr_scheduler_type=name, lr_scheduler_kwargs=needed.get(name), **given)
-    if name not in ("constant", "greedy"):  # the one takes no options, and the other any
+    if name != "greedy":  # which takes any option
         text = refusal(lr_scheduler_type=name, lr_scheduler_kwargs=(needed.get(name) or {}) | {"unknown": 1}, **given)
-        assert f"cannot work with lr_scheduler_type={name!r}" in text
+        assert re.search(f"(cannot work|has no effect) with lr_scheduler_type={name!r}", text)
 
 
 @pytest.mark.parametrize("value", [-1, 2**32])
@@ -133,7 +133,7 @@ def test_an_unknown_tracker_is_refused_with_those_that_there_are(value):
     assert "which is unknown; use 'none', or a list of" in refusal(report_to=value)
 
 
-@pytest.mark.parametrize("value", [-1e-6, "nan", float("inf")])
+@pytest.mark.parametrize("value", [-1e-6, "inf", float("inf")])
 def test_a_learning_rate_that_cannot_work_is_refused(value):
     assert "it must be a finite number such as 1e-6" in refusal(learning_rate=value)
 
@@ -198,6 +198,7 @@ def test_a_generation_kwarg_that_cannot_work_says_what_would(name):
 
 # ---- Options of TrainingArguments ----
 VALUES = {
+    "average_tokens_across_devices": False,
     "bf16_full_eval": True,
     "batch_eval_metrics": True,
     "dataloader_in_order": False,

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from ..distributed.launch import fsdp_was_asked_for
 from ..objective import make_objective
@@ -99,7 +99,11 @@ def _check_checkpointing(args: Any) -> None:
 
 def _check_scheduler(args: Any) -> None:
     """Build the scheduler once, for an optimizer of nothing."""
-    name, options = args.lr_scheduler_type, args.lr_scheduler_kwargs
+    name, options = SchedulerType(args.lr_scheduler_type), args.lr_scheduler_kwargs
+    if options and name in (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP):
+        raise ValueError(
+            f"lr_scheduler_kwargs={options!r} has no effect with lr_scheduler_type={name.value!r}; remove it."
+        )
     optimizer = SGD([torch.zeros(1)], lr=1.0)
     try:
         get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=10, scheduler_specific_kwargs=options)

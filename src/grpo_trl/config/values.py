@@ -52,7 +52,8 @@ def convert_values(args: Any) -> None:
     for name in args._VALID_DICT_FIELDS:
         _check_json(name, getattr(args, name))
     for name, choices in CHOICES.items():
-        setattr(args, name, _chosen(name, getattr(args, name), [choice.value for choice in choices]))
+        known = [str(choice.value) for choice in choices]  # type: ignore[var-annotated]
+        setattr(args, name, _chosen(name, getattr(args, name), known))
     hints = get_type_hints(type(args))
     for field in fields(args):
         types = set(get_args(hints[field.name]) or (hints[field.name],))
@@ -64,9 +65,8 @@ def convert_values(args: Any) -> None:
         try:
             setattr(args, field.name, _converted(value, kind))
         except (KeyError, ValueError, TypeError, OverflowError):
-            raise ValueError(
-                f"{field.name}={value!r} cannot work; it must be {KINDS[kind]}, e.g. {field.default!r}."
-            ) from None
+            example = "or None" if field.default is None else f"e.g. {field.default!r}"
+            raise ValueError(f"{field.name}={value!r} cannot work; it must be {KINDS[kind]}, {example}.") from None
 
 
 def _check_json(name: str, value: Any) -> None:
@@ -95,11 +95,12 @@ def _converted(value: Any, kind: type) -> Any:
         value = float(value)
     if not isinstance(value, Real):
         raise TypeError("it is no number")
-    if math.isnan(float(value)) or (kind is int and value != int(value)):
+    number = float(value)
+    if math.isnan(number) or (kind is int and value != math.floor(value)):
         raise ValueError("it is not a number, or has a fraction")
     if kind is int:
-        return int(value)
-    return value if isinstance(value, (int, float)) else float(value)
+        return math.floor(value)
+    return value if isinstance(value, (int, float)) else number
 
 
 def _switch(value: Any) -> bool:
