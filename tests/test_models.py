@@ -1,6 +1,7 @@
 import copy
 import logging
 import os
+import threading
 from unittest import mock
 
 import pytest
@@ -82,8 +83,10 @@ def test_model_init_kwargs_with_a_loaded_model_are_said_to_have_no_effect(adapte
 
 def test_arguments_that_from_pretrained_does_not_take_are_named(tmp_path):
     make_model().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"causal language model with model_init_kwargs=.*'dtypo'"):
-        load_policy(str(tmp_path), {"dtypo": "bfloat16"})
+    for wrong in ({"dtypo": "bfloat16"}, {"dtype": "float13"}, {"hidden_size": 8}):
+        name = next(iter(wrong))
+        with pytest.raises(ValueError, match=rf"causal language model with model_init_kwargs=.*'{name}'"):
+            load_policy(str(tmp_path), wrong)
 
 
 TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8}
@@ -280,6 +283,19 @@ def test_what_is_no_peft_config_is_refused_by_its_type(model):
 def test_an_adapter_that_cannot_be_trained_is_refused(model):
     with pytest.raises(ValueError, match="LoraConfig with inference_mode=True"):
         add_adapter(model, lora(inference_mode=True))
+
+
+def test_a_model_that_cannot_be_recomputed_is_refused(model):
+    check_checkpointing(model)
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM does not support it; set gradient_checkpointing=False"):
+        check_checkpointing(model)
+
+
+def test_a_model_that_cannot_be_copied_has_no_reference(model):
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"needs a copy of the model .*cannot be copied .*lock"):
+        Reference(model, new_adapter=False)
 
 
 def test_a_prefix_cannot_be_recomputed():

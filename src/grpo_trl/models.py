@@ -81,7 +81,9 @@ def _load(path: str, settings: dict[str, Any]) -> Any:
             f"model={path!r} could not be loaded: it is no folder with a model, and no hub answers with one. Pass the "
             f"path of a local model. ({error})"
         ) from error
-    except (TypeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
         raise ValueError(
             f"model={path!r} could not be loaded as a causal language model with model_init_kwargs={settings}: {error}"
         ) from error
@@ -174,7 +176,8 @@ def eos_token_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, 
 
 def context_length(model: Any) -> int | None:
     """The number of positions that the model declares; None where it declares none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    declared = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return declared if declared is not None and declared > 0 else None
 
 
 def add_adapter(model: Any, peft_config: PeftConfig | None) -> Any:
@@ -208,11 +211,17 @@ def add_adapter(model: Any, peft_config: PeftConfig | None) -> Any:
 
 
 def check_checkpointing(policy: Any) -> None:
-    """Refuse to recompute the layers of a policy whose adapter is in their caches of keys and values.
+    """Refuse to recompute layers that cannot be, or that an adapter has put keys and values into.
 
     Raises:
-        ValueError: It has such an adapter.
+        ValueError: The policy has such layers.
     """
+    lm = causal_lm(policy)
+    if not lm.supports_gradient_checkpointing:
+        raise ValueError(
+            f"gradient_checkpointing=True cannot work: {type(lm).__name__} does not support it; set "
+            "gradient_checkpointing=False."
+        )
     if isinstance(policy, PeftModel) and policy.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
         raise ValueError(
             "gradient_checkpointing=True cannot work with prefix tuning, whose keys and values are lost where layers are "
@@ -391,7 +400,13 @@ def _starts_as_the_base(policy: PeftModel) -> bool:
 
 def _copy(policy: nn.Module, reload: Callable[[], nn.Module] | None) -> nn.Module:
     if not any(hasattr(parameter, "ds_id") for parameter in policy.parameters()):
-        return copy.deepcopy(policy)
+        try:
+            return copy.deepcopy(policy)
+        except TypeError as error:
+            raise ValueError(
+                f"beta > 0 needs a copy of the model as its reference, and it cannot be copied ({error}); remove from it "
+                "what cannot be, or pass the path of the model."
+            ) from error
     if reload is None:
         raise ValueError(
             "beta > 0 needs a second copy of a model that ZeRO-3 has sharded already; pass the path of the model instead "

@@ -90,8 +90,9 @@ def make_policy(
     if args.disable_dropout:
         disable_dropout(policy)
     policy.add_model_tags(["grpo_trl", "grpo"])
-    if isinstance(policy, PeftModel) and args.gradient_checkpointing:
+    if args.gradient_checkpointing:
         check_checkpointing(policy)
+    if isinstance(policy, PeftModel) and args.gradient_checkpointing:
         policy.enable_input_require_grads()
     return policy, tokenizer
 
