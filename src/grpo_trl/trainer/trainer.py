@@ -330,8 +330,9 @@ class GRPOTrainer(RecordedTrainer):
         if self._router.active:
             self._metrics.add("aux_loss", Mean(self._router.value))
         self._step_loss = loss
-        # the correction for another sampler may leave out completions, with their signal
-        self._step_has_signal = not self.args.use_vllm and any(
+        # from another sampler's probabilities all ratios may be clipped, or all completions left out
+        of_sampler = self.args.use_vllm or self._ahead is not None or self.args.old_logprobs == "sampler"
+        self._step_has_signal = not of_sampler and any(
             c.has_signal and any(c.mask if c.mask_policy is None else c.mask_policy) for c in completions
         )
         return loss
