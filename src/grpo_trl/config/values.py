@@ -53,7 +53,7 @@ def convert_values(args: Any) -> None:
         _check_json(name, getattr(args, name))
     for name, choices in CHOICES.items():
         known = [str(choice.value) for choice in choices]  # type: ignore[var-annotated]
-        setattr(args, name, _chosen(name, getattr(args, name), known))
+        setattr(args, name, choices(_chosen(name, getattr(args, name), known)))
     hints = get_type_hints(type(args))
     for field in fields(args):
         types = set(get_args(hints[field.name]) or (hints[field.name],))
