@@ -33,6 +33,10 @@ def as_dataset(data: Any, name: str) -> Any:
             f"{name} is a {type(data).__name__}; pass a datasets.Dataset, a datasets.IterableDataset (of a generator "
             "function: IterableDataset.from_generator), or a list of dicts."
         )
+    return _from_rows(data, name)
+
+
+def _from_rows(data: list[Any], name: str) -> Dataset:
     if not data:
         raise ValueError(f"{name} is an empty list; it must have at least one row.")
     for row, example in enumerate(data):
