@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import RunStopped
+from ..logprobs.comparison import NOISE_FACTOR, tolerance
 from ..logprobs.evaluator import LogprobEvaluator
-from ..logprobs.verify import NOISE_FACTOR, tolerance
 from ..types import Completion, Ranks
 
 
