@@ -48,6 +48,8 @@ OTHER_DEFAULTS = {
     "use_bias_correction_kl": (False, True),  # as in DeepSeekMath's Eq. (4)
     "ddp_broadcast_buffers": (False, None),  # a forward that is made anew must wait for nobody
     "gradient_checkpointing": (None, True),  # chosen by the memory that is free
+    "vllm_importance_sampling_correction": (None, True),  # on with vLLM, where alone TRL reads it
+    "vllm_importance_sampling_mode": (None, "sequence_mask"),  # which vanishes where top_p and the like hold
     "logging_nan_inf_filter": (False, True),  # a loss that is not finite must be seen
 }
 
@@ -334,7 +336,7 @@ def test_the_ends_of_the_ranges_are_accepted(options):
     [
         ({"reward_timeout": 2.0}, "reward_timeout=2.0 needs reward_workers=1 or more"),
         (
-            {"loss_type": "vespo", "top_p": 0.9},
+            {"loss_type": "vespo", "vllm_importance_sampling_correction": True},
             "vllm_importance_sampling_mode='sequence_mask' does not go with loss_type='vespo'",
         ),
         (

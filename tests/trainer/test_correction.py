@@ -47,9 +47,9 @@ def expected_move(completions, temperature, corrects):
 
 
 @pytest.mark.parametrize("engine", [{}, {"generation_kwargs": {"cache_implementation": "dynamic"}}])
-@pytest.mark.parametrize("corrects", [True, False])
+@pytest.mark.parametrize("corrects", [True, None])
 def test_the_policy_gradient_is_weighed_by_policy_over_sampling_distribution(engine, corrects, tmp_path):
-    options = {"top_p": 0.6, "temperature": 0.8, "vllm_importance_sampling_mode": "token_truncate"} | engine
+    options = {"top_p": 0.6, "temperature": 0.8, "vllm_importance_sampling_mode": None} | engine
     trainer = train_one_step(tmp_path, vllm_importance_sampling_correction=corrects, **options)
     completions = trainer._generation_batch.mini_batches[0]
     assert all(c.drawn_logps is not None for c in completions)
@@ -58,18 +58,20 @@ def test_the_policy_gradient_is_weighed_by_policy_over_sampling_distribution(eng
     other = expected_move(completions, 0.8, not corrects)
     assert (expected - other).abs().max() > 20 * (expected - actual).abs().max()
     log = trainer.state.log_history[0]
-    assert ("sampling/importance_sampling_ratio/mean" in log) == corrects
+    assert ("sampling/importance_sampling_ratio/mean" in log) == bool(corrects)
     assert not corrects or 0.4 < log["sampling/importance_sampling_ratio/mean"] < 0.95
 
 
 def test_samples_of_the_policy_itself_are_not_weighed(tmp_path):
-    trainer = train_one_step(tmp_path)
+    trainer = train_one_step(tmp_path, vllm_importance_sampling_correction=True)
     assert all(c.drawn_logps is None for c in trainer._generation_batch.mini_batches[0])
     assert "sampling/importance_sampling_ratio/mean" not in trainer.state.log_history[0]
 
 
-@pytest.mark.parametrize("mode, warns", [("sequence_mask", True), ("token_truncate", False)])
+@pytest.mark.parametrize("mode, warns", [("sequence_mask", True), ("token_truncate", False), (None, False)])
 def test_weights_that_vanish_with_the_length_are_warned_of(mode, warns, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        sampling_trainer(tmp_path, 8, top_p=0.9, vllm_importance_sampling_mode=mode)
+        sampling_trainer(
+            tmp_path, 8, top_p=0.9, vllm_importance_sampling_correction=True, vllm_importance_sampling_mode=mode
+        )
     assert ("With top_p=0.9, vllm_importance_sampling_mode" in caplog.text) == warns

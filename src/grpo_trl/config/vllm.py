@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..objective.correction import CorrectionMode
+
 
 @dataclass
 class VLLMOptions:
@@ -45,21 +47,19 @@ class VLLMOptions:
     vllm_tensor_parallel_size: int = field(
         default=1, metadata={"help": "Ranks that share one vLLM, each of which has a part of the weights (colocate)."}
     )
-    vllm_importance_sampling_correction: bool = field(
-        default=True,
+    vllm_importance_sampling_correction: bool | None = field(
+        default=None,
         metadata={
-            "help": "Weigh the policy gradient by old policy / sampling distribution: with vLLM, and where top_p and the "
-            "like change the distribution."
+            "help": "Weigh the policy gradient by old policy / sampling distribution. None: with vLLM. True: also where "
+            "top_p and the like change what the trainer's own engine samples from."
         },
     )
-    vllm_importance_sampling_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = (
-        field(
-            default="sequence_mask",
-            metadata={
-                "help": "One weight per token or per completion; a weight outside the bounds is moved to them ('truncate') "
-                "or set to 0 ('mask')."
-            },
-        )
+    vllm_importance_sampling_mode: CorrectionMode | None = field(
+        default=None,
+        metadata={
+            "help": "One weight per token or per completion; a weight outside the bounds is moved to them ('truncate') or "
+            "set to 0 ('mask'). None: 'sequence_mask', or 'token_truncate' where top_p and the like truncate the samples."
+        },
     )
     vllm_importance_sampling_clip_max: float | None = field(
         default=3.0, metadata={"help": "Upper bound of that weight. None: none."}
@@ -136,15 +136,23 @@ def changed_distribution(args: Any) -> list[str]:
     return [f"{name}={getattr(args, name)}" for name, changes in changed.items() if changes]
 
 
+def correction_mode(args: Any) -> CorrectionMode | None:
+    """Return the `vllm_importance_sampling_mode` that holds; None where samples are not weighed."""
+    corrects = args.vllm_importance_sampling_correction
+    if not (args.use_vllm if corrects is None else corrects):
+        return None
+    # The product of a completion's weights vanishes with its length where some tokens cannot be sampled
+    return args.vllm_importance_sampling_mode or ("token_truncate" if changed_distribution(args) else "sequence_mask")
+
+
 def _check_correction(args: Any) -> None:
     low, high = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
     if low is not None and high is not None and not 0 <= low <= high:
         raise ValueError(
             f"vllm_importance_sampling_clip_min={low} must be between 0 and vllm_importance_sampling_clip_max={high}."
         )
-    mode = args.vllm_importance_sampling_mode
-    corrects = args.vllm_importance_sampling_correction and (args.use_vllm or changed_distribution(args))
-    if args.loss_type == "vespo" and corrects and not mode.startswith("token"):
+    mode = correction_mode(args)
+    if args.loss_type == "vespo" and mode and not mode.startswith("token"):
         raise ValueError(
             f"vllm_importance_sampling_mode={mode!r} does not go with loss_type='vespo', which multiplies the weights of a "
             "completion's tokens itself; use 'token_truncate' or 'token_mask'."

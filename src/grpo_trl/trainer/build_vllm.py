@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import GRPOConfig
-from ..config.vllm import changed_distribution
+from ..config.vllm import changed_distribution, correction_mode
 from ..logging import get_logger
 from ..logprobs.evaluator import LogprobEvaluator
 from ..model_utils import causal_lm
@@ -90,9 +90,9 @@ def make_ahead(engine: RolloutEngine, args: GRPOConfig, check: Callable[[], None
 
 def make_correction(args: GRPOConfig) -> Correction | None:
     """Return how the loss corrects for a sampler that is not the old policy; None if it is off."""
-    if not args.vllm_importance_sampling_correction:
+    mode = correction_mode(args)
+    if mode is None:
         return None
-    mode = args.vllm_importance_sampling_mode
     if mode.startswith("sequence") and (found := changed_distribution(args)):
         logger.warning(
             "With %s, vllm_importance_sampling_mode=%r weighs a completion by the probability of sampling nothing else at "
