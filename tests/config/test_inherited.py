@@ -15,7 +15,10 @@ OPTIONS = {field.name for field in dataclasses.fields(TrainingArguments)}
 COPIES = ("asdict", "_asdict_inner", "TrainingArguments.to_dict", "GRPOConfig.fixed_at_construction")
 """Functions that read all options alike."""
 ELSEWHERE = {
-    "construction": {"ddp_backend", "ddp_timeout", "fsdp_config", "gradient_checkpointing_kwargs", "tf32", "use_cpu"},
+    "construction": {
+        "activation_checkpointing_kwargs", "ddp_backend", "ddp_timeout", "fsdp_config", "gradient_checkpointing_kwargs",
+        "tf32", "use_cpu",
+    },
     "a script": {"do_eval", "do_predict", "do_train", "local_rank", "resume_from_checkpoint"},
     "an upload": {
         "hub_always_push", "hub_model_id", "hub_private_repo", "hub_revision", "hub_strategy", "hub_token",

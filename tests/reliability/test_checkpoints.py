@@ -164,20 +164,17 @@ def test_a_readme_may_be_changed_and_files_may_be_added(tmp_path):
     assert fault_of(folder) is None
 
 
-@pytest.mark.parametrize("saves", [True, False])
-def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(saves, tmp_path):
+def test_a_second_run_in_a_folder_is_refused_until_the_first_has_ended(tmp_path):
     folder = tmp_path / "out"
     message = re.escape(f"output_dir={str(folder)!r} is in use")
-    with locked(folder, saves=True), pytest.raises(ValueError, match=message), locked(folder, saves=saves):
+    with locked(folder), pytest.raises(ValueError, match=message), locked(folder):
         pass
-    with locked(folder, saves=saves):
+    with locked(folder):
         pass
     assert os.listdir(folder) == []
 
 
 def test_a_folder_that_cannot_be_written_is_refused_at_the_start_by_a_run_that_saves(tmp_path):
     (tmp_path / "file").touch()
-    with locked(tmp_path / "file", saves=False):
-        pass
-    with pytest.raises(OSError, match=r"cannot be written .*save_strategy='no'"), locked(tmp_path / "file", saves=True):
+    with pytest.raises(OSError, match=r"cannot be written .*save_strategy='no'"), locked(tmp_path / "file"):
         pass

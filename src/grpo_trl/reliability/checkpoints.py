@@ -199,39 +199,32 @@ def rotate_checkpoints(output_dir: Path, run: str, limit: int | None, best: str 
 
 
 @contextlib.contextmanager
-def locked(output_dir: Path, saves: bool) -> Iterator[None]:
-    """Keep other processes out of the folder of a run.
-
-    Args:
-        output_dir: The folder.
-        saves: Whether the run saves checkpoints; otherwise a folder that cannot be written is left unlocked.
+def locked(output_dir: Path) -> Iterator[None]:
+    """Keep other processes out of the folder that a run saves its checkpoints in.
 
     Raises:
         ValueError: Another process is in it.
         OSError: It cannot be written.
     """
-    lock = _acquire(output_dir, saves)
+    lock = _acquire(output_dir)
     try:
         yield
     finally:
-        if lock is not None:
-            (output_dir / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody takes a file that goes away
-            lock.release()
+        (output_dir / LOCK).unlink(missing_ok=True)  # while it is held, so that nobody takes a file that goes away
+        lock.release()
 
 
-def _acquire(output_dir: Path, saves: bool) -> FileLock | None:
+def _acquire(output_dir: Path) -> FileLock:
     lock = FileLock(output_dir / LOCK, timeout=0)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"output_dir={str(output_dir)!r} is in use by another process, whose checkpoints and log this run would "
-            "replace. Choose another output_dir, or wait until that run has ended."
+            f"output_dir={str(output_dir)!r} is in use by another process, whose checkpoints this run would replace. "
+            "Choose another output_dir, or wait until that run has ended."
         ) from None
     except OSError as error:
-        if not saves:
-            return None
         raise OSError(
             error.errno,
             f"output_dir={str(output_dir)!r} cannot be written ({error.strerror}), so no checkpoint could be saved; choose "

@@ -181,10 +181,10 @@ class ResumableTrainer(Trainer):
         check_unchanged(self._fixed_options, self.args.fixed_at_construction)
 
     def _output_dir_locked(self) -> contextlib.AbstractContextManager[None]:
-        """Keep other runs out of `output_dir` while this one is in it."""
-        if self._ranks.rank != 0:
+        """Keep other runs out of `output_dir` while this one saves there."""
+        if self._ranks.rank != 0 or self.args.save_strategy == SaveStrategy.NO:
             return contextlib.nullcontext()
-        return locked(Path(str(self.args.output_dir)), saves=self.args.save_strategy != SaveStrategy.NO)
+        return locked(Path(str(self.args.output_dir)))
 
     def _start_or_resume(self, given: Path | bool | None) -> Path | None:
         """Find the checkpoint to resume from and read this rank's state of it; None where the run starts fresh."""
