@@ -39,8 +39,11 @@ class FileRecord:
 
     @classmethod
     def of(cls, path: Path) -> "FileRecord":
+        digest = hashlib.sha256()
         with path.open("rb") as file:
-            return cls(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+            while block := file.read(2**20):
+                digest.update(block)
+        return cls(path.stat().st_size, digest.hexdigest())
 
 
 @dataclass(frozen=True)
