@@ -147,8 +147,9 @@ def test_truncate_left_keeps_the_end_of_what_does_not_fit(caplog):
     assert "2 of 5 prompts" in caplog.text
 
 
-def test_truncate_left_keeps_the_generation_prompt():
+def test_truncate_left_keeps_the_generation_prompt_and_says_that_the_head_is_gone(caplog):
     assert read(make_set([[user("abcdef")]], limit("truncate_left"))) == ["ef<assistant>"]
+    assert "cuts off their beginning, with the head of the chat template and the system message" in caplog.text
 
 
 @pytest.mark.parametrize("policy", ["error", "drop", "truncate_left"])

@@ -84,7 +84,7 @@ class PromptSet(Prompts):
         if self.limit.policy == "error":
             remedy = self.limit.remedy(lengths[longest])
             raise ValueError(f"{facts}; {remedy}set prompt_overflow='drop' or 'truncate_left'.")
-        logger.warning("%s; prompt_overflow=%r takes care of them.", facts, self.limit.policy)
+        logger.warning("%s; %s.", facts, self.limit.effect(column[longest]))
         if self.limit.policy == "truncate_left":
             return range(len(lengths))
         dropped = set(too_long)

@@ -84,16 +84,16 @@ class PromptStream(Prompts):
         too_long = [i for i, tokens in enumerate(ids) if len(tokens) > self.limit.most_tokens]
         if not too_long:
             return prompts
-        length = len(ids[too_long[0]])
+        first, length = prompts[too_long[0]], len(ids[too_long[0]])
         facts = (
             f"{self.name} has a prompt that leaves no room for max_completion_length={self.limit.max_completion_length} "
-            f"tokens (row {prompts[too_long[0]].row} of the stream has {length} tokens, and {self.limit.max_length} fit "
+            f"tokens (row {first.row} of the stream has {length} tokens, and {self.limit.max_length} fit "
             f"into {self.limit.limited_by})"
         )
         if self.limit.policy == "error":
             raise ValueError(f"{facts}; {self.limit.remedy(length)}set prompt_overflow='drop' or 'truncate_left'.")
         if not self._warned:
-            logger.warning("%s; prompt_overflow=%r takes care of it and of others.", facts, self.limit.policy)
+            logger.warning("%s; %s.", facts, self.limit.effect(first.example["prompt"]))
             self._warned = True
         if self.limit.policy == "truncate_left":
             return prompts

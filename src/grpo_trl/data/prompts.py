@@ -42,6 +42,13 @@ class PromptLimit:
             return f"set max_completion_length={context - longest} or less, or "
         return f"{CONTEXT} is {context}: "
 
+    def effect(self, prompt: Any) -> str:
+        """Say what `prompt_overflow` does to `prompt` and others that are too long."""
+        if self.policy == "drop":
+            return "prompt_overflow='drop' leaves them out"
+        head = "" if isinstance(prompt, str) else ", with the head of the chat template and the system message"
+        return f"prompt_overflow='truncate_left' cuts off their beginning{head}"
+
 
 @dataclass(frozen=True)
 class Share:
