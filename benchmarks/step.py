@@ -15,7 +15,6 @@ import importlib
 import json
 import statistics
 import tempfile
-from dataclasses import replace
 from typing import Any
 
 from workload import ANSWER_LENGTHS, MODELS, Case, PeakMemory, ended_at, in_child, make_model, make_tokenizer, now
@@ -92,12 +91,14 @@ def _end_completions(system: str, model, trainer, case: Case) -> list[float]:
     """Let the completions of step i have the lengths `case.lengths(i)`; the seconds that writing them took."""
     seconds: list[float] = []
     if system == "grpo_trl":
+        from grpo_trl.rollout.base import RolloutRequest
+
         engine = trainer._runner.engine
         rollout = engine.rollout
 
         def timed_rollout(request):
             if not seconds:  # the engine compares itself with plain forwards, of completions that nothing ends
-                rollout(replace(request, prompts=request.prompts[:1], prompt_ids=request.prompt_ids[:1], seeds=[0]))
+                rollout(RolloutRequest([""], request.prompt_ids[:1], 2, [0]))
             start = now()
             with ended_at(case.lengths(len(seconds))):
                 output = rollout(request)
