@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.utils import DummyOptim
+from accelerate.utils.deepspeed import DummyOptim
 from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import IntervalStrategy
