@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -339,6 +340,14 @@ def test_a_shell_completes_commands_and_options(line, completed):
     assert done.output.split() == completed
 
 
+@pytest.fixture
+def heeding_interrupts():
+    """What a shell starts in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     "reward, code, message",
     [
@@ -348,7 +357,7 @@ def test_a_shell_completes_commands_and_options(line, completed):
     ],
     ids=["guard", "signal", "interrupt"],
 )
-def test_a_run_that_stops_has_the_exit_code_of_the_page(folder, reward, code, message):
+def test_a_run_that_stops_has_the_exit_code_of_the_page(folder, reward, code, message, heeding_interrupts):
     (folder / "stopping_rewards.py").write_text(f"import os, signal, time\ndef stops(completions):\n    {reward}\n")
     changes = {"reward_funcs": ["stopping_rewards.stops"], "dead_run_patience": 1, "on_dead_run": "stop"}
     done = run("train", written(folder, save_strategy="steps", save_steps=9, max_steps=9, **changes))
