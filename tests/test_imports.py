@@ -13,7 +13,7 @@ ROOMS = (
     ("model_utils", "rewards", "metrics", "report"),
     ("attention",),
     ("types",),
-    ("plan", "logprobs", "rollout", "models"),
+    ("plan", "logprobs", "rollout", "models", "reference"),
     ("data", "distributed"),
     ("reliability", "config"),
     ("trainer",),

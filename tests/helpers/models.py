@@ -1,7 +1,9 @@
 """Small models and tokenizers, made in code."""
 
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -71,3 +73,31 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+INPUT = torch.tensor([[5, 6, 7, 8]])
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=INPUT).logits.clone()
+
+
+def lora(**changes) -> LoraConfig:
+    return LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]} | changes))
+
+
+def make_adapted(name: str = "default", **changes) -> PeftModel:
+    """A policy with an adapter that does something, as after some training."""
+    policy = get_peft_model(make_model(), lora(**changes), adapter_name=name)
+    torch.manual_seed(1)
+    move(policy)
+    return policy
+
+
+def move(policy: nn.Module) -> None:
+    """Change everything that is trained."""
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.1)

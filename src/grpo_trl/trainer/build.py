@@ -31,7 +31,6 @@ from ..logprobs.evaluator import LogprobEvaluator
 from ..logprobs.head import enable_logprobs
 from ..logprobs.packing import Packer
 from ..models import (
-    Reference,
     add_adapter,
     check_checkpointing,
     compute_head_in_float32,
@@ -40,6 +39,7 @@ from ..models import (
     load_tokenizer,
     train_in_float32,
 )
+from ..reference import Reference
 from ..rewards import Rewards
 from ..rollout.base import SamplingOptions
 from ..rollout.group.engine import GroupEngine

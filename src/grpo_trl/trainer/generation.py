@@ -22,8 +22,8 @@ from ..distributed.load_balance import Balancer
 from ..errors import RunStopped
 from ..logprobs.evaluator import LogprobEvaluator
 from ..metrics import Mean, MetricLog
-from ..models import Reference
 from ..objective import Counts
+from ..reference import Reference
 from ..reliability.guards import RankSummary
 from ..rewards import RewardTable
 from ..rollout.base import Rollout, RolloutRequest

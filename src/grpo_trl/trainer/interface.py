@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..models import Reference
 from ..objective.entropy import entropy_threshold
 from ..objective.loss import policy_gap
+from ..reference import Reference
 from ..report import append_objective
 from ..rewards.call import FunctionReward
 from .evaluation import EvaluatingTrainer
