@@ -1,4 +1,6 @@
-"""Small models and tokenizers, made in code."""
+"""Small models, adapters and tokenizers, made in code."""
+
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -83,11 +85,12 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(input_ids=INPUT).logits.clone()
 
 
-def lora(**changes) -> LoraConfig:
-    return LoraConfig(**({"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]} | changes))
+def lora(**changes: Any) -> LoraConfig:
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"]}
+    return LoraConfig(**(options | changes))
 
 
-def make_adapted(name: str = "default", **changes) -> PeftModel:
+def make_adapted(name: str = "default", **changes: Any) -> PeftModel:
     """A policy with an adapter that does something, as after some training."""
     policy = get_peft_model(make_model(), lora(**changes), adapter_name=name)
     torch.manual_seed(1)

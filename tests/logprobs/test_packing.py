@@ -19,7 +19,7 @@ SETTINGS = settings(max_examples=100, deadline=None, derandomize=True)
 
 
 def make_packer(shared_prefix=True, batch_size=None, max_tokens=None, **options):
-    """By count, by tokens, or by both; by four completions unless something is said."""
+    """By count, by tokens, or by both; by four completions where neither is given."""
     batch_size = 4 if batch_size is None and max_tokens is None else batch_size
     return Packer(batch_size, max_tokens, pad_token_id=0, shared_prefix=shared_prefix, **options)
 

@@ -15,7 +15,7 @@ from grpo_trl.errors import RunStopped
 from grpo_trl.report import Run
 from grpo_trl.report.log import completion_files, evaluation_files, step_of
 from grpo_trl.report.run import read_completions
-from grpo_trl.trainer.recording import EVENTS, reason_of, tolerate_reporting
+from grpo_trl.trainer.callbacks import EVENTS, reason_of, tolerate_reporting
 from tests.conftest import make_model
 from tests.helpers.training import sampling_trainer, train
 

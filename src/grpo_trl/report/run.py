@@ -72,7 +72,7 @@ class Run:
 
     @property
     def over(self) -> str:
-        """How the run came to its end, as a phrase; empty while it goes on, as far as this machine can tell."""
+        """Say in a phrase how the run ended; empty while it seems to be running."""
         if self.ended or self.stopped:
             return "ended" if self.ended else f"stopped: {self.stopped}"
         host, number = self.process

@@ -52,28 +52,31 @@ def check_not_here(**arguments: Any) -> None:
             )
 
 
-def check_functions(**functions: tuple[Any, str]) -> None:
-    """Refuse what cannot be called with the arguments that it will get, which stand beside it, as "prompts, trainer".
+def check_functions(rollout_func: Any, compute_metrics: Any, advantage_func: Any) -> None:
+    """Refuse what cannot be called with what the trainer passes.
 
     Raises:
         TypeError: An argument is no such function.
     """
-    for name, (function, arguments) in functions.items():
-        if function is None:
-            continue
-        form = f"pass a function {name}({arguments})"
-        if not callable(function) or inspect.isclass(function):
-            raise TypeError(f"{name} is {function!r} ({type(function).__name__}); {form}.")
-        if inspect.iscoroutinefunction(function):
-            raise TypeError(
-                f"{name} is a coroutine function, which is not awaited; {form} that runs its own event loop."
-            )
-        try:
-            inspect.signature(function).bind(*arguments.split(", "))
-        except TypeError as error:
-            raise TypeError(f"{name} cannot be called: {error}; {form}.") from None
-        except ValueError:  # some built-in callables have no signature
-            pass
+    _check_function("rollout_func", rollout_func, ("prompts", "trainer"))
+    _check_function("compute_metrics", compute_metrics, ("evaluated",))
+    _check_function("advantage_func", advantage_func, ("rewards_per_func", "group"))
+
+
+def _check_function(name: str, function: Any, arguments: tuple[str, ...]) -> None:
+    if function is None:
+        return
+    form = f"pass a function {name}({', '.join(arguments)})"
+    if not callable(function) or inspect.isclass(function):
+        raise TypeError(f"{name} is {function!r} ({type(function).__name__}); {form}.")
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name} is a coroutine function, which is not awaited; {form} that runs its own event loop.")
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name} cannot be called: {error}; {form}.") from None
+    except ValueError:  # some built-in callables have no signature
+        pass
 
 
 def check_kinds(**arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""The training loop: which micro-batch Trainer gets when, and its loss.
+"""The training loop: what a run is made of, and which mini-batch Trainer gets when.
 
 The route of a completion, from a row of the dataset to the gradient:
 
@@ -8,14 +8,12 @@ The route of a completion, from a row of the dataset to the gradient:
     -> GenerationBatch, one MiniBatch a step   generation.py; which rank, distributed/load_balance.py
     MiniBatch -> MicroBatch                    logprobs/packing.py
     MicroBatch -> logprobs                     logprobs/compute.py, through the wrapped model
-    logprobs -> loss -> gradient               objective/loss.py, called by compute_loss below
+    logprobs -> loss -> gradient               objective/loss.py, called by update.py
 """
 
 import itertools
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -23,13 +21,11 @@ import torch
 from accelerate.utils import set_seed
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl.trainer.callbacks import SyncRefModelCallback
 
-from ..attention.shared_prefix import serve_shared_prefix
 from ..config import GRPOConfig
 from ..data.datasets import as_eval_datasets, as_train_dataset
 from ..data.schedule import Schedule
@@ -38,17 +34,15 @@ from ..distributed.launch import check_devices, check_one_backend, check_ranks, 
 from ..distributed.load_balance import Balancer
 from ..distributed.sharding import backend_of
 from ..logprobs.comparison import tolerance
-from ..logprobs.compute import compute_logprobs
-from ..metrics import Mean, MetricLog, Sum
+from ..metrics import MetricLog
 from ..models import context_length, eos_token_ids, has_dropout
-from ..objective import Counts, grpo_loss, make_objective
-from ..reliability.guards import DeadRun, NonFinite, RankSummary, check_failures, warn_of_drift
+from ..objective import Counts, grpo_loss
+from ..reliability.guards import DeadRun, RankSummary, check_failures, warn_of_drift
 from ..reliability.hints import Hints
 from ..reliability.run_state import Stateful, fingerprint
-from ..reliability.training_checks import check_loss
 from ..report import merge_tables
 from ..rollout.vllm import VLLMEngine
-from ..types import Completion, GenerationBatch, MicroBatch, MiniBatch
+from ..types import Completion, GenerationBatch, MiniBatch
 from .advantages import AdvantageFunc
 from .arguments import (
     check_callbacks,
@@ -70,20 +64,19 @@ from .build import (
     make_rewards,
     make_schedule,
 )
-from .build_vllm import make_ahead, make_correction, make_weight_sync
+from .build_vllm import make_ahead, make_weight_sync
 from .entropy import EntropyControl
 from .evaluation import ComputeMetrics
 from .generation import GenerationBatchBuilder
-from .loss_metrics import loss_metrics
 from .memory_budget import MemoryBudget
-from .recording import RecordedTrainer
 from .router import RouterBalance, router_coefficient
 from .runner import RolloutRunner
 from .sampler_check import SamplerCheck
 from .timing import StepTimer
+from .update import UpdatingTrainer
 
 
-class GRPOTrainer(RecordedTrainer):
+class GRPOTrainer(UpdatingTrainer):
     """Trains a language model with Group Relative Policy Optimization.
 
     For each prompt it samples a group of completions, rewards them, and moves the model towards those that were better
@@ -145,16 +138,12 @@ class GRPOTrainer(RecordedTrainer):
         **unknown: Any,
     ):
         check_names(unknown, GRPOTrainer)
-        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         check_not_here(tools=tools, environment_factory=environment_factory)
-        check_functions(
-            rollout_func=(rollout_func, "prompts, trainer"),
-            compute_metrics=(compute_metrics, "evaluated"),
-            advantage_func=(advantage_func, "rewards_per_func, group"),
-        )
+        check_functions(rollout_func, compute_metrics, advantage_func)
         check_kinds(model=model, args=args, processing_class=processing_class, peft_config=peft_config)
         check_callbacks(callbacks)
         check_optimizers(optimizers)
+        model = os.fspath(model) if isinstance(model, os.PathLike) else model
         args = config_of(args, model)
         choose_metric(args, callbacks, eval_dataset, compute_metrics is not None)
         check_ranks(args.world_size, fsdp_was_asked_for(args.fsdp), args.device.type)
@@ -177,15 +166,11 @@ class GRPOTrainer(RecordedTrainer):
         check_one_backend(self.is_deepspeed_enabled, args.deepspeed, os.environ)
         check_devices(args.n_gpu)  # a model that lies on several devices has set it to 1 by now
 
-        self._objective = make_objective(args)
-        self._metrics, self._step_metrics, self._step_flos = MetricLog(), MetricLog(), 0.0
-        self._step_loss = self._step_entropy = torch.zeros((), device=args.device)
-        self._step_has_signal = False
+        self._start_updates()
         self._generation_batch: GenerationBatch | None = None
         self._timer = StepTimer(self._metrics)
         self.add_callback(self._timer)
         self._dead_run = DeadRun(args.dead_run_patience, args.on_dead_run, args.max_completion_length)
-        self._nonfinite = NonFinite(args.max_nonfinite_steps)
         self._evaluator = make_evaluator(self.model, tokenizer, args, self._waits_in_forward)
         self._reference = make_reference(self.model, model, peft_config is not None, args, self.accelerator)
         if args.sync_ref_model and self._reference is not None:
@@ -195,7 +180,6 @@ class GRPOTrainer(RecordedTrainer):
         engine = self._make_engine(rollout_func)
         self._sync = make_weight_sync(engine, self.model, args, self._evaluator)
         self._ahead = make_ahead(engine, args, self._signals.check)
-        self._correction = make_correction(args)
         self._runner = RolloutRunner(engine, rewards, tokenizer, self._watchdog.phase, self._signals.interruptible)
         functions = dict(zip(self.reward_func_names, self.reward_funcs, strict=True))
         self._hints = Hints(tokenizer, eos_token_ids(self.model, tokenizer), functions)
@@ -306,118 +290,6 @@ class GRPOTrainer(RecordedTrainer):
     def _check_generation_batch(self, summaries: Sequence[RankSummary]) -> None:
         check_failures(summaries, self.args.max_reward_failure_rate)
         self._dead_run.update(summaries)
-
-    # ---- The loss ----
-    def training_step(  # type: ignore[override]  # Trainer passes on a mini-batch, or None for the micro-steps before it
-        self, model: nn.Module, inputs: MiniBatch | None, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Run forward and backward of a mini-batch, micro-batch by micro-batch; return the sum of the losses."""
-        if inputs is None:
-            return torch.zeros((), device=self.args.device)
-        divisor = self._objective.aggregation.divisor(inputs.counts)
-        with self._watchdog.phase("the update"):
-            completions = self._entropy.prepare(model, inputs, divisor)
-            self._router.prepare(model, completions)
-            forward_backward = partial(self._forward_backward, model)
-            loss = self._evaluator.in_micro_batches(completions, divisor, forward_backward, undo=model.zero_grad)
-            self._entropy.finish(self._step_entropy)
-        self._metrics.drain(self._step_metrics)
-        self._metrics.add("loss", Mean.of(loss))
-        set_aside = len(inputs.completions) - len(self._evaluator.with_gradient(inputs.completions))
-        self._metrics.add("policy_signal", Mean(0.0, set_aside))
-        if self._entropy.has_bonus:
-            self._metrics.add("entropy_coef", Mean(self._entropy.coefficient))
-        if self._router.active:
-            self._metrics.add("aux_loss", Mean(self._router.value))
-        self._step_loss = loss
-        # from another sampler's probabilities all ratios may be clipped, or all completions left out
-        of_sampler = self.args.use_vllm or self._ahead is not None or self.args.old_logprobs == "sampler"
-        self._step_has_signal = not of_sampler and any(
-            c.has_signal and any(c.mask if c.mask_policy is None else c.mask_policy) for c in completions
-        )
-        return loss
-
-    def _forward_backward(self, model: nn.Module, micro_batches: list[MicroBatch]) -> Tensor:
-        """Under DDP only the last micro-batch synchronizes gradients. It is empty, so until then no rank waits for another.
-
-        Backends that shard weights or gradients synchronize in each micro-batch, and never hold whole gradients longer.
-        """
-        self._step_metrics, self._step_flos = MetricLog(), 0.0
-        self._step_entropy = loss = torch.zeros((), device=self.args.device)
-        if self.args.world_size > 1 and not self._waits_in_forward:
-            micro_batches = [*micro_batches, self._evaluator.packer.micro_batch([], micro_batches[0].divisor)]
-        for number, micro_batch in enumerate(micro_batches, start=1):
-            last = number == len(micro_batches)
-            self.accelerator.gradient_state._set_sync_gradients(last)
-            with (
-                nullcontext() if last or self._waits_in_forward else self.accelerator.no_sync(model),
-                # for what the backward pass recomputes
-                serve_shared_prefix(model) if micro_batch.layout else nullcontext(),
-            ):
-                loss = loss + super().training_step(model, micro_batch)  # type: ignore[arg-type]
-            self._step_flos += super().floating_point_ops({"input_ids": micro_batch.input_ids_RS})
-        return loss
-
-    def compute_loss(  # type: ignore[override]  # Trainer passes on a micro-batch
-        self, model: nn.Module, inputs: MicroBatch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor:
-        """Return the micro-batch's share of the loss; its gradient averages over ranks, as DDP and ZeRO do."""
-        logprobs = compute_logprobs(
-            model,
-            inputs,
-            self.args.temperature,
-            entropy_gradient=self._entropy.has_bonus,
-            router_load=self._router.active,
-        )
-        old_logps_BT = logprobs.logps_BT.detach() if inputs.old_logps_BT is None else inputs.old_logps_BT
-        correction_BT = None
-        if self._correction is not None and inputs.drawn_logps_BT is not None:
-            correction_BT = self._correction.weights(old_logps_BT, inputs.drawn_logps_BT, inputs.mask_BT)
-        output = grpo_loss(
-            logprobs.logps_BT,
-            old_logps_BT,
-            inputs.advantages_BU,
-            inputs.mask_BT,
-            objective=self._objective,
-            ref_logps_BT=inputs.ref_logps_BT,
-            sampler_logps_BT=inputs.sampler_logps_BT,
-            mask_policy_BT=inputs.mask_policy_BT,
-            entropy_BT=logprobs.entropy_BT,
-            entropy_weight=self._entropy.weight,
-            correction_BT=correction_BT,
-        )
-        check_loss(output.loss, model)
-        self._step_metrics.add_all(loss_metrics(output, logprobs, inputs, correction_BT))
-        self._step_entropy = self._step_entropy + output.entropy
-        loss = output.loss / inputs.divisor + self._router.loss(logprobs.router_load_2E)
-        return loss * self.args.world_size
-
-    def _prepare_inputs(self, inputs: MicroBatch) -> MicroBatch:  # type: ignore[override]
-        return inputs  # on the device already, in the precision that it needs
-
-    def _track_num_input_tokens(self, inputs: MiniBatch | None) -> None:
-        """Tokens are counted when a generation batch is sampled."""
-
-    def floating_point_ops(self, inputs: MiniBatch | None) -> float:  # type: ignore[override]
-        return self._step_flos if inputs else 0.0
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Called between clipping and the update, which is skipped here if it is not finite."""
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        if isinstance(grad_norm, DTensor):  # under FSDP2
-            grad_norm = grad_norm.full_tensor()
-        if self.args.fp16:
-            known_norm = None  # overflows at times; the loss scale is lowered then, and the step skipped
-        elif self.is_deepspeed_enabled and self.accelerator.optimizer_step_was_skipped:
-            known_norm = math.inf  # by now DeepSpeed has stepped, or has found out and not stepped
-        else:
-            known_norm = grad_norm
-        if self._nonfinite.should_skip(self._step_loss, known_norm, self.accelerator.reduce):
-            self._metrics.add("nonfinite_steps", Sum(float(self.is_world_process_zero())))
-            model.zero_grad()
-        else:
-            self._weights_move.note_gradient(grad_norm, self._step_has_signal)
-        return grad_norm
 
     # ---- What survives ----
     def _parts(self) -> dict[str, Stateful]:
