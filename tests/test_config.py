@@ -387,11 +387,6 @@ def test_a_sync_without_a_reference_is_refused():
     assert make_config(sync_ref_model=True, beta=beta).beta == beta
 
 
-@pytest.mark.parametrize("value, word", [(True, "group"), (False, "none"), ("True", "group"), ("batch", "batch")])
-def test_scale_rewards_takes_the_booleans_of_trl(value, word):
-    assert make_config(scale_rewards=value).scale_rewards == word
-
-
 # ---- Geometry ----
 @pytest.fixture(params=[1, 2])
 def world_size(request, monkeypatch):

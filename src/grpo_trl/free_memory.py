@@ -23,7 +23,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    shared = min(psutil.virtual_memory().available, *left_in_cgroups(), 2**63)
+    shared = min([psutil.virtual_memory().available, *left_in_cgroups()])
     own = shared // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
     if limit != resource.RLIM_INFINITY:

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 
 from grpo_trl.errors import RunStopped
+from grpo_trl.logprobs.comparison import Comparison
 from grpo_trl.logprobs.compute import compute_completion_logprobs
 from grpo_trl.logprobs.packing import Packer
 from grpo_trl.models import has_dropout
@@ -55,7 +56,7 @@ def test_a_difference_is_judged_again_on_more_completions_and_against_the_noise(
 @pytest.mark.parametrize("difference", [0.01, float("nan")])
 def test_a_difference_on_another_rank_stops_this_one_too(difference):
     def gather(values):
-        return [*values, type(values[0])(difference, 7, 0.0)]
+        return [*values, Comparison(difference, 0.0, 1e-3, tokens=7)]
 
     with pytest.raises(RunStopped, match="over 7 tokens"):
         run(Evaluator(0.0), ranks=Ranks(0, 2, gather))

@@ -82,7 +82,7 @@ class Configuration:
         Raises:
             ValueError: An option is unknown or cannot work.
         """
-        parser = TrlParser(cast(Any, (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)))
+        parser = _parser(config_class)
         known = parser.known_names | {"env"}
         given = [*options, *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]
         given = [todays_name(name.replace("-", "_"), known) for name in given]
@@ -210,7 +210,11 @@ def options_of(file: Path) -> dict[str, Any]:
 
 def known_options() -> set[str]:
     """List the names of all options of a run."""
-    return TrlParser(cast(Any, (ScriptArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig))).known_names
+    return _parser().known_names
+
+
+def _parser(config_class: type[GRPOConfig] = GRPOConfig) -> TrlParser:
+    return TrlParser(cast(Any, (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)))
 
 
 def _check_known(name: str, known: set[str]) -> None:

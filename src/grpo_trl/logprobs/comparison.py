@@ -22,7 +22,7 @@ NOISE_FACTOR = 4.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """Mean differences of log-probabilities (nats)."""
+    """Mean absolute differences of log-probabilities (nats)."""
 
     difference: float
     """Of the way that is judged from the plain one."""

@@ -71,9 +71,6 @@ class Weights:
         """Of shape (R, V or more)."""
         return self.weights_RNK.flatten(1)
 
-    def of_tokens(self, tokens_R: Tensor) -> Tensor:
-        return self.by_token.gather(1, tokens_R[:, None])[:, 0]
-
     def logsumexp(self, total_R: Tensor) -> Tensor:
         """Of the logits whose weights sum to `total_R`, in float64."""
         return self.max_R.double() + (total_R.double() * 2.0**-self.bits).log()

@@ -50,7 +50,7 @@ class RolloutFuncEngine:
 
         Raises:
             ValueError: The function returned something else than documented.
-        TypeError: It returned no dict.
+            TypeError: It returned no dict.
         """
         group = request.num_generations
         prompts = [copy.deepcopy(prompt) for prompt in request.prompts for _ in range(group)]  # its own to change

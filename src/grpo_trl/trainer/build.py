@@ -92,8 +92,8 @@ def make_policy(
     policy.add_model_tags(["grpo_trl", "grpo"])
     if args.gradient_checkpointing:
         check_checkpointing(policy)
-    if isinstance(policy, PeftModel) and args.gradient_checkpointing:
-        policy.enable_input_require_grads()
+        if isinstance(policy, PeftModel):
+            policy.enable_input_require_grads()
     return policy, tokenizer
 
 
@@ -228,11 +228,9 @@ def make_advantages(
     """Choose how completions get their advantages; `weights_F` are those of the reward functions."""
     if func is not None:
         return FunctionRule(func, make_ranks(args))
-    rules: dict[str, Callable[[RewardedRollout, Tensor], Advantages]] = {
-        "sum_then_normalize": GroupRule(args.scale_rewards),
-        "normalize_then_sum": GdpoRule(weights_F, make_ranks(args)),
-    }
-    return rules[args.multi_objective_aggregation]
+    if args.multi_objective_aggregation == "normalize_then_sum":
+        return GdpoRule(weights_F, make_ranks(args))
+    return GroupRule(args.scale_rewards)
 
 
 def make_evaluator(

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..config import GRPOConfig
 from ..config.vllm import changed_distribution, correction_mode
 from ..logging import get_logger
+from ..logprobs.comparison import COARSE_TOLERANCE, TOLERANCE
 from ..logprobs.evaluator import LogprobEvaluator
 from ..model_utils import causal_lm
 from ..objective.correction import Correction
@@ -25,7 +26,7 @@ from ..rollout.vllm.weights import check_adapter
 from ..types import Ranks
 from .ahead import SamplesAhead
 from .build import make_ranks, make_sampling_options
-from .weight_sync import HALF_TOLERANCE, TOLERANCE, WeightSync
+from .weight_sync import WeightSync
 
 
 logger = get_logger(__name__)
@@ -80,7 +81,7 @@ def make_weight_sync(
     if not isinstance(engine, VLLMEngine):
         return None
     half = args.half_precision or next(model.parameters()).dtype != torch.float32
-    return WeightSync(engine, evaluator, make_ranks(args), HALF_TOLERANCE if half else TOLERANCE)
+    return WeightSync(engine, evaluator, make_ranks(args), COARSE_TOLERANCE if half else TOLERANCE)
 
 
 def make_ahead(engine: RolloutEngine, args: GRPOConfig, check: Callable[[], None]) -> SamplesAhead | None:

@@ -66,9 +66,9 @@ class MemoryBudget:
             self._set_recomputed(recomputed)
         if tokens_open:
             self._max_tokens = fits
-        if self._max_tokens and tokens_open:
-            on_cpu = self.args.device.type == "cpu"
-            self._evaluator.fit(fits if on_cpu else min(fits, GPU_TOKENS), by_count=on_cpu)
+            if fits:
+                on_cpu = self.args.device.type == "cpu"
+                self._evaluator.fit(fits if on_cpu else min(fits, GPU_TOKENS), by_count=on_cpu)
 
     def _planned(self) -> tuple[bool, int]:
         """Return whether activations are recomputed and how many tokens fit then; 0 where the run cannot be planned."""

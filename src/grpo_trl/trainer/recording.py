@@ -58,8 +58,8 @@ class RecordedTrainer(TrlInterface):
 
     def _shows_progress(self) -> bool:
         """Bars are for a terminal that has no live view at the time, and for a notebook."""
-        watched = has_terminal(sys.stderr) or not self._quiet
-        return super()._shows_progress() and watched and not (self.is_in_train and shows_live_view(self.args))
+        hidden = self._quiet or (self.is_in_train and shows_live_view(self.args))
+        return super()._shows_progress() and not hidden
 
     def _record_evaluation(self, name: str, evaluated: EvaluatedCompletions) -> None:
         self._recorder.evaluation(self.state.global_step, name, evaluated)

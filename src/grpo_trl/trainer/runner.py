@@ -144,10 +144,9 @@ class RolloutRunner:
     ) -> SampledRollout:
         """Sample what is asked for; its speed goes to `metrics`. `take` gives what has been sampled ahead."""
         with metrics.timed("time/sampling") as timer, self.phase("sampling"):
-            sampled = None if take is None else take()
-            rollout = self.engine.rollout(request) if sampled is None else sampled.rollout
-        if sampled is None:
-            sampled = SampledRollout(rollout, timer.seconds, None)
+            taken = None if take is None else take()
+            rollout = self.engine.rollout(request) if taken is None else taken.rollout
+        sampled = taken or SampledRollout(rollout, timer.seconds, None)
         tokens = sum(len(c.ids) for c in rollout.completions)
         metrics.add("sampling/tokens_per_second", Mean(tokens, sampled.seconds))
         if rollout.computed_tokens is not None:
@@ -189,11 +188,12 @@ class RolloutRunner:
         self, prompts: Sequence[Prompt], num_generations: int, rollout: Rollout, trainer_state: Any
     ) -> RewardBatch:
         rows = [prompt for prompt in prompts for _ in range(num_generations)]
+        columns = {name: [row.example[name] for row in rows] for name in reward_columns(rows[0].example)}
         return RewardBatch(
             prompts=[row.example["prompt"] for row in rows],
             completions=self._texts(rows, rollout.completions),
             completion_ids=[c.ids for c in rollout.completions],
-            columns=_columns(rows) | rollout.columns,
+            columns=columns | rollout.columns,
             num_generations=num_generations,
             trainer_state=trainer_state,
         )
@@ -225,8 +225,3 @@ def make_request(
 def reward_columns(columns: Iterable[str]) -> list[str]:
     """Return the columns of a dataset that reward functions get; the others come under the names of the trainer."""
     return [name for name in columns if name not in ("prompt", "completion", "completion_ids")]
-
-
-def _columns(rows: list[Prompt]) -> dict[str, list[Any]]:
-    names = [name for name in rows[0].example if name not in ("prompt", "completion", "completion_ids")]
-    return {name: [row.example[name] for row in rows] for name in names}

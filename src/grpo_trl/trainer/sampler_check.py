@@ -2,27 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import RunStopped
-from ..logprobs.comparison import NOISE_FACTOR, tolerance
+from ..logprobs.comparison import Comparison, tolerance
 from ..logprobs.evaluator import LogprobEvaluator
 from ..types import Completion, Ranks
 
 
 FEW, MORE = 4, 16
 """Completions of a rank that are compared at first, and before the run is stopped."""
-
-
-class _Measured(NamedTuple):
-    difference: float
-    """Mean difference (nats) of the sampler's logprobs from the trainer's."""
-    tokens: int
-    noise: float
-    """Mean difference of the trainer's from its own in micro-batches of one completion."""
 
 
 class SamplerCheck:
@@ -49,34 +40,29 @@ class SamplerCheck:
         if self._done:
             return
         self._done = True
-        allowed = tolerance(policy, self.mixed_precision)
-        if self._worst(policy, completions[:FEW], noise=False).difference <= allowed:
+        if self._worst(policy, completions[:FEW], noise=False).agrees:
             return
         worst = self._worst(policy, completions[:MORE], noise=True)
-        allowed = max(allowed, NOISE_FACTOR * worst.noise)
-        if not worst.difference <= allowed:
+        if not worst.agrees:
             raise RunStopped(
                 "The policy that samples is not the one that the loss trains: logprobs of sampled tokens differ from the "
-                f"trainer's by {worst.difference:.2g} nats on average over {worst.tokens} tokens, where {allowed:.2g} are "
-                f"allowed (the model differs from itself by {worst.noise:.2g} in another batch shape). Likely causes: a "
+                f"trainer's by {worst}. Likely causes: a "
                 "callback, hook or reward function that changes weights, temperature or the mode of the model between "
                 "sampling and the loss; noise in the model's forward that evaluation mode does not turn off; an adapter "
                 "that is active in only one of both; code of the model that computes something else where keys and values "
                 "are cached, which generation_kwargs={'cache_implementation': 'dynamic'} avoids."
             )
 
-    def _worst(self, policy: nn.Module, completions: Sequence[Completion], noise: bool) -> _Measured:
-        measured = self._measure(policy, [c for c in completions if c.sampler_logps is not None], noise)
-        return max(self.ranks.gather([measured]), key=lambda one: math.inf if math.isnan(one.difference) else one[0])
+    def _worst(self, policy: nn.Module, completions: Sequence[Completion], noise: bool) -> Comparison:
+        compared = self._compare(policy, [c for c in completions if c.sampler_logps is not None], noise)
+        return max(self.ranks.gather([compared]), key=lambda c: math.inf if math.isnan(c.difference) else c.difference)
 
-    def _measure(self, policy: nn.Module, completions: list[Completion], noise: bool) -> _Measured:
+    def _compare(self, policy: nn.Module, completions: list[Completion], noise: bool) -> Comparison:
         sampler = torch.tensor([logp for c in completions for logp in c.sampler_logps or []])
-        trainer = torch.cat([torch.zeros(0), *self.evaluator.logps(policy, completions)])
-        alone = trainer
+        trainer, alone = self._logps(policy, completions), None
         if noise:
-            alone = torch.cat([torch.zeros(0), *self.evaluator.logps(policy, completions, alone=True)])
-        return _Measured(_mean(trainer - sampler), len(sampler), _mean(trainer - alone))
+            alone = self._logps(policy, completions, alone=True)
+        return Comparison.of(sampler, trainer, alone, tolerance(policy, self.mixed_precision))
 
-
-def _mean(difference: torch.Tensor) -> float:
-    return difference.abs().double().mean().item() if len(difference) else 0.0
+    def _logps(self, policy: nn.Module, completions: list[Completion], alone: bool = False) -> Tensor:
+        return torch.cat([torch.zeros(0), *self.evaluator.logps(policy, completions, alone)])

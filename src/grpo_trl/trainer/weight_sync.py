@@ -10,17 +10,12 @@ from torch import nn
 
 from ..distributed.collectives import run_on_all_ranks
 from ..errors import RunStopped
+from ..logprobs.comparison import TOLERANCE
 from ..logprobs.compute import compute_completion_logprobs
 from ..logprobs.evaluator import LogprobEvaluator
 from ..metrics import Max, Mean, MetricLog
 from ..rollout.base import RolloutRequest, SyncedEngine
 from ..types import Completion, Ranks
-
-
-TOLERANCE = 1e-3
-"""Of the mean difference between logprobs in float32; they agree to 1e-5."""
-HALF_TOLERANCE = 0.05
-"""The same where trainer or engine compute in half precision; they agree to 1e-2."""
 
 
 class _Difference(NamedTuple):

@@ -271,7 +271,7 @@ def group_cache_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' models call it; arguments as in `policy.shared_prefix.shared_prefix_attention`.
+    """Attention as transformers' models call it; arguments as in `attention.shared_prefix.shared_prefix_attention`.
 
     Args:
         group_cache: Keeps keys and values, and knows what this forward computes.
