@@ -12,10 +12,11 @@ from grpo_trl.free_memory import free_memory, left_in_cgroups
 CPU = torch.device("cpu")
 
 
-def test_ranks_of_one_machine_share_its_memory(monkeypatch):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+@pytest.mark.parametrize("launcher", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_ranks_of_one_machine_share_its_memory(launcher, monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     whole = free_memory(CPU)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv(launcher, "4")
     assert free_memory(CPU) == pytest.approx(whole / 4, rel=0.1)
 
 

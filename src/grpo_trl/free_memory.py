@@ -1,12 +1,12 @@
 """The memory that this process may still take."""
 
-import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import torch
+from accelerate.utils import get_int_from_env
 
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -24,7 +24,7 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     shared = min([psutil.virtual_memory().available, *left_in_cgroups()])
-    own = shared // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = shared // get_int_from_env(["LOCAL_WORLD_SIZE", "LOCAL_SIZE"], 1)  # the latter is of the deepspeed launcher
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
     if limit != resource.RLIM_INFINITY:
         own = min(own, limit - psutil.Process().memory_info().vms)

@@ -204,23 +204,24 @@ def add_adapter(model: Any, peft_config: PeftConfig | None) -> Any:
     return policy
 
 
+def checkpointing_fault(policy: Any) -> str | None:
+    """Say why the layers of a policy cannot be recomputed; None where they can be."""
+    lm = causal_lm(policy)
+    if not lm.supports_gradient_checkpointing:
+        return f"{type(lm).__name__} does not support it"
+    if isinstance(policy, PeftModel) and policy.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        return "the keys and values of prefix tuning are lost where layers are recomputed"
+    return None
+
+
 def check_checkpointing(policy: Any) -> None:
-    """Refuse to recompute layers that cannot be, or that an adapter has put keys and values into.
+    """Refuse to recompute layers that cannot be.
 
     Raises:
         ValueError: The policy has such layers.
     """
-    lm = causal_lm(policy)
-    if not lm.supports_gradient_checkpointing:
-        raise ValueError(
-            f"gradient_checkpointing=True cannot work: {type(lm).__name__} does not support it; set "
-            "gradient_checkpointing=False."
-        )
-    if isinstance(policy, PeftModel) and policy.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
-        raise ValueError(
-            "gradient_checkpointing=True cannot work with prefix tuning, whose keys and values are lost where layers are "
-            "recomputed; set gradient_checkpointing=False."
-        )
+    if fault := checkpointing_fault(policy):
+        raise ValueError(f"gradient_checkpointing=True cannot work: {fault}; set gradient_checkpointing=False.")
 
 
 def has_injected_adapter(model: Any) -> bool:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PrefixTuningConfig
 
 from grpo_trl.logprobs.packing import Packer
 from grpo_trl.model_utils import causal_lm
@@ -106,6 +106,33 @@ def test_a_resumed_run_keeps_what_its_checkpoint_has_chosen(monkeypatch, tmp_pat
     assert resumed.model.is_gradient_checkpointing
     ends = [weights(trainer.model) for trainer in (whole, resumed)]
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+
+
+def test_an_option_that_comes_and_goes_leaves_the_limit_that_fits(monkeypatch, tmp_path):
+    options = {"gradient_checkpointing": None, "optim": "sgd"}
+    with_free(monkeypatch, needed(24, True))
+    limits = []
+    for steps, option in enumerate((None, 100, None), start=1):
+        trainer = sampling_trainer(tmp_path, 8, max_steps=steps, max_tokens_per_micro_batch=option, **options)
+        trainer.train(resume_from_checkpoint=True)
+        limits.append(trainer._evaluator.packer.max_tokens)
+    assert limits == [limits[0], 100, limits[0]]
+
+
+@pytest.mark.parametrize("plannable", [True, False])
+@pytest.mark.parametrize("kind", ["unsupported", "prefix tuning"])
+def test_layers_that_cannot_be_recomputed_never_are(kind, plannable, monkeypatch):
+    model, peft_config = make_model(), None
+    if kind == "unsupported":
+        monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    else:
+        peft_config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    if not plannable:
+        monkeypatch.setattr("grpo_trl.trainer.recording.setup_of", lambda *args, **kwargs: _refuse())
+    with_free(monkeypatch, needed(24, True))
+    trainer = train(model, PROMPTS, peft_config=peft_config, **OPEN)
+    assert trainer.state.global_step
+    assert not causal_lm(trainer.model).is_gradient_checkpointing
 
 
 def test_a_model_that_the_plan_cannot_read_is_trained_as_before(monkeypatch, caplog):

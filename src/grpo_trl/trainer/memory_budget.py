@@ -11,6 +11,7 @@ from ..free_memory import free_memory
 from ..logging import get_logger
 from ..logprobs.evaluator import LogprobEvaluator
 from ..model_utils import causal_lm
+from ..models import checkpointing_fault
 from ..plan import GPU_TOKENS, Setup, choose, room_for_activations
 from ..types import Ranks
 
@@ -51,7 +52,8 @@ class MemoryBudget:
         return {"max_tokens": self._max_tokens, "recomputed": self._recomputed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._max_tokens = state["max_tokens"]  # the evaluator has loaded the limit, which may be smaller by now
+        if self.args.max_tokens_per_micro_batch is None:
+            self._max_tokens = state["max_tokens"]  # the evaluator has loaded the limit, which may be smaller by now
         if self.args.gradient_checkpointing is None and state["recomputed"] is not None:
             self._set_recomputed(state["recomputed"])
 
@@ -72,12 +74,14 @@ class MemoryBudget:
 
     def _planned(self) -> tuple[bool, int]:
         """Return whether activations are recomputed and how many tokens fit then; 0 where the run cannot be planned."""
+        impossible = checkpointing_fault(self.model) is not None
         try:
             setup = self._setup()
         except ValueError as error:
-            logger.warning("Memory is not planned; unless an option says no, activations are recomputed: %s", error)
-            return True, 0
-        if not causal_lm(self.model).supports_gradient_checkpointing:
+            effect = "" if impossible else "; unless an option says no, activations are recomputed"
+            logger.warning("Memory is not planned%s: %s", effect, error)
+            return not impossible, 0
+        if impossible:
             setup = replace(setup, checkpointing=False)
         elif setup.checkpointing is None:
             setup = replace(setup, checkpointing=self._recomputed)
