@@ -143,9 +143,19 @@ def test_a_configuration_of_trl_is_taken_as_it_is(folder):
     assert configuration.datasets()[0][0]["prompt"] == "1="
 
 
+@pytest.mark.parametrize("words", [(), ("--gpu", "H100")], ids=str)
+def test_a_run_in_fp16_is_planned_on_any_card(folder, words):
+    assert run("plan", written(folder, fp16=True), *words).exit_code == 0
+
+
+@pytest.mark.parametrize("flag", ["--no_shuffle_dataset", "--no-shuffle-dataset"])
+def test_a_switch_that_is_on_can_be_turned_off_on_the_command_line(folder, flag):
+    assert not Configuration.parse(options_of(written(folder)), [flag]).training.shuffle_dataset
+
+
 def test_options_of_the_launcher_are_told_from_those_of_the_run():
     options = {"num_processes": 4, "accelerate_config": "zero3", "learning_rate": 1e-6, "debug": "underflow_overflow"}
-    words = ["--num_processes=2", "--beta", "0.1", "--main_process_port", "29501", "--multi_gpu"]
+    words = ["--num_processes=2", "--beta", "0.1", "--main-process-port", "29501", "--multi_gpu"]
     launched = split_launch(options, words, known_options())
     assert launched.options == {
         "num_processes": "2",

@@ -124,7 +124,7 @@ def test_a_better_card_takes_less_time_and_a_reference_more():
 
 
 def test_an_unknown_card_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match="--gpu H101 is unknown; did you mean H100"):
+    with pytest.raises(ValueError, match="gpu='H101' is unknown; did you mean H100"):
         card_named("H101")
 
 

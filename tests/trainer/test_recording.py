@@ -85,7 +85,7 @@ def test_the_plan_of_a_trainer_is_printed_where_progress_is_shown(tmp_path, caps
     assert "1 prompts x 4 = 4 completions" in lines[1]
     assert "8 prompts = 8 optimizer steps" in lines[4]
     assert "H100" in trainer.plan(gpu="H100").lines()[-1]
-    with pytest.raises(ValueError, match="--gpu H10 is unknown"):
+    with pytest.raises(ValueError, match="gpu='H10' is unknown"):
         trainer.plan(gpu="H10")
 
 

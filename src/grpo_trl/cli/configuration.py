@@ -160,6 +160,8 @@ class Configuration:
 
     def _prompts(self, dataset: Dataset) -> Dataset:
         template = self.script.prompt_template
+        if self.script.system_prompt and (template is None or self.script.prompt_style == "plain"):
+            logger.warning("system_prompt has no effect without prompt_template and prompt_style='chat'.")
         if template is None:
             return dataset
         system = [{"role": "system", "content": self.script.system_prompt}] if self.script.system_prompt else []

@@ -41,6 +41,7 @@ def split_launch(options: dict[str, Any], words: Sequence[str], known: set[str])
     given = iter(words)
     for word in given:
         name, _, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
         if not word.startswith("--") or name not in valued:
             left.append(word)
         elif valued[name]:
@@ -58,7 +59,7 @@ def launch(planned: Launch, config: Path) -> None:
     """
     if not planned.options or LAUNCHED in os.environ or "LOCAL_RANK" in os.environ:
         return
-    given = {name: value for name, value in _resolved(planned.options).items() if value is not False}
+    given = {name: value for name, value in _resolved(planned.options).items() if value not in (None, False)}
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in given.items()]
     command = ["-m", "accelerate.commands.launch", *flags, "--module", "grpo_trl", "train", str(config), *planned.words]
     own = {name: str(value) for name, value in (planned.training.get("env") or {}).items()}

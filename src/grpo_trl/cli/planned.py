@@ -41,10 +41,11 @@ def planned_run(
         ValueError: The configuration cannot work.
     """
     launched = split_launch(options_of(file), overrides, known_options())
-    ranks = ranks or int(launched.options.get("num_processes", 1))
+    ranks = ranks or int(launched.options.get("num_processes") or 1)
     options, overrides = _with_backend(launched.training, launched.words)
     method, offload = _backend(options)
-    options["bf16"] = bool(options.get("bf16", card is not None) or options.pop("fp16", False))
+    fp16, bf16 = options.pop("fp16", False), options.pop("bf16", None)
+    options["bf16"] = bool((card is not None if bf16 is None else bf16) or fp16)
     configuration = _parsed_for(options, overrides, ranks)
     train, _ = configuration.datasets()
     model = _meta_model(configuration)

@@ -33,8 +33,9 @@ class TrlParser(trl.TrlParser):
 
     @property
     def known_names(self) -> set[str]:
-        """The options of all classes."""
-        return {action.dest for action in self._actions}
+        """The options of all classes, with those that switch one off, as `no_shuffle_dataset`."""
+        spelled = {word.lstrip("-").replace("-", "_") for action in self._actions for word in action.option_strings}
+        return spelled | {action.dest for action in self._actions}
 
     def _translated_words(self, words: list[str]) -> list[str]:
         options: list[list[str]] = [[]]

@@ -45,5 +45,5 @@ def card_named(name: str) -> Card:
     if name.lower() in by_lower:
         return by_lower[name.lower()]
     near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.3)
-    hint = f"; did you mean {by_lower[near[0]].name}?" if near else ""
-    raise ValueError(f"--gpu {name} is unknown{hint} Known are {', '.join(CARDS)}.")
+    hint = f"; did you mean {by_lower[near[0]].name}?" if near else "."
+    raise ValueError(f"gpu={name!r} is unknown{hint} Known are {', '.join(CARDS)}.")
