@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
@@ -438,6 +439,23 @@ def test_an_adapter_that_transformers_has_added_is_resumed(tmp_path):
     uninterrupted = added(tmp_path / "whole")
     resumed = added(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
     assert all(torch.equal(value, weights(resumed.model)[n]) for n, value in weights(uninterrupted.model).items())
+
+
+def test_the_best_of_an_adapter_that_transformers_has_added_is_loaded_at_the_end(tmp_path):
+    def reward(completions, held_out=None, **kwargs):
+        return [float(len(completion)) if held_out is None else 0.0 for completion in completions]
+
+    model = make_model()
+    model.add_adapter(LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    rows = Dataset.from_dict({"prompt": ["ab="], "held_out": [True]})
+    trainer = sampling_trainer(tmp_path, 16, model, reward, eval_dataset=rows, **best)
+    trainer.train()
+    assert trainer.state.best_global_step == 1
+    saved = [load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2)]
+    loaded = [value for name, value in weights(trainer.model).items() if "lora_" in name]
+    at_step = [all(any(torch.equal(v, w.double()) for w in file.values()) for v in loaded) for file in saved]
+    assert at_step == [True, False]
 
 
 def test_true_takes_the_last_checkpoint_and_starts_anew_where_there_is_none(tmp_path, caplog):

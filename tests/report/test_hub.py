@@ -9,7 +9,7 @@ from threading import Lock
 import pytest
 
 from grpo_trl import GRPOConfig
-from grpo_trl.report import hub
+from grpo_trl.report import hub, log
 from tests.helpers.training import sampling_trainer
 from tests.test_config import refusal
 
@@ -76,10 +76,15 @@ def test_all_files_are_uploaded_by_the_end_of_the_run(tmp_path, cards):
 
 def test_no_file_is_uploaded_while_it_is_written(tmp_path, cards, monkeypatch):
     held = []
-    write = hub.CompletionsUpload.writing
-    monkeypatch.setattr(hub.CompletionsUpload, "writing", lambda self: held.append(write(self)) or held[-1])
+    write = log.write_completions
+
+    def spy(*args, **kwargs):
+        held.append(FakeScheduler.made[0].lock.locked())
+        return write(*args, **kwargs)
+
+    monkeypatch.setattr(log, "write_completions", spy)
     run(tmp_path)
-    assert held == [FakeScheduler.made[0].lock] * 2
+    assert held == [True, True]
 
 
 @pytest.mark.parametrize("fails", ["made", "pushed"])
@@ -97,6 +102,7 @@ def test_a_hub_that_fails_is_one_warning(tmp_path, cards, monkeypatch, caplog, f
     assert caplog.text.count("Uploading completions to sums failed (ConnectionError: no network)") == 1
 
 
-def test_the_hub_gets_what_is_written():
+def test_an_upload_needs_log_completions():
     assert "needs log_completions=True" in refusal(log_completions_hub_repo="sums")
-    assert GRPOConfig("unused", use_cpu=True, log_completions=True, log_completions_hub_repo="sums").log_completions
+    config = GRPOConfig("unused", use_cpu=True, log_completions=True, log_completions_hub_repo="sums")
+    assert config.log_completions_hub_repo == "sums"

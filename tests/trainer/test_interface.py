@@ -305,6 +305,13 @@ def test_early_stopping_follows_the_reward_without_further_options(tmp_path, eva
         assert trainer.state.global_step == steps
 
 
+def test_early_stopping_may_be_passed_as_a_class(tmp_path):
+    options = {"eval_dataset": ROWS, "callbacks": [EarlyStoppingCallback], "reward_funcs": Rising(-1.0)}
+    trainer = make_trainer(tmp_path, **EVALUATED, **options)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_the_best_checkpoint_is_that_with_the_highest_mean_reward(tmp_path):
     options = {"eval_dataset": SETS, "save_strategy": "best", "reward_funcs": Rising(-1.0)}
     trainer = make_trainer(tmp_path, **EVALUATED, **options)

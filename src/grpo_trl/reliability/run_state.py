@@ -23,9 +23,16 @@ FROM_CHECKPOINT = (
 )
 """Options that a resumed run takes from its checkpoint, as Trainer does: the optimizer's state and its own have them."""
 PER_PROCESS = (
-    *("output_dir", "run_name", "report_to", "logging_dir", "disable_tqdm", "local_rank", "resume_from_checkpoint"),
+    *("output_dir", "run_name", "report_to", "disable_tqdm", "local_rank", "resume_from_checkpoint"),
     *("log_level", "log_level_replica", "project", "hub_token", "hub_model_id", "push_to_hub", "do_train", "do_eval"),
-    *("log_completions", "num_completions_to_print", "log_unique_prompts", "reward_workers", "trackio_space_id"),
+    *(
+        "log_completions",
+        "log_completions_hub_repo",
+        "num_completions_to_print",
+        "log_unique_prompts",
+        "reward_workers",
+        "trackio_space_id",
+    ),
 )
 """Options that say where and how a process reports, and not what it trains."""
 

@@ -150,7 +150,7 @@ def choose_metric(args: GRPOConfig, callbacks: Sequence[Any] | None, eval_datase
     Raises:
         ValueError: The metric is a loss, which evaluation does not compute; or early stopping has no evaluation to follow.
     """
-    stops_early = any(isinstance(c, EarlyStoppingCallback) for c in callbacks or [])
+    stops_early = any(isinstance(c, EarlyStoppingCallback) or c is EarlyStoppingCallback for c in callbacks or [])
     if stops_early and args.eval_strategy == IntervalStrategy.NO:
         raise ValueError(
             "callbacks has an EarlyStoppingCallback, and eval_strategy='no' makes no evaluation that it could follow; set "

@@ -230,6 +230,13 @@ class ResumableTrainer(Trainer):
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _load_best_model(self) -> None:
+        """As `transformers.Trainer`, and for an adapter that `model.add_adapter` made."""
+        if has_injected_adapter(self.model):
+            load_injected_adapter(self.model, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As `transformers.Trainer`; the state of another optimizer is refused."""
         if checkpoint is None:
