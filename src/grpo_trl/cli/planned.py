@@ -14,15 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import get_peft_config
 
 from ..config import GRPOConfig
-from ..plan import Card, RunPlan, offloaded, setup_of
+from ..plan import MEASURED_PROMPTS, Card, RunPlan, offloaded, setup_of
 from .configuration import Configuration, known_options, options_of
 from .launch import split_launch
 
 
 FOUR_BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / 64 / 256}
 """Bytes of a weight in 4 bits with the scale of its block of 64; True where scales are quantized too."""
-PROMPTS = 64
-"""Whose lengths are looked at."""
 
 
 def planned_run(
@@ -120,7 +118,7 @@ def _bytes_in_4_bits(model: Any, nested: bool) -> float:
 
 def _prompt_tokens(configuration: Configuration, dataset: Any) -> int:
     """The median tokens of some prompts; a guess where the tokenizer cannot be had."""
-    rows = list(dataset.take(PROMPTS))
+    rows = list(dataset.take(MEASURED_PROMPTS))
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(configuration.model.model_name_or_path))
     except OSError:

@@ -113,7 +113,7 @@ def check_vllm_options(args: Any) -> None:
             f"generations_ahead={args.generations_ahead} cannot work with old_logprobs='trainer', which has other weights "
             "by the time the completions are there; set old_logprobs='auto'."
         )
-    sampler = args.old_logprobs == "sampler" or args.generations_ahead > 0
+    sampler = sampler_is_old_policy(args)
     if args.use_vllm and sampler and (found := changed_distribution(args)):
         raise ValueError(
             f"old_logprobs={args.old_logprobs!r} with generations_ahead={args.generations_ahead} takes the sampler's "
@@ -121,6 +121,11 @@ def check_vllm_options(args: Any) -> None:
             "old_logprobs='trainer' and generations_ahead=0, or do not change the distribution."
         )
     _check_correction(args)
+
+
+def sampler_is_old_policy(args: Any) -> bool:
+    """Whether the sampler's logprobs stand for those of the old policy, which is the one that sampled."""
+    return bool(args.old_logprobs == "sampler" or args.generations_ahead > 0)
 
 
 def changed_distribution(args: Any) -> list[str]:

@@ -3,6 +3,7 @@
 from .activations import (
     GPU_TOKENS,
     PREFILL_TOKENS,
+    ROWS_IN_FLIGHT,
     Precision,
     Shape,
     activation_bytes_per_token,
@@ -27,15 +28,17 @@ from .estimate import (
     step_seconds,
 )
 from .memory import METHODS, Job, Memory, Traffic, memory, offloaded, traffic
-from .setup import RunPlan, setup_of
+from .setup import MEASURED_PROMPTS, RunPlan, setup_of
 
 
 __all__ = [
     "CARDS",
     "GPU_TOKENS",
     "LAID_OUT_SHARE",
+    "MEASURED_PROMPTS",
     "METHODS",
     "PREFILL_TOKENS",
+    "ROWS_IN_FLIGHT",
     "BatchPlan",
     "Card",
     "Job",

@@ -16,6 +16,8 @@ GPU_SLICE = 2048
 """The same on a GPU with room for it, where a slice also reads and adds to all of the head's weight."""
 GPU_SLICE_SHARE = 0.1
 """Share of a GPU's memory that these logits may take."""
+ROWS_IN_FLIGHT = {"cpu": 128, "cuda": 256}
+"""Completions that are decoded at a time, by device, unless `max_rows_in_flight` says otherwise."""
 PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of prompts that sampling computes at a time at most, if more than one prompt is in it."""
 GPU_TOKENS = 2**14

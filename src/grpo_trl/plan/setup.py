@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .activations import Precision, Shape
+from .activations import ROWS_IN_FLIGHT, Precision, Shape
 from .batch import BatchPlan
 from .cards import Card
 from .estimate import GIB, Sampler, Setup, fitted_to_card, largest_tokens, launches, peak, phases, step_seconds
@@ -14,8 +14,8 @@ from .memory import Job
 
 OPTIMIZER_STATES = {"sgd": 0.0, "adafactor": 0.1, "8bit": 0.5, "lion": 1.0, "adam": 2.0}
 """Float32 numbers per trained parameter that an optimizer keeps, by a part of its name; the first that matches counts."""
-ROWS_IN_FLIGHT = 256
-"""Where `max_rows_in_flight` is not set; half of it on a CPU."""
+MEASURED_PROMPTS = 64
+"""The first ones of the dataset, whose lengths are those of a plan."""
 
 
 def setup_of(
@@ -58,7 +58,7 @@ def setup_of(
         offload_optimizer="optimizer" in offload,
         offload_param="param" in offload,
     )
-    rows = args.max_rows_in_flight or (ROWS_IN_FLIGHT // 2 if args.device.type == "cpu" else ROWS_IN_FLIGHT)
+    rows = args.max_rows_in_flight or ROWS_IN_FLIGHT["cpu" if args.device.type == "cpu" else "cuda"]
     return Setup(
         job=job,
         shape=Shape.of(model.config),

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ..plan import ROWS_IN_FLIGHT
 from ..types import Completion
 
 
@@ -102,4 +103,4 @@ class SyncedEngine(RolloutEngine, Protocol):
 
 def most_rows_in_flight(option: int | None, device: torch.device) -> int:
     """Completions that are decoded at a time: what the option says, or as many as are worth it on the device."""
-    return option or (128 if device.type == "cpu" else 256)
+    return option or ROWS_IN_FLIGHT["cpu" if device.type == "cpu" else "cuda"]

@@ -13,15 +13,11 @@ from transformers.trainer_utils import TrainOutput
 from ..data.schedule import Schedule
 from ..distributed.sharding import backend_config, backend_of
 from ..free_memory import free_memory
-from ..plan import RunPlan, Setup, card_named, fitted, offloaded, room_for_activations, setup_of
+from ..plan import MEASURED_PROMPTS, RunPlan, Setup, card_named, fitted, offloaded, room_for_activations, setup_of
 from .callbacks import LiveView, RunRecorder, has_terminal, shows_live_view, tolerate_reporting
 from .evaluation import EvaluatedCompletions
 from .generation import GenerationBatchBuilder
 from .interface import TrlInterface
-
-
-PROMPTS = 64
-"""Whose lengths the plan looks at."""
 
 
 class RecordedTrainer(TrlInterface):
@@ -88,7 +84,7 @@ class RecordedTrainer(TrlInterface):
             ValueError: The plan cannot read the sizes of the model.
         """
         prompts = None if self._schedule is None else self._builder.order.source
-        lengths = [] if prompts is None else [len(prompt.ids) for prompt in prompts.first(PROMPTS)]
+        lengths = [] if prompts is None else [len(prompt.ids) for prompt in prompts.first(MEASURED_PROMPTS)]
         backend = backend_of(self.accelerator)
         setup = setup_of(
             self.args,

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl.trainer.callbacks import SyncRefModelCallback
 
 from ..config import GRPOConfig
+from ..config.vllm import sampler_is_old_policy
 from ..data.datasets import as_eval_datasets, as_train_dataset
 from ..data.schedule import Schedule
 from ..distributed.collectives import exchange
@@ -216,7 +217,7 @@ class GRPOTrainer(UpdatingTrainer):
             reference=self._reference,
             sync=self._sync,
             ahead=self._ahead,
-            old_logprobs="sampler" if self._ahead or self.args.old_logprobs == "sampler" else "trainer",
+            old_logprobs="sampler" if sampler_is_old_policy(self.args) else "trainer",
             advantages=make_advantages(self.args, self._runner.rewards.weights_F, advantage_func),
             max_completion_length=self.args.max_completion_length,
             mask_truncated=self.args.mask_truncated_completions,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..attention.shared_prefix import serve_shared_prefix
+from ..config.vllm import sampler_is_old_policy
 from ..logprobs.compute import compute_logprobs
 from ..logprobs.evaluator import LogprobEvaluator
 from ..metrics import Mean, MetricLog, Sum
@@ -17,7 +18,6 @@ from ..objective import grpo_loss, make_objective
 from ..reliability.guards import NonFinite
 from ..reliability.training_checks import check_loss
 from ..types import MicroBatch, MiniBatch
-from .ahead import SamplesAhead
 from .build_vllm import make_correction
 from .entropy import EntropyControl
 from .loss_metrics import loss_metrics
@@ -34,7 +34,6 @@ class UpdatingTrainer(RecordedTrainer):
     _evaluator: LogprobEvaluator
     _entropy: EntropyControl
     _router: RouterBalance
-    _ahead: SamplesAhead | None
 
     def _start_updates(self) -> None:
         self._objective = make_objective(self.args)
@@ -67,7 +66,7 @@ class UpdatingTrainer(RecordedTrainer):
             self._metrics.add("aux_loss", Mean(self._router.value))
         self._step_loss = loss
         # from another sampler's probabilities all ratios may be clipped, or all completions left out
-        of_sampler = self.args.use_vllm or self._ahead is not None or self.args.old_logprobs == "sampler"
+        of_sampler = self.args.use_vllm or sampler_is_old_policy(self.args)
         self._step_has_signal = not of_sampler and any(
             c.has_signal and any(c.mask if c.mask_policy is None else c.mask_policy) for c in completions
         )
