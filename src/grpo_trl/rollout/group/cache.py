@@ -120,6 +120,11 @@ class GroupCache:
         """Of all layers; known after the first prefill."""
         return sum(x.own.shape[2] * x.own.element_size() for x in self._layers.values())
 
+    @property
+    def reads_by_length(self) -> bool:
+        """Whether a step reads no more keys than there are, so that its shapes may be those of the memory."""
+        return any(kernels_for(x.own.device.type, x.own.dtype) is not None for x in self._layers.values())
+
     def move_row(self, source: int, target: int, length: int) -> None:
         for layer in self._layers.values():
             layer.own[target, :length] = layer.own[source, :length]
@@ -190,10 +195,11 @@ class GroupCache:
         """
         layer, step = self._layers[module], self.now
         assert isinstance(step, Step)
-        rows = len(step.tokens_R)
         query_RHD, stored_RE = query_RHD.to(layer.own.dtype), stored_RE.to(layer.own.dtype)
         layer.own.flatten(0, 1).index_copy_(0, step.lines(layer.own.shape[1]), stored_RE)
-        query = query_RHD.reshape(rows * layer.key_heads, -1, query_RHD.shape[2])
+        if (kernels := kernels_for(query_RHD.device.type, query_RHD.dtype)) is not None:
+            return self._attend_by(kernels, layer, query_RHD.contiguous())
+        query = query_RHD.reshape(len(query_RHD) * layer.key_heads, -1, query_RHD.shape[2])
         own_parts, prompt_parts = step.parts()
         own_mask, prompt_mask = step.masks(layer.window, query.dtype, query.shape[1])
         there, back = step.routes(layer.key_heads)
@@ -203,6 +209,51 @@ class GroupCache:
         prompt = layer.attend(query.index_select(0, there), layer.prompt_memory, prompt_parts, prompt_mask)
         merged_RQKD = merge_parts(*own, *(x.index_select(0, back) for x in prompt))
         return merged_RQKD.transpose(1, 2).flatten(1)
+
+    def rotate_and_attend(
+        self,
+        module: nn.Module,
+        kernels: Any,
+        product_RE: Tensor,
+        heads: int,
+        size: int,
+        rotation: tuple[Tensor, Tensor],
+        norms: Any,
+    ) -> Tensor:
+        """As `attend_step`, from the product that gives queries, keys and values; see `kernels.rotate_and_store`."""
+        layer, step = self._layers[module], self.now
+        assert isinstance(step, Step)
+        lines_R = step.lines(layer.own.shape[1])
+        query_RHD = kernels.rotate_and_store(product_RE, layer.own, lines_R, heads, size, rotation, norms)
+        return self._attend_by(kernels, layer, query_RHD)
+
+    def _attend_by(self, kernels: Any, layer: _Layer, query_RHD: Tensor) -> Tensor:
+        step = self.now
+        assert isinstance(step, Step)
+        first = kernels.chunks_of(layer.own.shape[1])
+        value_size = layer.own.shape[2] // layer.key_heads - layer.key_size
+        partial = step.shared(
+            ("partial", query_RHD.shape, value_size),
+            lambda: kernels.Partial.empty(first + kernels.chunks_of(layer.prompts.shape[1]), query_RHD, value_size),
+        )
+        own, prompt = step.reaches(layer.window)
+        options = layer.scaling, layer.softcap
+        kernels.attend(query_RHD, layer.own, layer.key_heads, own, partial, 0, *options)
+        kernels.attend(query_RHD, layer.prompts, layer.key_heads, prompt, partial, first, *options)
+        return kernels.merged(partial, query_RHD.dtype)
+
+
+@functools.cache
+def kernels_for(device_type: str, dtype: torch.dtype) -> Any:
+    """The module `kernels` where it works; None where torch's own kernels serve."""
+    if dtype == torch.float64:
+        return None
+    try:
+        from . import kernels
+
+        return kernels if kernels.work_on(device_type) else None
+    except ImportError:
+        return None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

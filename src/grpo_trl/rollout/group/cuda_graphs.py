@@ -144,11 +144,17 @@ class RecordedSteps:
         return self._logits[:rows].copy_(logits)
 
     def _padded(self, step: Step) -> Step:
-        """Rows, prompts and columns rounded up; further rows write into slots that no row is in."""
+        """Rows, prompts and columns rounded up; further rows write into slots that no row is in.
+
+        Where kernels read no more than what is there, one recording serves all prompts and columns.
+        """
         cache = self.eager.cache
         rows = min(_rounded(len(step.tokens_R)), cache.max_rows)
         prompts, group = step.rows_NG.shape
-        prompts = min(_rounded(prompts), cache.max_prompts)
+        prompts = cache.max_prompts if cache.reads_by_length else min(_rounded(prompts), cache.max_prompts)
+        columns = (
+            cache.max_completion_tokens if cache.reads_by_length else max(LEAST_COLUMNS, _power_of_two(step.columns))
+        )
         self._group = max(self._group, _rounded(group))
 
         def pad(values: Tensor, size: int) -> Tensor:
@@ -167,7 +173,7 @@ class RecordedSteps:
             own_parts=(),
             prompt_parts=(),
             prompt_columns=cache.max_prompt_tokens,
-            columns=min(max(LEAST_COLUMNS, _power_of_two(step.columns)), cache.max_completion_tokens),
+            columns=min(columns, cache.max_completion_tokens),
         )
 
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import rms_norm
 
 from ...plan import LAID_OUT_SHARE
+from .cache import GroupCache, kernels_for
 from .cpu_linear import lay_out, packed_linears
+from .norms import HeadNorms, Norm
 from .step import Step
 
 
@@ -30,7 +31,6 @@ PARTS = {
     "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
 }
 Linear = Callable[[Tensor], Tensor]
-Norm = Callable[[Tensor], Tensor]
 
 
 @contextlib.contextmanager
@@ -45,7 +45,7 @@ def laid_out(model: nn.Module, free_bytes: float) -> Iterator[None]:
     with packed_linears(module for module in model.modules() if module not in fused):
         try:
             for layer in layers:
-                layer.forward = FusedLayer(layer)
+                layer.forward = _fused(layer)
             yield
         finally:
             for layer in layers:
@@ -96,39 +96,38 @@ class FusedLayer:
         self._output = _joined([attention.o_proj])
         self._gate_up = _joined([mlp.gate_up_proj] if packed else [mlp.gate_proj, mlp.up_proj])
         self._down = _joined([mlp.down_proj])
-        self._activation = mlp.activation_fn if packed else mlp.act_fn
+        self._activation = _activation(layer)
         self._head_size = attention.head_dim
-        self._heads = _output_features(attention, "o_proj") // self._head_size
+        self._heads = _effective(attention.o_proj)[0].shape[1] // self._head_size  # type: ignore[index]
         # where norms stand: before attention and products, after them, or both
         after = hasattr(layer, "post_feedforward_layernorm")
-        self._before_attention = _norm(getattr(layer, "input_layernorm", None))
-        self._after_attention = _norm(layer.post_attention_layernorm if after else None)
-        self._before_mlp = _norm(
-            getattr(layer, "pre_feedforward_layernorm", None) if after else layer.post_attention_layernorm
-        )
-        self._after_mlp = _norm(layer.post_feedforward_layernorm if after else None)
-        self._norm_heads = _head_norm(attention, self._heads)
+        self._before_attention = _norm(layer, "input_layernorm")
+        self._after_attention = _norm(layer, "post_attention_layernorm") if after else None
+        self._before_mlp = _norm(layer, "pre_feedforward_layernorm" if after else "post_attention_layernorm")
+        self._after_mlp = _norm(layer, "post_feedforward_layernorm")
+        self._head_norms = HeadNorms.of(attention)
         self._scale = getattr(layer, "residual_multiplier", 1.0)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         cache = kwargs.get("group_cache")
         if cache is None or not isinstance(cache.now, Step):
             return self._forward(hidden_states, *args, **kwargs)
-        hidden_RC = hidden_states[:, 0]
-        attended_RC = self._attend(self._before_attention(hidden_RC), cache, *kwargs["position_embeddings"])
-        hidden_RC = self._added(hidden_RC, self._after_attention(attended_RC))
-        gate_up = self._gate_up(self._before_mlp(hidden_RC))
-        gate, up = gate_up.chunk(2, dim=-1)
-        hidden_RC = self._added(hidden_RC, self._after_mlp(self._down(self._activation(gate) * up)))
-        return hidden_RC[:, None]
+        rotation = cache.now.rotation(*kwargs["position_embeddings"])
+        return self._step(hidden_states[:, 0], cache, rotation)[:, None]
 
-    def _attend(self, hidden_RC: Tensor, cache: Any, cos: Tensor, sin: Tensor) -> Tensor:
+    def _step(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        attended_RC = self._attend(_normed(self._before_attention, hidden_RC), cache, rotation)
+        hidden_RC = self._added(hidden_RC, _normed(self._after_attention, attended_RC))
+        gate, up = self._gate_up(_normed(self._before_mlp, hidden_RC)).chunk(2, dim=-1)
+        return self._added(hidden_RC, _normed(self._after_mlp, self._down(self._activation(gate) * up)))
+
+    def _attend(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
         parts_RND = self._qkv(hidden_RC).unflatten(-1, (-1, self._head_size))  # queries, keys, values
         values = (parts_RND.shape[1] - self._heads) // 2
         turned = parts_RND[:, :-values]
-        if self._norm_heads is not None:
-            turned = self._norm_heads(turned)
-        turned = _rotated(turned, *cache.now.rotation(cos, sin))
+        if self._head_norms is not None:
+            turned = self._head_norms(turned, self._heads)
+        turned = _rotated(turned, *rotation)
         parts_RND[:, :-values] = turned
         attended = cache.attend_step(
             self._attention, parts_RND[:, : self._heads], parts_RND[:, self._heads :].flatten(1)
@@ -137,6 +136,64 @@ class FusedLayer:
 
     def _added(self, hidden_RC: Tensor, change_RC: Tensor) -> Tensor:
         return hidden_RC + change_RC if self._scale == 1 else torch.add(hidden_RC, change_RC, alpha=self._scale)
+
+
+class KernelLayer(FusedLayer):
+    """With one launch for all that stands between two products, on a GPU; see `kernels`."""
+
+    def __init__(self, layer: Any, kernels: Any):
+        super().__init__(layer)
+        self._kernels = kernels
+        self._dtype = _dtype_of_products(layer)
+        self._gate = kernels.ACTIVATIONS[type(self._activation).__name__]
+
+    def _step(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        _, normed_RC = self._add_and_norm(hidden_RC, None, None, self._before_attention)
+        attended_RC = self._attend(normed_RC, cache, rotation)
+        hidden_RC, normed_RC = self._add_and_norm(hidden_RC, attended_RC, self._after_attention, self._before_mlp)
+        changed_RC = self._down(self._kernels.gated(self._gate_up(normed_RC), self._gate))
+        return self._add_and_norm(hidden_RC, changed_RC, self._after_mlp, None)[0]
+
+    def _add_and_norm(
+        self, hidden_RC: Tensor, change_RC: Tensor | None, after: Norm | None, before: Norm | None
+    ) -> tuple[Tensor, Tensor]:
+        added: tuple[Tensor, Tensor] = self._kernels.add_and_norm(
+            hidden_RC, change_RC, after, before, self._scale, self._dtype
+        )
+        return added
+
+    def _attend(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        product_RE, norms = self._qkv(hidden_RC), self._head_norms
+        if norms is not None and norms.whole:
+            turned = product_RE.unflatten(-1, (-1, self._head_size))[
+                :, : (self._heads + product_RE.shape[1] // self._head_size) // 2
+            ]
+            turned.copy_(norms(turned, self._heads))
+            norms = None
+        attended = cache.rotate_and_attend(
+            self._attention, self._kernels, product_RE, self._heads, self._head_size, rotation, norms
+        )
+        return self._output(attended)
+
+
+def _fused(layer: Any) -> FusedLayer:
+    """With kernels where they work and know the activation."""
+    device = layer.self_attn.o_proj.weight.device.type
+    kernels = kernels_for(device, _dtype_of_products(layer))
+    if kernels is None or type(_activation(layer)).__name__ not in kernels.ACTIVATIONS:
+        return FusedLayer(layer)
+    return KernelLayer(layer, kernels)
+
+
+def _activation(layer: Any) -> Any:
+    return layer.mlp.activation_fn if hasattr(layer.mlp, "activation_fn") else layer.mlp.act_fn
+
+
+def _dtype_of_products(layer: Any) -> torch.dtype:
+    weight: Tensor = layer.self_attn.o_proj.weight
+    if torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    return weight.dtype
 
 
 def _joined(modules: list[nn.Module]) -> Linear:
@@ -151,56 +208,12 @@ def _joined(modules: list[nn.Module]) -> Linear:
     return lay_out(weight, torch.cat(filled).to(weight.dtype))
 
 
-def _output_features(attention: Any, name: str) -> int:
-    effective = _effective(getattr(attention, name))
-    assert effective is not None
-    return effective[0].shape[1]
+def _norm(layer: Any, name: str) -> Norm | None:
+    return Norm.of(getattr(layer, name)) if hasattr(layer, name) else None
 
 
-def _norm(module: Any) -> Norm:
-    if module is None:
-        return lambda x: x
-    weight, eps = _norm_parameters(module)
-    shape = tuple(weight.shape)
-    if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
-        return _norm_on_cpu(weight, eps)
-    if weight.dtype == module.weight.dtype:
-        return lambda x: rms_norm(x, shape, weight.to(x.dtype), eps)
-    return lambda x: rms_norm(x.to(weight.dtype), shape, weight, eps).to(x.dtype)
-
-
-def _norm_on_cpu(weight: Tensor, eps: float) -> Norm:
-    """RMSNorm in half of the launches that torch's composite takes."""
-    added = weight.new_tensor(eps)
-
-    def norm(x: Tensor) -> Tensor:
-        wide = x.to(weight.dtype)
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.addcmul(added, length, length, value=1 / len(weight)).rsqrt_()
-        return scale.mul(wide).mul_(weight).to(x.dtype)
-
-    return norm
-
-
-def _norm_parameters(module: Any) -> tuple[Tensor, float]:
-    """A norm's weight and what is added to the mean square; Gemma's weights count from 1, in float32 at least."""
-    if type(module).__name__.startswith("Gemma"):
-        weight = module.weight.detach()
-        return 1.0 + weight.to(torch.promote_types(weight.dtype, torch.float32)), module.eps
-    return module.weight.detach(), module.variance_epsilon
-
-
-def _head_norm(attention: Any, heads: int) -> Norm | None:
-    """Of queries and keys, of shape (R, H + K, D): of each head, or of all queries and of all keys."""
-    if not hasattr(attention, "q_norm"):
-        return None
-    query_norm, key_norm = _norm(attention.q_norm), _norm(attention.k_norm)
-    whole = attention.q_norm.weight.shape[0] != attention.head_dim
-
-    def normed(norm: Norm, x: Tensor) -> Tensor:
-        return norm(x.flatten(1)).view_as(x) if whole else norm(x)
-
-    return lambda x: torch.cat([normed(query_norm, x[:, :heads]), normed(key_norm, x[:, heads:])], dim=1)
+def _normed(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm(x)
 
 
 def _rotated(x_RND: Tensor, cos_R1D: Tensor, sin_R1D: Tensor) -> Tensor:

@@ -4,11 +4,12 @@ Nothing that changes between two decoding steps is a Python number on a GPU: `St
 launches of a step can be recorded once and repeated. On a CPU a step attends in parts, so that rows of few tokens do not
 read the columns of those of many.
 
-Axes: R rows in flight, N prompts in flight, G most rows of a prompt, D head size, S prompt tokens, T completion tokens.
+Axes: R rows in flight, N prompts in flight, X slots of rows or prompts, G most rows of a slot, D head size, S prompt
+tokens, T completion tokens.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -46,6 +47,19 @@ class Part(NamedTuple):
         queries, columns = max(self.queries, other.queries), max(self.columns, other.columns)
         even = self.even and other.even and self.columns == other.columns
         return Part(self.start, other.stop, queries, columns, even)
+
+
+class Reach(NamedTuple):
+    """Which of a slot's keys each row sees: those from `first_R` up to, not including, `stop_R`. All in int32."""
+
+    rows_XG: Tensor
+    """The rows of each slot; -1 where it has fewer than G."""
+    first_R: Tensor
+    stop_R: Tensor
+
+    @classmethod
+    def of(cls, *parts: Tensor) -> "Reach":
+        return cls(*(part.to(torch.int32).contiguous() for part in parts))
 
 
 CALL = 512
@@ -104,6 +118,12 @@ class Step:
     _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     """What layers that are alike have in common."""
 
+    def shared(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, which is called once for each key."""
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
+
     def masks(
         self, window: int | None, dtype: torch.dtype, queries_per_row: int
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -115,14 +135,16 @@ class Step:
         """
         if window is not None and window >= self.prompt_columns + self.columns:
             window = None
-        key = window, dtype, queries_per_row
-        if key not in self._shared:
+
+        def make() -> tuple[Tensor | None, Tensor | None]:
             own, prompt = (window is None and all(part.even for part in parts) for parts in self.parts())
-            self._shared[key] = (
+            return (
                 None if own else _additive(self._own_mask(window, queries_per_row), dtype),
                 None if prompt else _additive(self._prompt_mask(window, queries_per_row), dtype),
             )
-        return self._shared[key]
+
+        masks: tuple[Tensor | None, Tensor | None] = self.shared((window, dtype, queries_per_row), make)
+        return masks
 
     def parts(self) -> tuple[Sequence[Part], Sequence[Part]]:
         """Of own keys, and of those of prompts."""
@@ -131,12 +153,15 @@ class Step:
         own = self.own_parts or [Part(0, len(self.tokens_R) // places, places, self.columns, even=False)]
         return own, self.prompt_parts or [Part(0, prompts, group, self.prompt_columns, even=False)]
 
+    def reaches(self, window: int | None) -> tuple[Reach, Reach]:
+        """What each row sees of its own keys, and of those of its prompt."""
+        reaches: tuple[Reach, Reach] = self.shared(("reaches", window), lambda: self._reaches(window))
+        return reaches
+
     def lines(self, columns: int) -> Tensor:
         """Where keys and values of this step go to, in a memory of `columns` tokens for each row."""
-        key = "lines", columns
-        if key not in self._shared:
-            self._shared[key] = self.row_R * columns + self.lengths_R
-        return self._shared[key]
+        lines_R: Tensor = self.shared(("lines", columns), lambda: self.row_R * columns + self.lengths_R)
+        return lines_R
 
     def filled_up(self, rows: int) -> "Step":
         """With the last row computed once more in each of the slots behind it, up to `rows` of them."""
@@ -161,33 +186,52 @@ class Step:
 
     def rotation(self, cos_R1D: Tensor, sin_R1D: Tensor) -> tuple[Tensor, Tensor]:
         """The cosines, and the sines for components whose halves have changed places, of which the first is negated."""
-        key = id(cos_R1D), id(sin_R1D)
-        if key not in self._shared:
+
+        def make() -> tuple[Tensor, Tensor]:
             first, second = sin_R1D.chunk(2, dim=-1)
-            self._shared[key] = cos_R1D, torch.cat([-first, second], dim=-1)
-        return self._shared[key]
+            return cos_R1D, torch.cat([-first, second], dim=-1)
+
+        rotation: tuple[Tensor, Tensor] = self.shared((id(cos_R1D), id(sin_R1D)), make)
+        return rotation
 
     def routes(self, key_heads: int) -> tuple[Tensor, Tensor]:
         """From queries (R*K, ...) to those of prompts (n*K*g, ...) of one part of n prompts after the other, and from their
         outputs (n*g, ...) to rows (R, ...)."""
-        key = "routes", key_heads
-        if key not in self._shared:
+
+        def make() -> tuple[Tensor, Tensor]:
             _, parts = self.parts()
             head_K1 = torch.arange(key_heads, device=self.rows_NG.device)[:, None]
             rows_NG = [self.rows_NG[part.start : part.stop, : part.queries] for part in parts]
             there = torch.cat([(rows_NG[:, None] * key_heads + head_K1).flatten() for rows_NG in rows_NG])
-            self._shared[key] = there, self._back(parts)
-        return self._shared[key]
+            return there, self._back(parts)
+
+        routes: tuple[Tensor, Tensor] = self.shared(("routes", key_heads), make)
+        return routes
 
     def places(self, key_heads: int) -> Tensor | None:
         """From queries (R*K, ...) to those of one row's places behind each other for each head; None without guesses."""
         if not self.guessed:
             return None
-        key = "places", key_heads
-        if key not in self._shared:
+
+        def make() -> Tensor:
             index = torch.arange(len(self.tokens_R) * key_heads, device=self.tokens_R.device)
-            self._shared[key] = index.view(-1, 1 + self.guessed, key_heads).transpose(1, 2).flatten()
-        return self._shared[key]
+            return index.view(-1, 1 + self.guessed, key_heads).transpose(1, 2).flatten()
+
+        places: Tensor = self.shared(("places", key_heads), make)
+        return places
+
+    def _reaches(self, window: int | None) -> tuple[Reach, Reach]:
+        slot_N, place_G = (torch.arange(size, device=self.tokens_R.device) for size in self.rows_NG.shape)
+        member_NG = (self.prompt_R[self.rows_NG] == slot_N[:, None]) & (self.place_R[self.rows_NG] == place_G)
+        row_R = torch.arange(len(self.tokens_R), device=self.tokens_R.device)
+        first = [
+            torch.zeros_like(last) if window is None else last - window + 1
+            for last in (self.lengths_R, self.positions_R)
+        ]
+        return (
+            Reach.of(row_R.view(-1, 1 + self.guessed), first[0], self.lengths_R + 1),
+            Reach.of(self.rows_NG.where(member_NG, -1), first[1], self.prompt_lengths_N[self.prompt_R]),
+        )
 
     def _back(self, parts: Sequence[Part]) -> Tensor:
         if len(parts) == 1:

@@ -1,0 +1,192 @@
+"""Attention of one token of each row to the keys that it sees and no more, whatever others see.
+
+Rows and prompts of any lengths take one launch, so that a recorded graph serves all lengths. Long memories are read in
+chunks by different programs, whose outputs are merged by their log-sum-exps. What is computed for a row does not depend
+on the rows beside it. Sums are taken in float32.
+
+Axes: R running rows, X slots of keys, G most rows of a slot, H query heads, K key-value heads, D head size; in a program L
+queries, J keys, C chunks.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..step import Reach
+
+
+CHUNK = 512
+"""Keys that one program reads at most."""
+MOST_LINES = 64
+"""Queries of one program at most."""
+
+
+class Partial(NamedTuple):
+    """What the chunks of all parts leave for `merged`."""
+
+    output: Tensor  # (chunks, R, H, D of the values), float32
+    lse: Tensor  # (chunks, R, H), float32; -inf where a row sees no key of the chunk
+
+    @classmethod
+    def empty(cls, chunks: int, query_RHD: Tensor, value_size: int) -> "Partial":
+        rows, heads, _ = query_RHD.shape
+        output = query_RHD.new_empty(chunks, rows, heads, value_size, dtype=torch.float32)
+        return cls(output, query_RHD.new_full((chunks, rows, heads), -torch.inf, dtype=torch.float32))
+
+
+def chunks_of(columns: int) -> int:
+    return -(-columns // CHUNK)
+
+
+def attend(
+    query_RHD: Tensor,
+    memory: Tensor,
+    key_heads: int,
+    reach: Reach,
+    partial: Partial,
+    first_chunk: int,
+    scaling: float,
+    softcap: float | None,
+) -> None:
+    """Attend to the keys of each row's slot, and leave the outputs in `partial` from its chunk `first_chunk` on.
+
+    Args:
+        query_RHD: Contiguous.
+        memory: Of shape (X or more, columns, K*D + K*D of the values), contiguous; a token's keys, then its values.
+        key_heads: K.
+        reach: What each row sees.
+        partial: Written to.
+        first_chunk: The place of the memory's first chunk.
+        scaling: What products are multiplied by.
+        softcap: Products x become `softcap * tanh(x / softcap)`.
+    """
+    _, heads, size = query_RHD.shape
+    value_size = partial.output.shape[3]
+    slots, group = reach.rows_XG.shape
+    queries = heads // key_heads
+    lines = min(MOST_LINES, max(16, triton.next_power_of_2(group * queries)))
+    blocks = triton.cdiv(group * queries, lines)
+    padded = max(16, triton.next_power_of_2(max(size, value_size)))
+    columns = memory.shape[1]
+    grid = slots * blocks, key_heads, chunks_of(columns)
+    _attend[grid](
+        *(query_RHD, memory, *reach, *partial),
+        *(scaling, softcap or 1.0, len(query_RHD), group, columns, first_chunk, blocks),
+        KEY_HEADS=key_heads,
+        QUERIES=queries,
+        SIZE=size,
+        VALUE_SIZE=value_size,
+        PADDED=padded,
+        LINES=lines,
+        COLUMNS=64 if padded * memory.element_size() <= 256 else 32,
+        CHUNK_KEYS=CHUNK,
+        CAPPED=softcap is not None,
+        num_warps=4 if lines > 16 or padded > 64 else 2,
+    )
+
+
+@triton.jit(do_not_specialize=["all_rows", "group", "columns", "first_chunk", "blocks"])
+def _attend(
+    query,
+    memory,
+    rows,
+    first,
+    stop,
+    output,
+    lse,
+    scaling,
+    softcap,
+    all_rows,
+    group,
+    columns,
+    first_chunk,
+    blocks,
+    KEY_HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    LINES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK_KEYS: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    heads: tl.constexpr = KEY_HEADS * QUERIES
+    slot = tl.program_id(0) // blocks
+    head = tl.program_id(1)
+    chunk = tl.program_id(2)
+    line_L = (tl.program_id(0) % blocks) * LINES + tl.arange(0, LINES)
+    place_L = line_L // QUERIES
+    row_L = tl.load(rows + slot * group + place_L, mask=place_L < group, other=-1)
+    there_L = row_L >= 0
+    first_L = tl.load(first + row_L, mask=there_L, other=2147483647)
+    stop_L = tl.load(stop + row_L, mask=there_L, other=0)
+    begin = tl.maximum(tl.min(first_L, 0) // COLUMNS * COLUMNS, chunk * CHUNK_KEYS)
+    end = tl.minimum(tl.max(stop_L, 0), (chunk + 1) * CHUNK_KEYS)
+
+    d = tl.arange(0, PADDED)
+    line_at = row_L.to(tl.int64) * heads + head * QUERIES + line_L % QUERIES
+    query_LD = tl.load(query + line_at[:, None] * SIZE + d, mask=there_L[:, None] & (d < SIZE), other=0.0)
+    width: tl.constexpr = KEY_HEADS * (SIZE + VALUE_SIZE)
+    keys = memory + slot.to(tl.int64) * columns * width + head * SIZE
+    values = memory + slot.to(tl.int64) * columns * width + KEY_HEADS * SIZE + head * VALUE_SIZE
+    largest_L = tl.full([LINES], -1e30, tl.float32)
+    sum_L = tl.zeros([LINES], tl.float32)
+    output_LD = tl.zeros([LINES, PADDED], tl.float32)
+    for start in range(begin, end, COLUMNS):
+        j = start + tl.arange(0, COLUMNS)
+        # what lies behind the end may not be finite
+        key_DJ = tl.load(keys + j * width + d[:, None], mask=(j < end) & (d[:, None] < SIZE), other=0.0)
+        score_LJ = tl.dot(query_LD, key_DJ, input_precision="ieee") * scaling
+        if CAPPED:
+            score_LJ = softcap * (2.0 * tl.sigmoid(2.0 * score_LJ / softcap) - 1.0)
+        seen_LJ = (j >= first_L[:, None]) & (j < tl.minimum(stop_L, end)[:, None])
+        score_LJ = tl.where(seen_LJ, score_LJ, float("-inf"))
+        new_L = tl.maximum(largest_L, tl.max(score_LJ, 1))
+        share_LJ = tl.exp(score_LJ - new_L[:, None])
+        shrink_L = tl.exp(largest_L - new_L)
+        value_JD = tl.load(values + j[:, None] * width + d, mask=(j[:, None] < end) & (d < VALUE_SIZE), other=0.0)
+        output_LD = output_LD * shrink_L[:, None]
+        output_LD += tl.dot(share_LJ.to(value_JD.dtype), value_JD, input_precision="ieee")
+        sum_L = sum_L * shrink_L + tl.sum(share_LJ, 1)
+        largest_L = new_L
+    safe_L = tl.where(sum_L > 0, sum_L, 1.0)
+    at_L = (first_chunk + chunk).to(tl.int64) * all_rows * heads + line_at
+    tl.store(lse + at_L, tl.where(sum_L > 0, largest_L + tl.log(safe_L), float("-inf")), mask=there_L)
+    tl.store(
+        output + at_L[:, None] * VALUE_SIZE + d,
+        output_LD / safe_L[:, None],
+        mask=there_L[:, None] & (d < VALUE_SIZE),
+    )
+
+
+def merged(partial: Partial, dtype: torch.dtype) -> Tensor:
+    """The output over all chunks, of shape (R, H*D of the values)."""
+    chunks, rows, heads, size = partial.output.shape
+    output = partial.output.new_empty(rows, heads * size, dtype=dtype)
+    _merge[(rows * heads,)](
+        *partial,
+        *(output, chunks, rows * heads),
+        SIZE=size,
+        PADDED=triton.next_power_of_2(size),
+        CHUNKS=triton.next_power_of_2(chunks),
+        num_warps=1,
+    )
+    return output
+
+
+@triton.jit(do_not_specialize=["chunks", "lines"])
+def _merge(partial, lse, output, chunks, lines, SIZE: tl.constexpr, PADDED: tl.constexpr, CHUNKS: tl.constexpr):
+    line = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, CHUNKS)
+    d = tl.arange(0, PADDED)
+    lse_C = tl.load(lse + c * lines + line, mask=c < chunks, other=float("-inf"))
+    weight_C = tl.exp(lse_C - tl.max(lse_C, 0))
+    at_CD = (c * lines + line)[:, None] * SIZE + d
+    # where the weight is 0, nothing may have been written
+    partial_CD = tl.load(partial + at_CD, mask=(weight_C > 0)[:, None] & (d < SIZE), other=0.0)
+    output_D = tl.sum(weight_C[:, None] * partial_CD, 0) / tl.sum(weight_C, 0)
+    tl.store(output + line * SIZE + d, output_D.to(output.dtype.element_ty), mask=d < SIZE)
