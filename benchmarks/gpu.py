@@ -11,7 +11,7 @@ sampling    prompts of `--prompt` tokens, eight completions each, lengths spread
             engine, `model.generate`, transformers' continuous batching. Tokens/s of the second call.
 profile     a decoding step of the engine: kernels, time on the GPU, and the time in which the GPU waits for the host.
 sampler     the next tokens of all rows, from logits.
-update      forward and backward of a micro-batch of `--tokens` packed tokens; peak memory against `plan.activations`.
+update      forward and backward of a micro-batch of `--tokens` packed tokens: peak memory against `plan.activations`, kernels.
 trainers    an optimizer step of this package and of TRL on the same completions.
 """
 
@@ -266,6 +266,7 @@ def update_of(model, args, checkpointing: bool, slice_size: int) -> dict:
     precision: Any = "bf16" if next(model.parameters()).dtype == torch.bfloat16 else "autocast"
     card = torch.cuda.get_device_properties(0).total_memory if device() == "cuda" and slice_size > 256 else None
     planned = plan.activations(plan.Shape.of(model.config), tokens, precision, checkpointing, card)
+    largest = kernels_of(step, 1)["largest"]
     model.zero_grad(set_to_none=False)
     return {
         "tokens": tokens,
@@ -274,6 +275,7 @@ def update_of(model, args, checkpointing: bool, slice_size: int) -> dict:
         "tokens_per_s": tokens / ms * 1e3,
         "bytes": peak,
         "planned_bytes": planned,
+        "largest": largest,
     }
 
 
@@ -311,11 +313,11 @@ def trainers(args) -> dict:
 CHILDREN = (
     ("profile", "recorded"),
     ("sampling", "group"),
-    ("update", "all"),
-    ("sampler", "all"),
     ("sampling", "generate"),
     ("trainers", "packed"),
     ("trainers", "trl"),
+    ("update", "all"),
+    ("sampler", "all"),
     ("profile", "eager"),
     ("sampling", "continuous"),
 )

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command: the tests of this folder, then the tables of benchmarks/gpu.py.
+"""Everything that needs a GPU, in one command: tests of this folder and of kernels, then the tables of benchmarks/gpu.py.
 
     make gpu                                           # or
     python3 tests/gpu/run.py --output gpu.json
@@ -22,6 +22,8 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
+KERNELS = "tests/rollout/group/test_kernels.py"
+"""Which run in an interpreter elsewhere."""
 RESULT = re.compile(r"\] (PASSED|FAILED|ERROR|SKIPPED) (tests/.*?)\s*$")
 SUMMARY = re.compile(r"^(?:FAILED|ERROR) (tests/.*?) - (.*)$")
 
@@ -63,9 +65,9 @@ def ran(command: list[str], environment: dict[str, str], seconds: float) -> str:
 
 
 def tests(environment: dict[str, str], seconds: float, workers: int, log: Path) -> dict:
-    """Run the tests of this folder; see `outcomes`."""
-    options = f"-v -n {workers} --maxschedchunk 1 -m gpu --tb short -rf --durations 15 -p no:cacheprovider".split()
-    printed = ran(["-m", "pytest", *options, "tests/gpu"], environment, seconds)
+    """Run the tests; see `outcomes`."""
+    options = f"-v -n {workers} --maxschedchunk 1 --tb short -rf --durations 15 -p no:cacheprovider".split()
+    printed = ran(["-m", "pytest", *options, "tests/gpu", KERNELS], environment, seconds)
     log.write_text(printed)
     return outcomes(printed)
 

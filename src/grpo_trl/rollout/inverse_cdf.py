@@ -57,6 +57,7 @@ class Weights:
 
     @classmethod
     def of(cls, logits_RV: Tensor) -> "Weights":
+        logits_RV = widened(logits_RV)
         rows, vocabulary = logits_RV.shape
         block = 1 << -(-(vocabulary - 1).bit_length() // 2)
         bits = 62 - vocabulary.bit_length()
@@ -76,11 +77,16 @@ class Weights:
         return self.max_R.double() + (total_R.double() * 2.0**-self.bits).log()
 
 
+def widened(logits_RV: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
+
+
 def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one token per row from softmax(logits), narrowed.
 
     Args:
-        logits_RV: In float32 or float64.
+        logits_RV: In any precision; sums are taken in float32 at least.
         noise_R: Numbers in [0, 1), float64.
         narrowing: Leaves out improbable tokens.
 

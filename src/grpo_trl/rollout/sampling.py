@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCr
 
 from ..model_utils import causal_lm
 from .base import SamplingOptions
-from .inverse_cdf import sample_tokens
+from .inverse_cdf import sample_tokens, widened
 from .processors import History, Processors
 
 
@@ -136,13 +136,14 @@ class Sampler:
         return torch.cat(tokens), torch.cat(logps), torch.cat(drawn_logps)
 
     def _sample(self, logits_RV: Tensor, noise_R: Tensor, history: History | None) -> tuple[Tensor, Tensor, Tensor]:
-        logits_RV = logits_RV.to(torch.promote_types(logits_RV.dtype, torch.float32))
-        policy_RV = logits_RV if self._temperature == 1 else logits_RV / self._temperature
         as_they_are = self._processors.only_temperature
+        if not as_they_are or self._temperature != 1:  # `sample_tokens` reads half precision as it is
+            logits_RV = widened(logits_RV)
+        policy_RV = logits_RV if self._temperature == 1 else logits_RV / self._temperature
         scores_RV = policy_RV if as_they_are else self._processors(logits_RV, history)
         if self._greedy:
             tokens_R = scores_RV.argmax(-1)
-            lse_R = policy_RV.logsumexp(-1).double()
+            lse_R = widened(policy_RV).logsumexp(-1).double()
             drawn_logps_R = torch.zeros_like(lse_R)
         else:
             tokens_R, lse_R, narrowed_lse_R = sample_tokens(scores_RV, noise_R, self._processors.narrowing)

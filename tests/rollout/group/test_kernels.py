@@ -184,6 +184,8 @@ def test_queries_and_keys_are_rotated_and_stored(turned, normed):
 def test_completions_are_those_of_torchs_own_kernels(family, changes, monkeypatch, caplog):
     if "partial_rotary_factor" in changes:
         changes = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **changes}}
+    if family == "gemma2":  # whose soft cap some versions leave out elsewhere
+        changes = changes | {"attn_implementation": "eager"}
     model = make_family(family, **changes).to(DEVICE)
     with caplog.at_level(logging.WARNING):
         mine = sample(model, **FEW).completions
