@@ -11,7 +11,7 @@ sampling    prompts of `--prompt` tokens, eight completions each, lengths spread
             engine, `model.generate`, transformers' continuous batching. Tokens/s of the second call.
 profile     a decoding step of the engine: kernels, time on the GPU, and the time in which the GPU waits for the host.
 sampler     the next tokens of all rows, from logits.
-update      forward and backward of a micro-batch of `--tokens` packed tokens: peak memory against `plan.activations`, kernels.
+update      forward and backward of `--tokens` packed tokens: peak memory against `plan.activations`, largest kernels.
 trainers    an optimizer step of this package and of TRL on the same completions.
 """
 
