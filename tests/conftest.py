@@ -12,12 +12,17 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tests.helpers.garbage import freeze_imports
 from tests.helpers.models import make_model, make_tokenizer
 
 
 hypothesis.settings.register_profile("no deadline", deadline=None)  # of a machine that others use too
 hypothesis.settings.load_profile("no deadline")
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_collection_finish() -> None:
+    freeze_imports()
 
 
 @pytest.fixture

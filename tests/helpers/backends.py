@@ -34,6 +34,7 @@ from grpo_trl import GRPOConfig
 from grpo_trl.distributed import sharding
 from grpo_trl.rollout.vllm.weights import policy_weights
 from tests.helpers.families import make_family
+from tests.helpers.garbage import freeze_imports
 from tests.helpers.models import SIZES, make_model, make_tokenizer
 from tests.helpers.training import completions_of, sampling_trainer, train, weights
 from tests.vllm.helpers import wait_until
@@ -532,5 +533,6 @@ def not_gathered_on_saving(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    freeze_imports()
     name, file = sys.argv[-2:]  # `deepspeed` puts --local_rank before them
     torch.save(run_all(name, f"{file}-runs"), f"{file}.{os.environ['RANK']}")

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.errors import RunStopped
+from tests.helpers.garbage import freeze_imports
 from tests.helpers.models import make_model, make_tokenizer
 from tests.helpers.training import checkpoints, completions_of, length, sampling_trainer, train, weights
 
@@ -302,5 +303,6 @@ def run_cases():
 
 
 if __name__ == "__main__":
+    freeze_imports()
     results = run_cases() | {"sampled": run_sampled(), "incidents": run_incidents(f"{sys.argv[1]}-runs")}
     torch.save(results, f"{sys.argv[1]}.{os.environ['RANK']}")
