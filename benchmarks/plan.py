@@ -5,13 +5,14 @@
 
 Memory: each case runs in a process of its own, which counts the bytes that are allocated, at the peaks of sampling and of
 the update, above those that libraries keep when the run is gone. Time: a step of each size, beside the bound that follows
-from the rate and the bandwidth that this machine reaches.
+from the rate and the bandwidth that this machine reaches, which are measured right before and right after its run.
 """
 
 import argparse
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -119,30 +120,37 @@ def run(folder, peaks, lora, options):
 
 
 def measured_machine():
-    """The rate of float32 products, and of reading memory, that this machine reaches."""
+    """The rates of float32 products and of reading memory that this machine reaches now: medians of half a second."""
 
-    def fastest(work):
-        times = []
-        for _ in range(8):
-            start = time.perf_counter()
+    def seconds(work):
+        times, end = [], time.perf_counter() + 0.5
+        while (start := time.perf_counter()) < end:
             work()
             times.append(time.perf_counter() - start)
-        return min(times)
+        return statistics.median(times)
 
     a, long = torch.randn(1024, 1024), torch.ones(2**26)
-    flops = 2 * 1024**3 / fastest(lambda: a @ a)
-    return Card("this machine", 0, 4 * 2**26 / fastest(long.sum), flops)
+    return Card("this machine", 0, long.nbytes / seconds(long.sum), 2 * 1024**3 / seconds(lambda: a @ a))
 
 
-def times(sizes, card):
-    """Planned and measured seconds of sampling and update."""
+def times(sizes):
+    """The machine before and after, and for sampling and update the seconds planned for their mean, and those measured."""
     with tempfile.TemporaryDirectory() as folder:
         options = {"per_device_train_batch_size": 32, "num_generations": 8, "gradient_checkpointing": False}
         trainer = trainer_of(folder, sizes, 75, 100, **options)
-        planned = step_seconds(trainer.plan().setup, card)
+        before = measured_machine()
         trainer.train()
+        after = measured_machine()
         logs = [entry for entry in trainer.state.log_history if "time/update" in entry]
-    return [(planned[name], min(entry[metric] for entry in logs)) for name, metric in PHASES.items()]
+        planned = step_seconds(trainer.plan().setup, mean(before, after))
+    pairs = [(planned[name], statistics.median(entry[metric] for entry in logs)) for name, metric in PHASES.items()]
+    return before, after, pairs
+
+
+def mean(*cards):
+    """The machine on average: its rates are harmonic means, since a step takes its time at each of them."""
+    bandwidth = statistics.harmonic_mean([card.bytes_per_second for card in cards])
+    return Card(cards[0].name, 0, bandwidth, statistics.harmonic_mean([card.flops_per_second for card in cards]))
 
 
 def main():
@@ -161,11 +169,13 @@ def main():
             pairs = counted_apart(case)
             print(f"{case:36}", *(compared(planned / 2**20, counted / 2**20) for planned, counted in pairs), flush=True)
     if "time" in args.parts:
-        card = measured_machine()
-        print(f"{card.flops_per_second / 1e9:.0f} GFLOP/s, {card.bytes_per_second / 1e9:.0f} GB/s")
-        print(f"{'planned / measured, s':36} {'sampling':>24} {'update':>24}")
+        print(f"{'measured / planned, s':12} {'GFLOP/s':>12} {'GB/s':>12} {'sampling':>24} {'update':>24}")
         for size, sizes in TIMED.items():
-            print(f"{size:36}", *(compared(*pair) for pair in times(sizes, card)), flush=True)
+            before, after, pairs = times(sizes)
+            rates = f"{before.flops_per_second / 1e9:5.0f},{after.flops_per_second / 1e9:5.0f}"
+            bandwidths = f"{before.bytes_per_second / 1e9:5.1f},{after.bytes_per_second / 1e9:5.1f}"
+            shown = (f"{took:8.4g} / {plan:6.4g} = {took / plan:4.1f}" for plan, took in pairs)
+            print(f"{size:12} {rates:>12} {bandwidths:>12}", *shown, flush=True)
 
 
 def counted_apart(case):
