@@ -78,7 +78,7 @@ def test_a_configuration_trains_and_saves_the_model(folder):
     [
         (
             {"learnin_rate": 1},
-            "learnin_rate is no option (in the file or on the command line). Did you mean",
+            "learnin_rate=1 is no option; did you mean learning_rate?",
         ),
         ({"model_name_or_path": None}, "name no model; set model_name_or_path"),
         ({"dataset_name": None}, "dataset_name is missing"),
@@ -103,7 +103,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(folder, changes, message):
 def test_a_mistake_on_the_command_line_is_one_too(folder):
     done = run("plan", written(folder), "--lerning_rate", 1)
     assert done.exit_code == 2
-    assert "Did you mean learning_rate?" in done.output
+    assert "lerning_rate='1' is no option; did you mean learning_rate?" in done.output
 
 
 @pytest.mark.parametrize("content", ["", "- a\n- b\n", "a: [", "only words"])
@@ -393,4 +393,4 @@ def test_retired_names_of_a_file_and_of_the_command_line_are_read(folder, caplog
     assert (job.training.warmup_steps, job.training.max_completion_length, job.model.dtype) == (0.25, 3, "float32")
     done = run("plan", file, "--use_liger_loss=maybe")
     assert done.exit_code == 2
-    assert "use_liger_loss='maybe' is no option of GRPOConfig; remove it" in " ".join(done.output.split())
+    assert "use_liger_loss='maybe' is no option; remove it" in " ".join(done.output.split())

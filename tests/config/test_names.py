@@ -11,7 +11,8 @@ import yaml
 
 import grpo_trl
 from grpo_trl import GRPOConfig, TrlParser
-from grpo_trl.config.names import NOT_HERE, RENAMED, RETIRED
+from grpo_trl.cli.configuration import known_options
+from grpo_trl.config.names import NOT_HERE, OF_SCRIPTS, RENAMED, RETIRED
 from tests.test_config import make_config
 
 
@@ -36,8 +37,8 @@ def test_every_option_of_trl_has_a_row_in_the_docs():
     assert set(TRL) - documented_names() == set()
 
 
-def test_every_retired_name_has_a_row_in_the_docs():
-    assert (RENAMED.keys() | RETIRED.keys()) - documented_names() == set()
+def test_every_retired_name_and_option_of_a_script_has_a_row_in_the_docs():
+    assert (RENAMED.keys() | RETIRED.keys() | OF_SCRIPTS.keys()) - documented_names() == set()
 
 
 def test_every_option_of_trl_is_an_option_or_has_a_remedy():
@@ -49,7 +50,7 @@ def test_an_option_that_is_not_here_may_only_ask_for_what_is_done_anyway(name):
     for value in NOT_HERE[name].moot:
         assert not hasattr(make_config(**{name: value}), name)
     value = "some value"
-    assert refused(**{name: value}).startswith(f"{name}={value!r} is no option of GRPOConfig; ")
+    assert refused(**{name: value}).startswith(f"{name}={value!r} is no option; ")
     assert NOT_HERE[name].remedy in refused(**{name: value})
 
 
@@ -74,23 +75,30 @@ def test_a_ratio_that_would_be_read_as_steps_is_refused(ratio):
     assert "set warmup_steps" in refused(warmup_ratio=ratio)
 
 
-@pytest.mark.parametrize("name", sorted(RETIRED))
+@pytest.mark.parametrize("name", sorted(RETIRED | OF_SCRIPTS))
 def test_a_retired_option_says_what_to_use_or_that_it_changes_nothing(name, caplog):
-    for value in RETIRED[name].moot:
+    absent = RETIRED.get(name) or OF_SCRIPTS[name]
+    for value in absent.moot:
         make_config(**{name: value})
-        assert f"{name}={value!r} is retired and changes nothing" in caplog.text
-    assert RETIRED[name].remedy in refused(**{name: "some value"})
+        assert f"{name}={value!r} changes nothing" in caplog.text
+    assert absent.remedy in refused(**{name: "some value"})
 
 
 def test_remedies_name_options_that_exist():
-    for absent in [*RETIRED.values(), *NOT_HERE.values()]:
+    known = OURS | known_options() | {"the", "min_num_params", "transformer_layer_cls_to_wrap"}
+    for absent in [*RETIRED.values(), *OF_SCRIPTS.values(), *NOT_HERE.values()]:
         for name in re.findall(r"set (\w+)=?", absent.remedy):
-            assert name in OURS | {"the", "min_num_params", "transformer_layer_cls_to_wrap"}, absent
+            assert name in known, absent
+
+
+def test_all_options_that_are_refused_are_named_at_once():
+    message = refused(num_generation=4, vllm_device="cuda:3", callbacks=["push"], beta=0.1)
+    assert [line.split("=")[0] for line in message.splitlines()] == ["num_generation", "vllm_device", "callbacks"]
 
 
 @pytest.mark.parametrize("typo, meant", [("num_generation", "num_generations"), ("learning_rat", "learning_rate")])
 def test_an_unknown_name_suggests_the_nearest(typo, meant):
-    assert refused(**{typo: 4}) == f"{typo}=4 is no option of GRPOConfig; did you mean {meant}?"
+    assert refused(**{typo: 4}) == f"{typo}=4 is no option; did you mean {meant}?"
     assert "docs/options.md" in refused(zzzzzz=4)
 
 
@@ -145,7 +153,7 @@ def test_the_parser_reads_retired_names_of_a_file(tmp_path, monkeypatch, caplog)
     script, config, model = parsed(tmp_path, monkeypatch, dataset_name="sums", **options)
     assert (script.dataset_name, config.warmup_steps, model.dtype) == ("sums", 0.25, "bfloat16")
     assert "warmup_ratio=0.25 is read as warmup_steps=0.25" in caplog.text
-    assert "overwrite_output_dir=True is retired and changes nothing" in caplog.text
+    assert "overwrite_output_dir=True changes nothing" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """A YAML file, and options on the command line, become a trainer. The format is that of `trl grpo`."""
 
-import difflib
 import importlib
+import itertools
 import os
 import re
 import sys
@@ -18,7 +18,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from .. import rewards
 from ..config import GRPOConfig
-from ..config.names import is_absent, todays_name
+from ..config.names import is_absent, refusals, todays_name
 from ..config.parser import TrlParser
 from ..logging import get_logger
 
@@ -84,16 +84,23 @@ class Configuration:
         """
         parser = _parser(config_class)
         known = parser.known_names | {"env"}
-        given = [*options, *(word[2:].split("=")[0] for word in overrides if word.startswith("--"))]
-        given = [todays_name(name.replace("-", "_"), known) for name in given]
-        for name in given:
-            _check_known(name, known)
+        words = _values_of(overrides)
+        options = {name: value for name, value in options.items() if name not in words}
+        unknown = {n: v for n, v in words.items() if todays_name(n, known) not in known and not is_absent(n)}
+        if refused := refusals(options | unknown, known):
+            raise ValueError("\n".join(refused))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "options.yaml"
-            file.write_text(yaml.safe_dump(dict(options)), encoding="utf-8")
+            file.write_text(yaml.safe_dump(options), encoding="utf-8")
             configuration = cls(*parser.parse_args_and_config(["--config", str(file), *overrides]))
-        if "dtype" not in given:
+        if not {"dtype", "torch_dtype"} & {*options, *words}:
             configuration.model.dtype = None  # the trainer's default, which depends on the adapter
+        script = configuration.script
+        if script.system_prompt and (script.prompt_template is None or script.prompt_style == "plain"):
+            raise ValueError(
+                f"system_prompt={script.system_prompt!r} needs messages; set prompt_style: chat, and prompt_template: "
+                "'{prompt}' if the dataset's column prompt is plain text."
+            )
         if configuration.model.model_name_or_path is None:
             raise ValueError("The options name no model; set model_name_or_path, e.g. to Qwen/Qwen2.5-0.5B-Instruct.")
         return configuration
@@ -160,8 +167,6 @@ class Configuration:
 
     def _prompts(self, dataset: Dataset) -> Dataset:
         template = self.script.prompt_template
-        if self.script.system_prompt and (template is None or self.script.prompt_style == "plain"):
-            logger.warning("system_prompt has no effect without prompt_template and prompt_style='chat'.")
         if template is None:
             return dataset
         system = [{"role": "system", "content": self.script.system_prompt}] if self.script.system_prompt else []
@@ -219,11 +224,14 @@ def _parser(config_class: type[GRPOConfig] = GRPOConfig) -> TrlParser:
     return TrlParser(cast(Any, (ScriptArguments, config_class, ModelConfig, DatasetMixtureConfig)))
 
 
-def _check_known(name: str, known: set[str]) -> None:
-    if name not in known and not is_absent(name):
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name} is no option (in the file or on the command line).{hint}")
+def _values_of(words: Sequence[str]) -> dict[str, str]:
+    """Read `--name value` and `--name=value` of a command line as text; a switch has an empty one."""
+    found = {}
+    for word, following in itertools.pairwise([*words, "--"]):
+        if word.startswith("--"):
+            name, _, value = word[2:].partition("=")
+            found[name.replace("-", "_")] = value or ("" if following.startswith("--") else following)
+    return found
 
 
 def _of_trl(name: str) -> Any:

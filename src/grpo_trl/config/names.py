@@ -78,6 +78,24 @@ RETIRED = {
 }
 """Options that TRL, transformers or their users' scripts had once."""
 
+_TRACKER = "set the environment variable {}, under env of the configuration or before the run"
+
+OF_SCRIPTS = {
+    "benchmarks": Absent((None, []), "remove it: evaluate the model that is saved"),
+    "callbacks": Absent((None, []), "remove it, or pass callbacks to the trainer in a script"),
+    "chat_template": Absent((None,), "remove it: the template is that of the tokenizer, so save it with the tokenizer"),
+    "dataset_configs": Absent((None,), "set dataset_config, to one name"),
+    "dataset_id_or_path": Absent((None,), "set dataset_name"),
+    "dataset_prompt_column": Absent((None,), "set prompt_template, to the column in braces: '{problem}'"),
+    "hub_model_revision": Absent((None, "main"), "set hub_revision"),
+    "overwrite_hub_revision": Absent((None, False), "remove it"),
+    "push_to_hub_revision": Absent((None, False), "set push_to_hub and hub_revision"),
+    "wandb_entity": Absent((None,), _TRACKER.format("WANDB_ENTITY")),
+    "wandb_project": Absent((None,), _TRACKER.format("WANDB_PROJECT")),
+    "wandb_run_group": Absent((None,), _TRACKER.format("WANDB_RUN_GROUP")),
+}
+"""Options of scripts around TRL, such as open-r1's, that stand in many configurations."""
+
 _CONTINUOUS = "remove it: completions are decoded continuously in any case, max_rows_in_flight at a time"
 
 NOT_HERE = {
@@ -96,6 +114,8 @@ NOT_HERE = {
 }
 """Options of TRL 1.16 that are not here."""
 
+ABSENT = RETIRED | OF_SCRIPTS | NOT_HERE
+
 
 class TodaysNames(type):
     """The class of `GRPOConfig` and of classes derived from it: they are made with options under `current_names`."""
@@ -108,36 +128,56 @@ def current_names(given: dict[str, Any], known: Collection[str]) -> dict[str, An
     """Return the options `given` by keyword under names that are `known`, with one line in the log for a retired name.
 
     Raises:
-        TypeError: An option does not exist, or is given under two names; the message says what to use.
+        TypeError: Options do not exist, or are given under two names; the message says of each what to use.
     """
-    options = translated(given, known)
-    for name, value in options.items():
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"did you mean {nearest[0]}?" if nearest else "docs/options.md and docs/from-trl.md list the options."
-            )
-            raise TypeError(f"{name}={value!r} is no option of GRPOConfig; {hint}")
-    return options
+    if refused := refusals(given, known):
+        raise TypeError("\n".join(refused))
+    return translated(given, known)
 
 
 def translated(given: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
     """Return the options `given` with retired names replaced by those of today; names that never existed stay.
 
     Raises:
-        TypeError: A name is retired without one of today, or an option is given under two names.
+        TypeError: Names are retired without one of today, or an option is given under two names.
     """
+    ever = {name: value for name, value in given.items() if name in RENAMED or is_absent(name) or name in known}
+    if refused := refusals(ever, known):
+        raise TypeError("\n".join(refused))
     options: dict[str, Any] = {}
     for name, value in given.items():
         today = todays_name(name, known)
         if today != name:
-            _check_renamed(name, value, today, given)
             logger.warning("%s=%r is read as %s=%r, its name today.", name, value, today, value)
         if today in known or not is_absent(today):
             options[today] = value
-        else:
-            _check_absent(today, value)
+        elif today not in NOT_HERE:
+            logger.warning("%s=%r changes nothing; you can remove it.", today, value)
     return options
+
+
+def refusals(given: dict[str, Any], known: Collection[str]) -> list[str]:
+    """List, of each option `given` that cannot be taken where others are `known`, what to use instead."""
+    reasons = {name: _refusal(name, value, given, known) for name, value in given.items()}
+    return [f"{name}={given[name]!r} {reason}" for name, reason in reasons.items() if reason]
+
+
+def _refusal(name: str, value: Any, given: dict[str, Any], known: Collection[str]) -> str | None:
+    today = todays_name(name, known)
+    if today != name and today in given:
+        return f"is the retired name of {today}={given[today]!r}; give one of them."
+    if name == "warmup_ratio" != today and value is not None and not 0 <= float(value) < 1:
+        return "is no share of the run; set warmup_steps, in steps or as a share below 1."
+    return None if today in known else _remedy(today, value, known)
+
+
+def _remedy(name: str, value: Any, known: Collection[str]) -> str | None:
+    if absent := ABSENT.get(name):
+        moot = any(value is one or value == one for one in absent.moot)
+        return None if moot else f"is no option; {absent.remedy}."
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {nearest[0]}?" if nearest else "docs/options.md and docs/from-trl.md list the options."
+    return f"is no option; {hint}"
 
 
 def todays_name(name: str, known: Collection[str]) -> str:
@@ -147,8 +187,8 @@ def todays_name(name: str, known: Collection[str]) -> str:
 
 
 def is_absent(name: str) -> bool:
-    """Whether an option was one of TRL's or transformers' and is none here."""
-    return name in RETIRED or name in NOT_HERE
+    """Whether an option is one of TRL, of transformers or of a script for them, or was, and is none here."""
+    return name in ABSENT
 
 
 def current_model_kwargs(given: dict[str, Any]) -> dict[str, Any]:
@@ -165,20 +205,3 @@ def current_model_kwargs(given: dict[str, Any]) -> dict[str, Any]:
         )
     logger.warning("model_init_kwargs: torch_dtype=%r is read as dtype, its name today.", given["torch_dtype"])
     return {"dtype" if name == "torch_dtype" else name: value for name, value in given.items()}
-
-
-def _check_renamed(name: str, value: Any, today: str, given: dict[str, Any]) -> None:
-    if today in given:
-        raise TypeError(f"{name}={value!r} is the retired name of {today}={given[today]!r}; give one of them.")
-    if name == "warmup_ratio" and value is not None and not 0 <= float(value) < 1:
-        raise TypeError(
-            f"warmup_ratio={value!r} is no share of the run; set warmup_steps, in steps or as a share below 1."
-        )
-
-
-def _check_absent(name: str, value: Any) -> None:
-    absent = RETIRED.get(name) or NOT_HERE[name]
-    if not any(value is moot or value == moot for moot in absent.moot):
-        raise TypeError(f"{name}={value!r} is no option of GRPOConfig; {absent.remedy}.")
-    if name in RETIRED:
-        logger.warning("%s=%r is retired and changes nothing; you can remove it.", name, value)
