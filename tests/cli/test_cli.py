@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from grpo_trl.cli import app
 from grpo_trl.cli.configuration import REWARDS, Configuration, known_options, options_of
-from grpo_trl.cli.launch import LAUNCHED, split_launch
-from grpo_trl.plan import card_named
+from grpo_trl.cli.launch import LAUNCHED, run_options, split_launch
+from grpo_trl.plan import card_named, offloaded
 from grpo_trl.report import Run, RunLog
 from grpo_trl.report.live import ASCII_BLOCKS, sparkline, view
 from tests.conftest import make_model, make_tokenizer
@@ -184,11 +184,38 @@ def test_a_configuration_with_options_of_accelerate_launch_is_launched_once(fold
     assert run("train", file, "--max_steps", 1).exit_code == 0
     assert len(started) == 1
     assert "on each of 2 ranks" in run("plan", file).output
-    done = run("plan", written(folder, accelerate_config="zero9"))
-    assert done.exit_code == 0  # a plan starts nothing
     monkeypatch.delenv(LAUNCHED)
-    done = run("train", written(folder, accelerate_config="zero9"))
-    assert (done.exit_code, "one of fsdp1, fsdp2" in done.output) == (2, True)
+    for command in ("plan", "train"):
+        done = run(command, written(folder, accelerate_config="zero9"))
+        assert (done.exit_code, "one of fsdp1, fsdp2" in done.output) == (2, True)
+
+
+OFFLOADED = {"use_deepspeed": True, "zero_stage": 2, "offload_optimizer_device": "cpu", "num_processes": 2}
+
+
+@pytest.mark.parametrize(
+    "launched, planned",
+    [
+        ({"accelerate_config": "zero3"}, "ZeRO-3, bf16"),
+        ({"accelerate_config": "fsdp2"}, "FSDP2, float32"),
+        ({"accelerate_config": "multi_gpu"}, "DDP, float32"),
+        ({"accelerate_config": "single_gpu"}, "one process"),
+        (OFFLOADED, "ZeRO-2, bf16"),
+    ],
+)
+def test_the_plan_is_of_what_accelerate_would_launch(folder, launched, planned):
+    options = {"num_generations": 2, "per_device_train_batch_size": 2}
+    output = run("plan", written(folder, **options, **launched)).output
+    assert planned in output
+    ranks = 1 if "single" in str(launched) else launched.get("num_processes", 8)
+    assert f"on each of {ranks} rank" in output
+    assert "on each of 3 ranks" in run("plan", written(folder, **options, **launched), "--ranks", 3).output
+
+
+def test_what_accelerate_offloads_is_offloaded_in_the_plan():
+    assert offloaded(run_options(OFFLOADED)["deepspeed"]) == ["optimizer"]
+    assert offloaded(run_options(OFFLOADED | {"offload_param_device": "nvme"})["deepspeed"]) == ["optimizer", "param"]
+    assert offloaded(run_options({"accelerate_config": "zero3"})["deepspeed"]) == []
 
 
 MIXTURE = [
@@ -241,6 +268,8 @@ def test_every_ready_made_reward_is_callable(name):
 
 
 def test_what_init_writes_can_be_planned(folder):
+    rows = [json.dumps({"question": f"{i}=", "answer": f"#### {i}"}) for i in range(16)]
+    (folder / "data.jsonl").write_text("\n".join(rows))
     done = run("init", "new.yaml", "--model", "model", "--dataset", "data.jsonl", "--output", "here")
     assert done.exit_code == 0, done.output
     assert run("init", "new.yaml").exit_code == 2  # nothing is overwritten

@@ -1,5 +1,6 @@
 import itertools
 import logging
+import math
 import re
 from dataclasses import replace
 
@@ -133,7 +134,7 @@ def test_an_epoch_uses_each_prompt_at_most_once_and_drops_less_than_a_generation
             ]
             assert len(rows) == len(set(rows))
             assert set(rows) <= set(range(s.num_prompts))
-            assert 0 <= s.num_prompts - len(rows) < s.prompts_per_generation_batch
+            assert s.num_prompts - len(rows) == s.unseen_prompts < s.prompts_per_generation_batch
 
 
 def test_without_shuffling_generation_batches_take_the_prompts_in_order_in_every_epoch():
@@ -213,6 +214,16 @@ def test_a_schedule_is_on_policy_exactly_where_no_generation_batch_outlives_an_o
             for ref in s.mini_batches(step, s.accumulation):
                 steps_of_generation_batch.setdefault(ref.generation, set()).add(step)
         assert s.on_policy == all(len(steps) == 1 for steps in steps_of_generation_batch.values())
+
+
+def test_the_steps_of_an_epoch_train_on_each_of_its_completions_num_iterations_times():
+    for s in SCHEDULES:
+        seen = s.generation_batches_per_epoch * s.completions_per_generation_batch
+        trained = s.optimizer_steps_per_epoch * s.batch_size * s.accumulation * s.world_size
+        left_over = (-s.items_per_epoch % s.accumulation) * s.batch_size * s.world_size
+        assert trained - left_over == seen * s.num_iterations
+        steps = s.generation_batches_per_epoch * s.optimizer_steps_per_generation_batch
+        assert math.ceil(steps) == s.optimizer_steps_per_epoch
 
 
 SMALL = Schedule(

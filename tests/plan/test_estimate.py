@@ -4,19 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from grpo_trl import GRPOConfig
+from grpo_trl.data.schedule import Schedule
 from grpo_trl.plan import (
     CARDS,
-    BatchPlan,
     Job,
     RunPlan,
     Setup,
     Shape,
+    batch_lines,
     card_named,
     largest_tokens,
     launches,
@@ -29,30 +28,22 @@ from grpo_trl.plan import (
 
 
 GIB = 2**30
-BATCH = BatchPlan(1000, 8, batch_size=16, accumulation=4, steps_per_generation=4, num_iterations=1, ranks=8)
+SCHEDULE = Schedule(1000, 8, batch_size=16, accumulation=4, steps_per_generation=4, num_iterations=1, world_size=8)
 SHAPE = Shape(layers=28, hidden=3584, key_value=512, intermediate=18944, vocabulary=152_064)
-SETUP = Setup(Job("ZeRO-3", 8, 7_600_000_000), SHAPE, "bf16", BATCH, 200, 1000, rows_in_flight=256)
-
-
-@given(
-    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(1, 500)
-)
-def test_an_epoch_is_a_number_of_whole_generation_batches(groups, accumulation, multiple, iterations, ranks, prompts):
-    plan = BatchPlan(prompts, 2, 2 * groups, accumulation, accumulation * multiple, iterations, ranks)
-    seen = plan.generation_batches_per_epoch * plan.groups
-    assert seen + plan.unseen == prompts
-    assert plan.unseen < plan.groups
-    trained = plan.steps_per_epoch * plan.mini_batch
-    assert trained == seen * plan.num_generations * iterations
-    assert (plan.off_policy == 0) == (multiple == iterations == 1)
+SETUP = Setup(Job("ZeRO-3", 8, 7_600_000_000), SHAPE, "bf16", SCHEDULE, 200, 1000, rows_in_flight=256)
 
 
 def test_the_lines_say_what_is_left_out_and_what_is_off_policy():
-    text = "\n".join(replace(BATCH, num_iterations=2).lines())
+    text = "\n".join(batch_lines(replace(SCHEDULE, num_iterations=2)))
     assert "64 prompts x 8 = 512 completions, 64 on each of 8 ranks" in text
+    assert "512 completions; a generation batch serves 2 steps" in text
     assert "off policy: 50% of the steps, up to 1 step old" in text
     assert "1,000 prompts = 30 optimizer steps; 40 of them, too few for a generation batch, are left out" in text
-    assert "on policy" in "\n".join(BATCH.lines())
+    assert "on policy" in "\n".join(batch_lines(SCHEDULE))
+    assert "epoch" not in "\n".join(batch_lines(replace(SCHEDULE, num_prompts=None)))
+    assert "512 completions, of 2 generation batches" in "\n".join(
+        batch_lines(replace(SCHEDULE, steps_per_generation=2))
+    )
 
 
 @pytest.mark.parametrize("method", ["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3", "FSDP2"])
@@ -141,11 +132,11 @@ def config(tmp_path, **options):
 
 def test_a_setup_is_read_from_a_model_without_weights(tmp_path):
     model = tiny()
-    setup = setup_of(config(tmp_path, beta=0.1), model, num_prompts=100, prompt_tokens=10)
+    setup = setup_of(config(tmp_path, beta=0.1), model, SCHEDULE, prompt_tokens=10)
     assert setup.job.trained == sum(p.numel() for p in model.parameters())
     assert (setup.job.frozen, setup.precision, setup.reference_copies) == (0, "float32", True)
-    assert setup.batch.num_prompts == 100
-    assert setup.micro_batch_tokens == 8 * 512 + 10
+    assert setup.job.ranks == SCHEDULE.world_size
+    assert setup.micro_batch_tokens == 16 * 512 + 2 * 10
 
 
 def test_an_adapter_leaves_the_base_frozen_and_needs_no_reference(tmp_path):
@@ -153,7 +144,7 @@ def test_an_adapter_leaves_the_base_frozen_and_needs_no_reference(tmp_path):
     size = sum(p.numel() for p in model.parameters())
     with torch.device("meta"):
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    setup = setup_of(config(tmp_path, beta=0.1), model, num_prompts=1, prompt_tokens=1, new_adapter=True)
+    setup = setup_of(config(tmp_path, beta=0.1), model, SCHEDULE, prompt_tokens=1, new_adapter=True)
     assert setup.job.frozen == size
     assert setup.job.frozen_bytes == 2
     assert 0 < setup.job.trained < size
@@ -162,7 +153,7 @@ def test_an_adapter_leaves_the_base_frozen_and_needs_no_reference(tmp_path):
 
 @pytest.mark.parametrize("optim, states", [("adamw_torch", 2), ("sgd", 0), ("adamw_8bit", 0.5), ("adafactor", 0.1)])
 def test_the_optimizer_has_its_states(tmp_path, optim, states):
-    setup = setup_of(config(tmp_path, optim=optim), tiny(), num_prompts=1, prompt_tokens=1)
+    setup = setup_of(config(tmp_path, optim=optim), tiny(), SCHEDULE, prompt_tokens=1)
     assert setup.job.optimizer_bytes == 4 * states
 
 

@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from accelerate.commands.launch import launch_command_parser
 
 
@@ -64,6 +65,34 @@ def launch(planned: Launch, config: Path) -> None:
     command = ["-m", "accelerate.commands.launch", *flags, "--module", "grpo_trl", "train", str(config), *planned.words]
     own = {name: str(value) for name, value in (planned.training.get("env") or {}).items()}
     os.execve(sys.executable, [sys.executable, *command], os.environ | own | {LAUNCHED: "1"})
+
+
+def run_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Express options of `accelerate launch` as those of a run: `num_processes`, `deepspeed`, `fsdp`, where they are given.
+
+    Raises:
+        ValueError: `accelerate_config` is neither a file nor a configuration of TRL's.
+    """
+    settings = _resolved(options)
+    if "config_file" in settings:
+        settings = yaml.safe_load(Path(settings["config_file"]).read_text(encoding="utf-8")) | settings
+    settings |= settings.get("deepspeed_config") or {}
+    kind = settings.get("distributed_type")
+    found: dict[str, Any] = {}
+    if settings.get("num_processes"):
+        found["num_processes"] = 1 if kind == "NO" else int(settings["num_processes"])
+    if kind == "DEEPSPEED" or settings.get("use_deepspeed"):
+        found["deepspeed"] = settings.get("deepspeed_config_file") or _deepspeed_config(settings)
+    elif kind == "FSDP" or settings.get("use_fsdp"):
+        found["fsdp"] = "full_shard"
+    return found
+
+
+def _deepspeed_config(settings: dict[str, Any]) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": int(settings.get("zero_stage", 2))}  # accelerate's default
+    for name in ("offload_optimizer", "offload_param"):
+        zero[name] = {"device": settings.get(f"{name}_device") or "none"}
+    return {"zero_optimization": zero}
 
 
 def _resolved(options: dict[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from trl import get_peft_config
 
 from ..config import GRPOConfig
 from ..plan import MEASURED_PROMPTS, Card, RunPlan, offloaded, setup_of
+from ..trainer.build import make_schedule
 from .configuration import Configuration, known_options, options_of
-from .launch import split_launch
+from .launch import run_options, split_launch
 
 
 FOUR_BIT = {False: 0.5 + 4 / 64, True: 0.5 + 1 / 64 + 4 / 64 / 256}
@@ -31,7 +32,7 @@ def planned_run(
     Args:
         file: The YAML file.
         overrides: Options of the command line.
-        ranks: Plan for so many, whatever this machine has; by default for `num_processes` of the file, or one.
+        ranks: Plan for so many, whatever this machine has; None: for as many as `accelerate launch` would start, or one.
         card: What the time of a step is estimated for.
         gpu_gib: The memory of a rank's card; that of `card` if None.
 
@@ -39,8 +40,9 @@ def planned_run(
         ValueError: The configuration cannot work.
     """
     launched = split_launch(options_of(file), overrides, known_options())
-    ranks = ranks or int(launched.options.get("num_processes") or 1)
-    options, overrides = _with_backend(launched.training, launched.words)
+    options, overrides = _with_backend(run_options(launched.options) | launched.training, launched.words)
+    launched_ranks = options.pop("num_processes", 1)
+    ranks = ranks or launched_ranks
     method, offload = _backend(options)
     fp16, bf16 = options.pop("fp16", False), options.pop("bf16", None)
     options["bf16"] = bool((card is not None if bf16 is None else bf16) or fp16)
@@ -50,10 +52,9 @@ def planned_run(
     setup = setup_of(
         configuration.training,
         model,
-        num_prompts=len(train) if hasattr(train, "__len__") else 0,
+        make_schedule(configuration.training, len(train) if hasattr(train, "__len__") else None),
         prompt_tokens=_prompt_tokens(configuration, train),
         method=method,
-        ranks=ranks,
         offload=offload,
         new_adapter=bool(configuration.model.use_peft),
     )

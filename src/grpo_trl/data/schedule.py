@@ -52,8 +52,13 @@ class Schedule:
     world_size: int
 
     @property
+    def completions_per_generation_batch(self) -> int:
+        """Over all ranks."""
+        return self.batch_size * self.steps_per_generation * self.world_size
+
+    @property
     def prompts_per_generation_batch(self) -> int:
-        return self.batch_size * self.steps_per_generation * self.world_size // self.num_generations
+        return self.completions_per_generation_batch // self.num_generations
 
     @property
     def generation_batches_per_epoch(self) -> int:
@@ -64,6 +69,21 @@ class Schedule:
     @property
     def items_per_epoch(self) -> int:
         return self.generation_batches_per_epoch * self.steps_per_generation * self.num_iterations
+
+    @property
+    def optimizer_steps_per_epoch(self) -> int:
+        """The last one has fewer micro-steps where those of an epoch are no multiple of `accumulation`."""
+        return math.ceil(self.items_per_epoch / self.accumulation)
+
+    @property
+    def optimizer_steps_per_generation_batch(self) -> float:
+        """How many train on a generation batch; below 1 where each needs several."""
+        return self.num_iterations * self.steps_per_generation / self.accumulation
+
+    @property
+    def unseen_prompts(self) -> int:
+        """How many an epoch leaves out, because they do not fill a generation batch; shuffling changes which."""
+        return 0 if self.num_prompts is None else self.num_prompts % self.prompts_per_generation_batch
 
     def items(self, max_steps: int) -> int:
         """Return the micro-steps of an epoch; those of `max_steps` optimizer steps of a stream."""
@@ -95,10 +115,10 @@ class Schedule:
                 f"prompts, or lower per_device_train_batch_size={self.batch_size} or steps_per_generation="
                 f"{self.steps_per_generation}."
             )
-        if left := self.num_prompts % need:
+        if self.unseen_prompts:
             logger.warning(
                 "%d of %d prompts do not fill a generation batch of %d and are left out of each epoch.",
-                left,
+                self.unseen_prompts,
                 self.num_prompts,
                 need,
             )
@@ -107,7 +127,7 @@ class Schedule:
         """Return what optimizer step `optimizer_step` (from 0, over the run), of so many `micro_steps`, trains on."""
         first_generation, step = 0, optimizer_step
         if self.num_prompts is not None:
-            epoch, step = divmod(optimizer_step, math.ceil(self.items_per_epoch / self.accumulation))
+            epoch, step = divmod(optimizer_step, self.optimizer_steps_per_epoch)
             first_generation = epoch * self.generation_batches_per_epoch
         start = step * self.accumulation
         refs = []

@@ -13,7 +13,7 @@ from .activations import (
     logits_bytes,
     slice_tokens,
 )
-from .batch import BatchPlan
+from .batch import batch_lines
 from .cards import CARDS, Card, card_named
 from .estimate import (
     LAID_OUT_SHARE,
@@ -39,7 +39,6 @@ __all__ = [
     "METHODS",
     "PREFILL_TOKENS",
     "ROWS_IN_FLIGHT",
-    "BatchPlan",
     "Card",
     "Job",
     "Memory",
@@ -50,6 +49,7 @@ __all__ = [
     "Traffic",
     "activation_bytes_per_token",
     "activations",
+    "batch_lines",
     "card_named",
     "choose",
     "fitted",

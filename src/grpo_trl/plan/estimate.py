@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..data.schedule import Schedule
 from .activations import (
     GPU_TOKENS,
     PREFILL_TOKENS,
@@ -18,7 +19,6 @@ from .activations import (
     layer_weights,
     logits_bytes,
 )
-from .batch import BatchPlan
 from .cards import Card
 from .memory import Job, memory
 
@@ -41,7 +41,7 @@ class Setup:
     job: Job
     shape: Shape
     precision: Precision
-    batch: BatchPlan
+    schedule: Schedule
     prompt_tokens: int
     """Of a typical prompt."""
     completion_tokens: int
@@ -74,7 +74,7 @@ class Setup:
         if self.max_tokens is not None:
             return self.max_tokens
         if self.gpu_bytes is None:
-            return self._tokens_of(self.batch.batch_size)
+            return self._tokens_of(self.schedule.batch_size)
         return max(self._tokens_of(1), min(GPU_TOKENS, self.step_tokens))
 
     @property
@@ -85,7 +85,7 @@ class Setup:
     @property
     def step_tokens(self) -> int:
         """Tokens of a rank in an optimizer step, if all completions have full length."""
-        return self._tokens_of(self.batch.batch_size * self.batch.accumulation)
+        return self._tokens_of(self.schedule.batch_size * self.schedule.accumulation)
 
     @property
     def recomputes(self) -> bool:
@@ -93,7 +93,9 @@ class Setup:
         return self.checkpointing is not False
 
     def _tokens_of(self, completions: int) -> int:
-        return completions * self.completion_tokens + -(-completions // self.batch.num_generations) * self.prompt_tokens
+        return (
+            completions * self.completion_tokens + -(-completions // self.schedule.num_generations) * self.prompt_tokens
+        )
 
 
 def phases(setup: Setup) -> Phases:
@@ -117,10 +119,10 @@ def _sampling(setup: Setup) -> dict[str, float]:
     """What the engine of this process takes on top; vLLM keeps to its share."""
     if setup.sampler != "engine":
         return {}
-    job, shape, batch = setup.job, setup.shape, setup.batch
-    groups = max(batch.groups // job.ranks, 1)
-    rows = min(setup.rows_in_flight, groups * batch.num_generations)
-    prompts = min(groups, 2 * -(-rows // batch.num_generations))
+    job, shape, schedule = setup.job, setup.shape, setup.schedule
+    groups = max(schedule.prompts_per_generation_batch // job.ranks, 1)
+    rows = min(setup.rows_in_flight, groups * schedule.num_generations)
+    prompts = min(groups, 2 * -(-rows // schedule.num_generations))
     cached = rows * setup.completion_tokens + prompts * setup.prompt_tokens
     at_a_time = PREFILL_TOKENS["cpu" if setup.gpu_bytes is None else "cuda"]
     prefilled = max(setup.prompt_tokens, min(at_a_time, prompts * setup.prompt_tokens))
@@ -252,15 +254,15 @@ def step_seconds(setup: Setup, card: Card) -> dict[str, float]:
         logprobs   2 P FLOPs a token, for an old policy and for a reference
         update     6 P FLOPs a token, 8 P with recomputation
 
-    with P parameters. Attention's FLOPs, launches and communication are not counted: real steps take 1.5 to 4 times as
-    long.
+    with P parameters. Attention's FLOPs, launches and communication are not counted: docs/performance.md compares with
+    real steps.
     """
-    job, batch = setup.job, setup.batch
-    completions = batch.mini_batch / job.ranks
-    tokens = completions * setup.completion_tokens + completions / batch.num_generations * setup.prompt_tokens
+    job, schedule = setup.job, setup.schedule
+    completions = schedule.batch_size * schedule.accumulation
+    tokens = completions * setup.completion_tokens + completions / schedule.num_generations * setup.prompt_tokens
     forward = 2.0 * job.parameters * tokens / card.flops_per_second
-    passes = (batch.off_policy > 0) + setup.reference
-    sampled = completions / max(batch.num_iterations, 1)
+    passes = (not schedule.on_policy) + setup.reference
+    sampled = completions / schedule.num_iterations
     return {
         "sampling": _sampling_seconds(setup, card, sampled),
         "logprobs": passes * forward,
@@ -274,7 +276,7 @@ def _sampling_seconds(setup: Setup, card: Card, completions: float) -> float:
         return 0.0
     key_value = key_value_bytes_per_token(setup.shape, setup.precision)
     own = rows * setup.completion_tokens / 2
-    shared = rows / setup.batch.num_generations * setup.prompt_tokens
+    shared = rows / setup.schedule.num_generations * setup.prompt_tokens
     weights = (4 if setup.precision == "float32" else 2) * setup.job.trained
     read = weights + setup.job.frozen_bytes * setup.job.frozen + key_value * (own + shared)
     compute = 2.0 * setup.job.parameters * rows / card.flops_per_second

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.schedule import Schedule
 from .activations import ROWS_IN_FLIGHT, Precision, Shape
-from .batch import BatchPlan
+from .batch import batch_lines
 from .cards import Card
 from .estimate import GIB, Sampler, Setup, fitted_to_card, largest_tokens, launches, peak, phases, step_seconds
 from .memory import Job
@@ -21,11 +22,10 @@ MEASURED_PROMPTS = 64
 def setup_of(
     args: Any,
     model: Any,
+    schedule: Schedule,
     *,
-    num_prompts: int,
     prompt_tokens: int,
     method: str = "DDP",
-    ranks: int = 1,
     offload: Sequence[str] = (),
     new_adapter: bool = False,
 ) -> Setup:
@@ -34,10 +34,9 @@ def setup_of(
     Args:
         args: The configuration.
         model: With its adapter, if there is one.
-        num_prompts: Of the training set; 0 if it has no length.
+        schedule: What becomes of the prompts, on how many ranks.
         prompt_tokens: Of a typical prompt.
         method: One of `METHODS`.
-        ranks: How many there are.
         offload: Of `"optimizer"` and `"param"`, what is on the host.
         new_adapter: Whether the base weights are the reference.
     """
@@ -49,7 +48,7 @@ def setup_of(
         precision = "float32"
     job = Job(
         method,
-        ranks,
+        schedule.world_size,
         trained,
         sum(_size(p) for p in frozen),
         frozen_bytes=sum(map(_bytes, frozen)) / max(1, sum(_size(p) for p in frozen)),
@@ -63,15 +62,7 @@ def setup_of(
         job=job,
         shape=Shape.of(model.config),
         precision="bf16" if job.stage else precision,
-        batch=BatchPlan(
-            num_prompts=num_prompts,
-            num_generations=args.num_generations,
-            batch_size=args.per_device_train_batch_size,
-            accumulation=args.gradient_accumulation_steps,
-            steps_per_generation=args.steps_per_generation,
-            num_iterations=args.num_iterations,
-            ranks=ranks,
-        ),
+        schedule=schedule,
         prompt_tokens=prompt_tokens,
         completion_tokens=args.max_completion_length,
         rows_in_flight=rows,
@@ -127,7 +118,7 @@ class RunPlan:
         """Describe the run in about ten lines."""
         lines = [
             f"model: {self._parameters()}, {self._launch()}, {self.setup.precision}",
-            *self.setup.batch.lines(),
+            *batch_lines(self.setup.schedule),
             f"micro-batch: at most {self.setup.micro_batch_tokens:,} tokens; activations are "
             + ("recomputed" if self.setup.recomputes else "kept"),
         ]

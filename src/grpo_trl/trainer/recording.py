@@ -14,6 +14,7 @@ from ..data.schedule import Schedule
 from ..distributed.sharding import backend_config, backend_of
 from ..free_memory import free_memory
 from ..plan import MEASURED_PROMPTS, RunPlan, Setup, card_named, fitted, offloaded, room_for_activations, setup_of
+from .build import make_schedule
 from .callbacks import LiveView, RunRecorder, has_terminal, shows_live_view, tolerate_reporting
 from .evaluation import EvaluatedCompletions
 from .generation import GenerationBatchBuilder
@@ -89,10 +90,9 @@ class RecordedTrainer(TrlInterface):
         setup = setup_of(
             self.args,
             self.model,
-            num_prompts=0 if prompts is None else prompts.count or 0,
+            self._schedule or make_schedule(self.args, None),
             prompt_tokens=int(statistics.median(lengths)) if lengths else 0,
             method={"none": "DDP", "ZeRO-0": "DDP", "FSDP": "FSDP2"}.get(backend, backend),
-            ranks=self.args.world_size,
             offload=offloaded(backend_config(self.accelerator)),
             new_adapter=self._reference is None or self._reference.model is None,
         )
