@@ -6,7 +6,7 @@ from grpo_trl.logprobs.compute import compute_completion_logprobs, compute_logpr
 from grpo_trl.logprobs.head import enable_logprobs
 from grpo_trl.logprobs.packing import Packer
 from grpo_trl.objective import ObjectiveOptions, grpo_loss, make_objective
-from grpo_trl.types import Completion
+from grpo_trl.types import Completion, Ranks
 from tests.helpers.models import ARCHITECTURES, make_model
 
 
@@ -205,7 +205,7 @@ def test_logprobs_come_in_the_order_of_the_completions(shared_prefix, batch_size
 def test_a_rank_with_fewer_completions_calls_its_model_as_often_as_the_others(shared_prefix, rows):
     model = make_evaluator()
     wrapped = Wrapper(model)
-    packer = make_packer(shared_prefix, batch_size=3, gather=lambda number: [number, 40])
+    packer = make_packer(shared_prefix, batch_size=3, ranks=Ranks(gather=lambda numbers: [*numbers, 40]))
     logps = compute_completion_logprobs(wrapped, completions(rows), packer, 1.0)
     assert wrapped.calls == -(-(len(completions(rows)) + 40) // 6)
     torch.testing.assert_close(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from grpo_trl.attention.layout import Layout
 from grpo_trl.logprobs.packing import Packer, group_by_prompt
-from grpo_trl.types import Completion
+from grpo_trl.types import Completion, Ranks
 from tests.helpers.families import make_completions
 
 
@@ -345,7 +345,9 @@ def test_a_completion_above_the_limit_is_alone_in_its_micro_batch(shared_prefix,
 @pytest.mark.parametrize("others", [[], [0], [4, 9], [30]])
 def test_ranks_agree_once_on_the_number_that_holds_a_batch_each_on_average(shared_prefix, lengths, others):
     asked = []
-    packer = make_packer(shared_prefix, 2, gather=lambda number: asked.append(number) or [number, *others])
+    packer = make_packer(
+        shared_prefix, 2, ranks=Ranks(gather=lambda numbers: asked.extend(numbers) or [*numbers, *others])
+    )
     completions = group(1, 3, lengths)
     expected = max(1, math.ceil(sum([len(lengths), *others]) / (1 + len(others)) / 2))
     cut = cut_in_step(packer, completions, expected, asked, len(lengths))
@@ -358,7 +360,9 @@ def test_ranks_agree_once_on_the_number_that_holds_a_batch_each_on_average(share
 def test_under_a_limit_ranks_agree_once_on_the_largest_number(shared_prefix, lengths, own, other):
     asked = []
     limit = 11 if shared_prefix else 18
-    packer = make_packer(shared_prefix, None, limit, gather=lambda number: asked.append(number) or [number, other])
+    packer = make_packer(
+        shared_prefix, None, limit, ranks=Ranks(gather=lambda numbers: asked.extend(numbers) or [*numbers, other])
+    )
     cut = cut_in_step(packer, group(1, 3, lengths), max(1, own, other), asked, own)
     assert sum(map(bool, cut)) == own
 
@@ -508,9 +512,9 @@ def test_a_micro_batch_has_optional_tensors_only_where_every_completion_does(sha
 def test_all_tensors_of_a_micro_batch_are_on_its_device(shared_prefix):
     values = torch.tensor([-1.0, -2.0])
     completion = Completion([5], [6, 7], [True] * 2, [-1.0, -2.0], old_logps=values, ref_logps=values)
-    for micro_batch in make_packer(shared_prefix, 1, device="meta", gather=lambda n: [n, 3]).micro_batches(
-        [completion], 1
-    ):
+    for micro_batch in make_packer(
+        shared_prefix, 1, device="meta", ranks=Ranks(gather=lambda numbers: [*numbers, 3])
+    ).micro_batches([completion], 1):
         tensors = {name: value for name, value in vars(micro_batch).items() if name.rpartition("_")[2].isupper()}
         assert set(tensors) == set(vars(micro_batch)) - {"layout", "divisor"}
         assert {t.device.type for t in tensors.values() if t is not None} == {"meta"}

@@ -15,7 +15,7 @@ from grpo_trl.logprobs.compute import compute_completion_logprobs, compute_logpr
 from grpo_trl.logprobs.head import enable_logprobs
 from grpo_trl.logprobs.packing import Packer
 from grpo_trl.logprobs.verify import packed_mismatch
-from grpo_trl.types import Completion
+from grpo_trl.types import Completion, Ranks
 from tests.helpers.families import FAMILIES, SIZES, WINDOWED, make_completions, make_family
 from tests.helpers.models import make_model
 
@@ -333,10 +333,10 @@ def test_two_completions_of_one_prompt_are_compared_if_there_are_two(groups, com
 def test_the_comparison_asks_no_other_rank():
     """Ranks compare what they have, each alone; a gather inside would hang the others."""
 
-    def gather(number):
+    def gather(numbers):
         raise AssertionError
 
-    assert compare(make_family("qwen2"), packer=replace(PACKER, gather=gather)) is None
+    assert compare(make_family("qwen2"), packer=replace(PACKER, ranks=Ranks(gather=gather))) is None
 
 
 def test_completions_of_no_token_are_nothing_to_compare():

@@ -6,14 +6,14 @@ Axes: B completions of the micro-batch, T completion tokens, M trained tokens, R
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..attention.layout import Layout
-from ..types import Completion, MicroBatch
+from ..types import Completion, MicroBatch, Ranks
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Packer:
     device: torch.device | str = "cpu"
     shared_prefix: bool = True
     """Pack; pad otherwise."""
-    gather: Callable[[int], list[int]] = lambda number: [number]
-    """From this rank's number to those of all ranks that cut together. Called once per cut for each limit."""
+    ranks: Ranks = field(default_factory=Ranks)
+    """Those that cut together; they gather once per cut for each limit."""
 
     def micro_batches(self, completions: Sequence[Completion], divisor: float) -> list[MicroBatch]:
         """Build at least one micro-batch; `divisor` is that of the whole optimizer step's loss."""
@@ -52,16 +52,16 @@ class Packer:
         """Indices of the completions of each micro-batch; the same number of micro-batches on every rank, at least one."""
         number = 1
         if self.batch_size is not None:
-            counts = self.gather(len(completions))
+            counts = self.ranks.gather([len(completions)])
             number = math.ceil(sum(counts) / (len(counts) * self.batch_size))
         micro_batches = self._cut(completions, number)
         if self.max_tokens is not None:
-            number = max(self.gather(len(micro_batches)))
+            number = max(self.ranks.gather([len(micro_batches)]))
         return micro_batches + [[] for _ in range(max(1, number) - len(micro_batches))]
 
     def largest(self, completions: Sequence[Completion]) -> int:
         """Tokens of the largest micro-batch of `completions` on this rank by itself, padding included."""
-        cut = replace(self, gather=lambda number: [number]).cut(completions)
+        cut = replace(self, ranks=Ranks()).cut(completions)
         micro_batches = [[completions[i] for i in indices] for indices in cut if indices]
         if self.shared_prefix:
             return max(map(_tokens, micro_batches), default=0)

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..attention.compatibility import ignored_window
 from ..model_utils import causal_lm, evaluation_mode, ran_out_of_memory
-from ..types import Completion
+from ..types import Completion, Ranks
 from .comparison import Comparison, tolerance
 from .compute import compute_completion_logprobs, compute_logprobs
 from .packing import Packer, group_by_prompt
@@ -43,7 +43,7 @@ def packed_mismatch(
     if reason := ignored_window(model):
         return reason
     sample = list(completions[:MORE_COMPLETIONS]) if thorough else _sample(completions)
-    local = replace(packer, batch_size=len(sample), max_tokens=None, gather=lambda number: [number])
+    local = replace(packer, batch_size=len(sample), max_tokens=None, ranks=Ranks())
     packed_packer = replace(local, shared_prefix=True)
     padded = compute_completion_logprobs(model, sample, replace(local, shared_prefix=False), temperature)
     try:

@@ -243,7 +243,7 @@ def make_evaluator(
         max_tokens=args.max_tokens_per_micro_batch,
         pad_token_id=tokenizer.pad_token_id,
         device=args.device,
-        gather=(lambda number: gather_object([number])) if waits_in_forward else (lambda number: [number]),
+        ranks=make_ranks(args) if waits_in_forward else Ranks(),
     )
     return LogprobEvaluator(
         model,
