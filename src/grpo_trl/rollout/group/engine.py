@@ -4,15 +4,13 @@ A prompt is computed once, and one copy of its keys and values serves all of its
 once; memory is allocated before the first token is sampled.
 """
 
-import contextlib
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, StopStringCriteria
+from transformers import StopStringCriteria
 
 from ...attention.compatibility import ignored_window, incompatibility
 from ...free_memory import free_memory
@@ -21,7 +19,7 @@ from ...logprobs.comparison import Comparison
 from ...model_utils import attending_by, causal_lm, evaluation_mode, ran_out_of_memory
 from ..base import Rollout, RolloutRequest, SamplingOptions, most_rows_in_flight
 from ..generate import GenerateEngine
-from ..sampling import Sampler, stop_strings, unserved_option
+from ..sampling import Sampler, unserved_option
 from .cache import NAME, GroupCache
 from .comparison import MORE_TOKENS, TOKENS, compare, sample_options, sample_request
 from .cuda_graphs import CudaRecorder, EagerSteps, RecordedSteps
@@ -40,77 +38,45 @@ KERNEL_COLUMNS = 16
 """Columns of memory are a multiple of this, as kernels want it."""
 
 
-class GroupEngine:
+class GroupEngine(GenerateEngine):
     """Samples with one copy of a prompt's keys and values for all of its completions.
 
     A completion follows from its prompt's seed and its place in the group, whatever else is in flight (up to rounding,
     which can decide between tokens that are nearly tied).
 
-    What it cannot serve (a model, an option) is handed to `model.generate`, with one line in the log. Whether it can serve
+    What it cannot serve (a model, an option) is left to `GenerateEngine`, with one line in the log. Whether it can serve
     a model is decided by its configuration, and at the first call by comparing log-probabilities with plain forwards.
+    Where ranks wait for each other in every forward (`in_step`: sharded weights that `context` does not gather), all
+    completions are left to it, since ranks would compute different numbers of steps here.
 
     Args:
         model: The unwrapped policy.
         options: How tokens are sampled.
-        max_rows_in_flight: Completions that are decoded at a time, at most; fewer where memory is short. By default 256,
-            on a CPU 128, where more gain little.
-        tokenizer: Finds `stop_strings`.
-        context: What the forward passes run in, e.g. the accelerator's autocast.
-        mixed_precision: Whether that is half precision, whatever the weights are.
-        gather: From a list of objects on this rank to the concatenated lists of all ranks, which decide together.
-        show_progress: Whether to draw a bar with completions and tokens/s; asked in each rollout.
-        check: Called after each decoding step; may raise.
-        in_step: Whether ranks wait for each other in every forward: sharded weights that `context` does not gather. Then
-            `model.generate` writes all completions, since ranks would compute different numbers of steps here.
+        mixed_precision: Whether `context` computes in half precision, whatever the weights are.
         speculative_ngrams: Tokens that must have occurred in a group before for the next ones to be guessed; 0: no guesses.
+        others: As in `GenerateEngine`. Fewer rows are in flight than `max_rows_in_flight` where memory is short; `check` is
+            called after each decoding step, and `gather` where ranks decide together.
     """
-
-    in_process = True
-    splits_groups = True
 
     def __init__(
         self,
         model: Any,
         options: SamplingOptions,
         *,
-        max_rows_in_flight: int | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        context: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
         mixed_precision: bool = False,
-        gather: Callable[[list[Any]], list[Any]] = list,
-        show_progress: Callable[[], bool] = lambda: False,
-        check: Callable[[], None] = lambda: None,
-        in_step: bool = False,
         speculative_ngrams: int = 0,
+        **others: Any,
     ):
-        self.model = model
-        self.options = options
-        self.max_rows_in_flight = max_rows_in_flight
-        self.context = context
-        self.show_progress = show_progress
-        self.check = check
+        super().__init__(model, options, **others)
         self.speculative_ngrams = speculative_ngrams
-        self._stop = stop_strings(options, tokenizer)
         self._mixed_precision = mixed_precision
-        self._gather = gather
-        self._generate = GenerateEngine(
-            model,
-            options,
-            max_rows_in_flight=max_rows_in_flight,
-            tokenizer=tokenizer,
-            context=context,
-            gather=gather,
-            show_progress=show_progress,
-            check=check,
-            in_step=in_step,
-        )
         self._bytes_per_token = 0
         """Of keys and values; 0 before the first rollout has measured it."""
         self._records = True
         """Whether decoding steps can be recorded, as far as is known."""
         self._reason: str | None = None
-        sharded = "its weights are sharded, and ranks compute different numbers of steps" if in_step else None
-        self._hand_over_if(gather([sharded or unserved_option(options) or incompatibility(model)]))
+        sharded = "its weights are sharded, and ranks compute different numbers of steps" if self.in_step else None
+        self._hand_over_if(self._gather([sharded or unserved_option(options) or incompatibility(model)]))
         self._sampler = None if self._reason else Sampler(model, options)
 
     def rollout(self, request: RolloutRequest) -> Rollout:
@@ -122,7 +88,7 @@ class GroupEngine:
                 if not self._reason:
                     with laid_out(self.model, free_memory(self.model.device)):
                         return self._sample_what_fits(request)
-        return self._generate.rollout(request)
+        return super().rollout(request)
 
     def _sample_what_fits(self, request: RolloutRequest) -> Rollout:
         """Sample; where memory runs out, once more with half of the rows, which gives the same completions."""
