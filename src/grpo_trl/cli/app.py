@@ -60,9 +60,8 @@ def train(context: typer.Context, config: ConfigFile) -> None:
         launch(launched, config)
         job = Configuration.parse(launched.training, launched.words)
         trainer = job.trainer()
-    resume = job.training.resume_from_checkpoint
     try:
-        trainer.train(resume_from_checkpoint=str(resume).lower() == "true" or resume)
+        trainer.train(resume_from_checkpoint=job.training.resume_from_checkpoint)
     except RunStopped as stop:
         typer.echo(f"Stopped: {stop}", err=True)
         raise typer.Exit(STOPPED) from stop

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import SaveStrategy
 
 from ..data.geometry import Geometry
 from ..distributed.launch import check_bf16, check_launcher, gpu_has_bf16
@@ -165,8 +166,8 @@ class GRPOConfig(
 
     def _choose_metric(self) -> None:
         """What is held out is judged by its reward, wherever Trainer asks for a metric."""
-        follows = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) in FOLLOWS_A_METRIC
-        best = str(getattr(self.save_strategy, "value", self.save_strategy)) == "best"
+        follows = self.lr_scheduler_type in FOLLOWS_A_METRIC
+        best = self.save_strategy == SaveStrategy.BEST
         if self.metric_for_best_model is None and (follows or best or self.load_best_model_at_end):
             self.metric_for_best_model = "eval_reward"
 

@@ -78,12 +78,12 @@ def _check_json(name: str, value: Any) -> None:
             raise ValueError(f"{name}={value!r} is no JSON ({error}); write it as '{{\"key\": 1}}'.") from None
 
 
-def _chosen(name: str, value: Any, choices: list[str]) -> str:
+def _chosen(name: str, value: Any, choices: list[str]) -> Any:
     if value in (None, False) and "no" in choices:
         return "no"
     if value not in choices:
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(map(repr, choices))}.")
-    return str(getattr(value, "value", value))
+    return value
 
 
 def _converted(value: Any, kind: type) -> Any:

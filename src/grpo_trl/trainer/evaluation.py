@@ -24,6 +24,7 @@ from ..models import eos_token_ids, num_embeddings
 from ..rewards.batch import OWN_ARGUMENTS
 from ..rollout.base import RolloutEngine
 from ..rollout.rollout_func import RolloutFuncEngine
+from ..rollout.vllm.engine import PROBES
 from ..seeds import derive_seed
 from ..types import Ranks
 from .ahead import SamplesAhead
@@ -333,5 +334,5 @@ class EvaluatingTrainer(ResumableTrainer):
             return
         if self._ahead is not None:
             run_on_all_ranks(self._ahead.wait_for_rewards, self._ranks)
-        request = make_request(prompts.first(4), 1, self.args.seed)
+        request = make_request(prompts.first(PROBES), 1, self.args.seed)
         self._sync.run(self.model_wrapped, request, MetricLog())

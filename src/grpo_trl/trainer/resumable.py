@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.training_args import OptimizerNames
 
 from ..config import GRPOConfig
 from ..distributed.collectives import run_on_all_ranks
@@ -241,7 +242,7 @@ class ResumableTrainer(Trainer):
         """As `transformers.Trainer`; the state of another optimizer is refused."""
         if checkpoint is None:
             return
-        same = same_optimizer(checkpoint, self.optimizer, getattr(self.args.optim, "value", self.args.optim))
+        same = same_optimizer(checkpoint, self.optimizer, OptimizerNames(self.args.optim).value)
         with data_only(checkpoint), contextlib.nullcontext() if self.is_deepspeed_enabled else same:
             super()._load_optimizer_and_scheduler(checkpoint)
 
