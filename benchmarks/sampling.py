@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -176,6 +177,7 @@ def compare(model: str, name: str, case: Case, args) -> None:
                 __file__, system, "--models", model, "--calls", args.calls, "--case_sizes", *sizes,
                 "--rows_in_flight", args.rows_in_flight,
             )  # fmt: skip
+            print(f"  {system}: {measured['seconds']}", file=sys.stderr, flush=True)
             seconds[system] += measured["seconds"]
             peaks[system] += measured["bytes"]
     print(f"{'':10} {'tokens/s':>8} {'s/call':>7} {'range':>15} {'GiB':>6} {'time':>6} {'memory':>6}  of group")
