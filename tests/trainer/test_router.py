@@ -37,7 +37,7 @@ def expected_step(model, coefficient, learning_rate):
         for place in range(4):
             ids, completion, _ = completion_of(prompt, place)
             if completion:
-                logits.append(model(torch.tensor([ids + completion[:-1]]), output_router_logits=True).router_logits)
+                logits.append(model(torch.tensor([ids + completion]), output_router_logits=True).router_logits)
     layers = tuple(torch.cat(layer) for layer in zip(*logits, strict=True))
     loss = load_balancing_loss_func(layers, model.config.num_experts, model.config.num_experts_per_tok)
     (coefficient * loss).backward()

@@ -6,6 +6,7 @@ import pytest
 import trl
 from datasets import Dataset
 
+from tests.helpers.families import make_family
 from tests.helpers.models import make_model, make_tokenizer
 from tests.helpers.training import relative_error, train, weights
 
@@ -137,3 +138,30 @@ def test_kl_terms_equal_trls(name, corrected, model_path, tmp_path, plain, monke
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     options = VARIANTS[name] | {"beta": 0.1, "use_bias_correction_kl": corrected}
     check(model_path, tmp_path, plain, options)
+
+
+@pytest.fixture(scope="module")
+def mixture_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mixture")
+    make_family("qwen3_moe").save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def theirs_balanced(mixture_path, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+        return theirs(mixture_path, tmp_path_factory.mktemp("theirs"), **BALANCED)
+
+
+BALANCED = {"loss_type": "grpo", "router_aux_loss_coef": 0.5, "max_steps": 2}
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False], ids=["packed", "padded"])
+def test_balanced_experts_equal_trls(shared_prefix, mixture_path, theirs_balanced):
+    before = weights(make_family("qwen3_moe"))
+    actual = ours(mixture_path, shared_prefix=shared_prefix, **BALANCED)
+    assert relative_error(before, actual, theirs_balanced) < STEP
+    unbalanced = ours(mixture_path, **BALANCED | {"router_aux_loss_coef": 0.0})
+    assert relative_error(before, unbalanced, theirs_balanced) > 10 * STEP  # else this test would not see the term

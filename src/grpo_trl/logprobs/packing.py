@@ -16,6 +16,10 @@ from ..attention.layout import Layout
 from ..types import Completion, MicroBatch, Ranks
 
 
+Read = Callable[[Completion], list[int]]
+"""From a completion to its tokens that the model reads."""
+
+
 @dataclass(frozen=True)
 class GroupSize:
     """Tokens that a group costs the rank that trains on it."""
@@ -41,6 +45,8 @@ class Packer:
     device: torch.device | str = "cpu"
     shared_prefix: bool = True
     """Pack; pad otherwise."""
+    reads_all: bool = False
+    """Read tokens that predict no trained one too, e.g. the last of a completion: experts are balanced over them."""
     ranks: Ranks = field(default_factory=Ranks)
     """Those that cut together; they gather once per cut for each limit."""
 
@@ -64,26 +70,34 @@ class Packer:
         cut = replace(self, ranks=Ranks()).cut(completions)
         micro_batches = [[completions[i] for i in indices] for indices in cut if indices]
         if self.shared_prefix:
-            return max(map(_tokens, micro_batches), default=0)
-        return max((len(p) * max(len(c.prompt_ids) + len(c.inputs) for c in p) for p in micro_batches), default=0)
+            return max((_tokens(p, self._read) for p in micro_batches), default=0)
+        return max((len(p) * max(len(c.prompt_ids) + len(self._read(c)) for c in p) for p in micro_batches), default=0)
 
     def group_size(self, group: Sequence[Completion]) -> GroupSize:
         """What completions of one prompt cost."""
-        lengths = [len(c.inputs) for c in group]
+        lengths = [len(self._read(c)) for c in group]
         prompt = len(group[0].prompt_ids)
         if self.shared_prefix:
             return GroupSize(prompt, tuple(lengths))
         return GroupSize(0, tuple(prompt + length for length in lengths))
 
+    def _read(self, completion: Completion) -> list[int]:
+        """Return what the model reads of a completion."""
+        return completion.ids if self.reads_all else completion.inputs
+
     def _cut(self, completions: Sequence[Completion], number: int) -> list[list[int]]:
         """Cut into `number` micro-batches, fewer if there are fewer completions, or into as many as `max_tokens` needs."""
         cut = _cut_packed if self.shared_prefix else _cut_padded
-        return cut(completions, min(number, len(completions)), self.max_tokens) if completions else []
+        return cut(completions, min(number, len(completions)), self.max_tokens, self._read) if completions else []
 
     def micro_batch(self, completions: Sequence[Completion], divisor: float = 1.0) -> MicroBatch:
         """Build one micro-batch of `completions`, which may be none."""
         present = completions or [Completion([self.pad_token_id], [], [])]
-        rows = _packed_rows(present) if self.shared_prefix else _padded_rows(present, self.pad_token_id)
+        rows = (
+            _packed_rows(present, self._read)
+            if self.shared_prefix
+            else _padded_rows(present, self._read, self.pad_token_id)
+        )
         places = rows.places[: len(completions)]
         masks = [torch.tensor(c.mask, dtype=torch.bool) for c in completions]
         positions = [place.predictors()[mask] for place, mask in zip(places, masks, strict=True)]
@@ -140,10 +154,10 @@ class _Rows:
     """In the order of the completions, wherever they stand."""
 
 
-def _packed_rows(completions: Sequence[Completion]) -> _Rows:
+def _packed_rows(completions: Sequence[Completion], read: Read) -> _Rows:
     groups = group_by_prompt(completions)
     prompts = [completions[group[0]].prompt_ids for group in groups]
-    branches = [[completions[i].inputs for i in group] for group in groups]
+    branches = [[read(completions[i]) for i in group] for group in groups]
     layout = Layout.of([(len(p), [len(b) for b in bs]) for p, bs in zip(prompts, branches, strict=True)])
     tokens = [token for p, bs in zip(prompts, branches, strict=True) for ids in (p, *bs) for token in ids]
     places = {
@@ -158,8 +172,8 @@ def _packed_rows(completions: Sequence[Completion]) -> _Rows:
     )
 
 
-def _padded_rows(completions: Sequence[Completion], pad_token_id: int) -> _Rows:
-    rows = [torch.tensor(c.prompt_ids + c.inputs) for c in completions]
+def _padded_rows(completions: Sequence[Completion], read: Read, pad_token_id: int) -> _Rows:
+    rows = [torch.tensor(c.prompt_ids + read(c)) for c in completions]
     width = max(map(len, rows))
     starts = [r * width + len(c.prompt_ids) for r, c in enumerate(completions)]
     places = [_Place(start - 1, start, len(c.ids)) for start, c in zip(starts, completions, strict=True)]
@@ -175,15 +189,15 @@ def group_by_prompt(completions: Sequence[Completion]) -> list[list[int]]:
     return list(groups.values())
 
 
-def _tokens(completions: Sequence[Completion]) -> int:
+def _tokens(completions: Sequence[Completion], read: Read) -> int:
     """Tokens that the model computes for `completions`, packed into one micro-batch."""
     groups = group_by_prompt(completions)
-    return sum(len(completions[g[0]].prompt_ids) for g in groups) + sum(len(c.inputs) for c in completions)
+    return sum(len(completions[g[0]].prompt_ids) for g in groups) + sum(len(read(c)) for c in completions)
 
 
-def _cut_packed(completions: Sequence[Completion], count: int, max_tokens: int | None) -> list[list[int]]:
+def _cut_packed(completions: Sequence[Completion], count: int, max_tokens: int | None, read: Read) -> list[list[int]]:
     """Put whole groups into `count` micro-batches, or into as many as `max_tokens` needs; split them where necessary."""
-    size = _Sizes(completions)
+    size = _Sizes(completions, read)
     by_count = _balanced(_split_into(size, count), count, size)
     if max_tokens is None or max(map(size, by_count)) <= max_tokens:
         return by_count
@@ -197,11 +211,11 @@ def _cut_packed(completions: Sequence[Completion], count: int, max_tokens: int |
 class _Sizes:
     """Tokens of completions given by their indices, packed into one micro-batch; each prompt is read once."""
 
-    def __init__(self, completions: Sequence[Completion]):
+    def __init__(self, completions: Sequence[Completion], read: Read):
         self.groups = group_by_prompt(completions)
         self._group_of = {i: g for g, group in enumerate(self.groups) for i in group}
         self._prompts = [len(completions[group[0]].prompt_ids) for group in self.groups]
-        self._own = [len(c.inputs) for c in completions]
+        self._own = [len(read(c)) for c in completions]
 
     def __call__(self, indices: Sequence[int]) -> int:
         return self.own(indices) + sum(self._prompts[g] for g in {self._group_of[i] for i in indices})
@@ -233,11 +247,11 @@ def _split(size: _Sizes, group: list[int], parts: int) -> list[list[int]]:
     return _balanced([[i] for i in group], parts, size.own)
 
 
-def _cut_padded(completions: Sequence[Completion], count: int, max_tokens: int | None) -> list[list[int]]:
+def _cut_padded(completions: Sequence[Completion], count: int, max_tokens: int | None, read: Read) -> list[list[int]]:
     """Completions of like length together, so that little is padding."""
 
     def size(i: int) -> int:
-        return len(completions[i].prompt_ids) + len(completions[i].inputs)
+        return len(completions[i].prompt_ids) + len(read(completions[i]))
 
     order = sorted(range(len(completions)), key=size, reverse=True)
     micro_batches: list[list[int]] = []

@@ -238,11 +238,13 @@ def make_evaluator(
 ) -> LogprobEvaluator:
     """Build what computes logprobs of `model`, not wrapped yet; ranks may wait for each other in every forward of it."""
     assert tokenizer.pad_token_id is not None
+    balances_experts = router_coefficient(args.router_aux_loss_coef, model) != 0
     packer = Packer(
         batch_size=None if args.max_tokens_per_micro_batch else args.per_device_train_batch_size,
         max_tokens=args.max_tokens_per_micro_batch,
         pad_token_id=tokenizer.pad_token_id,
         device=args.device,
+        reads_all=balances_experts,
         ranks=make_ranks(args) if waits_in_forward else Ranks(),
     )
     return LogprobEvaluator(
@@ -251,7 +253,7 @@ def make_evaluator(
         shared_prefix=args.shared_prefix,
         temperature=args.temperature,
         mixed_precision=args.half_precision,
-        needs_all=args.beta > 0 or args.has_entropy_bonus or router_coefficient(args.router_aux_loss_coef, model) != 0,
+        needs_all=args.beta > 0 or args.has_entropy_bonus or balances_experts,
         ranks=make_ranks(args),
         recovers=not waits_in_forward,
     )

@@ -19,8 +19,8 @@ class RouterBalance:
 
         E sum_e f_e p_e,    f_e = share of tokens that choose e,    p_e = mean probability of e,    over layers and tokens
 
-    A prompt counts once for each of its completions; the last token of a completion, which no prediction needs, is not
-    read and does not count. Source: Switch Transformer, arXiv 2101.03961, Eq. (4) to (6).
+    A prompt counts once for each of its completions, and completions with their last tokens, as in TRL.
+    Source: Switch Transformer, arXiv 2101.03961, Eq. (4) to (6).
 
     Args:
         coefficient: Weight of the loss; 0 for none, which costs nothing.
