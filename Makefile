@@ -45,7 +45,7 @@ vllm-environment: $(VLLM_VENV)/ready ## what make vllm installs, 613 MB to downl
 
 # It comes with Triton, whose interpreter runs the kernels of decoding steps on a CPU.
 vllm: $(VLLM_VENV)/ready ## sampling with a real vLLM, its build for CPUs; the kernels for GPUs in Triton's interpreter
-	TRITON_INTERPRET=1 PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/rollout/group/test_kernels.py
+	TRITON_INTERPRET=1 PYTHONPATH=src OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/rollout/group/test_kernels.py tests/logprobs/test_kernels.py
 	PYTHONPATH=src OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM_VENV)/bin/python -m pytest -m vllm --durations=10 tests/vllm
 
 soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour

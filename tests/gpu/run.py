@@ -22,7 +22,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[2]
-KERNELS = "tests/rollout/group/test_kernels.py"
+KERNELS = "tests/rollout/group/test_kernels.py", "tests/logprobs/test_kernels.py"
 """Which run in an interpreter elsewhere."""
 RESULT = re.compile(r"\] (PASSED|FAILED|ERROR|SKIPPED) (tests/.*?)\s*$")
 SUMMARY = re.compile(r"^(?:FAILED|ERROR) (tests/.*?) - (.*)$")
@@ -67,7 +67,7 @@ def ran(command: list[str], environment: dict[str, str], seconds: float) -> str:
 def tests(environment: dict[str, str], seconds: float, workers: int, log: Path) -> dict:
     """Run the tests; see `outcomes`."""
     options = f"-v -n {workers} --maxschedchunk 1 --tb short -rf --durations 15 -p no:cacheprovider".split()
-    printed = ran(["-m", "pytest", *options, "tests/gpu", KERNELS], environment, seconds)
+    printed = ran(["-m", "pytest", *options, "tests/gpu", *KERNELS], environment, seconds)
     log.write_text(printed)
     return outcomes(printed)
 

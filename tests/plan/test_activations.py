@@ -77,14 +77,14 @@ def test_the_largest_micro_batch_fits_and_one_token_more_does_not(precision, che
     tokens = largest_micro_batch(SEVEN, free, precision, checkpointing)
     assert activations(SEVEN, tokens, precision, checkpointing) <= free
     assert activations(SEVEN, tokens + 1, precision, checkpointing) > free
-    assert largest_micro_batch(SEVEN, logits_bytes(SEVEN), precision, checkpointing) == 0
+    assert largest_micro_batch(SEVEN, logits_bytes(SEVEN, precision), precision, checkpointing) == 0
     assert largest_micro_batch(SEVEN, 0, precision, checkpointing) == 0
 
 
 def test_slices_are_larger_on_a_gpu_with_room_for_their_logits():
     assert slice_tokens(152_064) == slice_tokens(152_064, 40 * 2**30) == 256
     assert slice_tokens(152_064, 80 * 2**30) == slice_tokens(32_000, 24 * 2**30) == 2048
-    assert logits_bytes(SEVEN, 80 * 2**30) == 8 * logits_bytes(SEVEN)
+    assert logits_bytes(SEVEN, gpu_bytes=80 * 2**30) == 8 * logits_bytes(SEVEN) / 5  # 2,048 tokens, 4 bytes a logit
 
 
 def test_shapes_of_configurations():

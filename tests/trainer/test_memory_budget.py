@@ -22,11 +22,15 @@ LONGEST = 8 * 8 + 2 * 4
 """Tokens of a micro-batch of two groups whose completions are all as long as they may be."""
 
 
-def needed(tokens, recomputed):
+SMALL_GPU = 2**20
+"""Bytes of a GPU whose slices of logits are as small as those of a CPU."""
+
+
+def needed(tokens, recomputed, gpu_bytes=None):
     """Bytes that must be free before the first step for `tokens` of a micro-batch of `make_model()`, under SGD."""
     model = make_model()
     gradients = 4 * sum(p.numel() for p in model.parameters())
-    return gradients + activations(Shape.of(model.config), tokens, "float32", recomputed) / 0.8
+    return gradients + activations(Shape.of(model.config), tokens, "float32", recomputed, gpu_bytes) / 0.8
 
 
 def with_free(monkeypatch, size):
@@ -147,14 +151,14 @@ def _refuse():
     raise ValueError("no sizes")
 
 
-@pytest.mark.parametrize("size, expected", [(2**40, GPU_TOKENS), (needed(24, False), 24)])
+@pytest.mark.parametrize("size, expected", [(2**40, GPU_TOKENS), (needed(24, False, SMALL_GPU), 24)])
 def test_on_a_gpu_a_micro_batch_has_what_fits_and_is_worth_it_however_many_completions(
     size, expected, monkeypatch, tmp_path
 ):
     with_free(monkeypatch, size)
     trainer = sampling_trainer(tmp_path, 4, optim="sgd", beta=0.0)
     args = SimpleNamespace(max_tokens_per_micro_batch=None, gradient_checkpointing=False, device=torch.device("cuda"))
-    setup = replace(trainer._setup(), gpu_bytes=2**20)
+    setup = replace(trainer._setup(), gpu_bytes=SMALL_GPU)
     memory_budget.MemoryBudget(args, trainer.model, trainer._evaluator, Ranks(), lambda: setup).choose()
     assert trainer._evaluator.packer.batch_size is None
     assert expected * 7 / 8 <= trainer._evaluator.packer.max_tokens <= expected

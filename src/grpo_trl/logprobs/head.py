@@ -26,6 +26,7 @@ from torch.nn.functional import nll_loss
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
+from ..gpu_kernels import triton_works
 from ..model_utils import causal_lm
 from ..plan.activations import slice_tokens
 from .head_weight import SummedInFloat32
@@ -93,7 +94,8 @@ def _compute(lm: Any, request: LogprobRequest, *args: Any, **kwargs: Any) -> tup
             product = SummedInFloat32(head)
 
         def slice_logprobs(hidden_KD: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
-            return _token_logprobs(_logits(lm, product, output, hidden_KD), targets_K, request)
+            logits_KV = _logits(lm, product, output, hidden_KD)
+            return token_logprobs(logits_KV, targets_K, request.temperature, request.entropy_gradient)
 
         run = functools.partial(checkpoint, slice_logprobs, use_reentrant=False) if len(slices) > 1 else slice_logprobs
         logps, entropies = zip(*(run(*one) for one in slices), strict=True)
@@ -139,18 +141,29 @@ def _gathers_inside(head: nn.Module) -> bool:
     return any(True for _ in head.children()) and any(hasattr(parameter, "ds_id") for parameter in head.parameters())
 
 
-def _token_logprobs(logits_KV: Tensor, targets_K: Tensor, request: LogprobRequest) -> tuple[Tensor, Tensor]:
-    log_probs_KV = (logits_KV if request.temperature == 1 else logits_KV / request.temperature).log_softmax(-1)
+def token_logprobs(
+    logits_KV: Tensor, targets_K: Tensor, temperature: float, entropy_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each position's target and its entropy, computed in float32 at least.
+
+    Entropies have no gradient unless `entropy_gradient`.
+    """
+    if triton_works(logits_KV.device.type, logits_KV.dtype):
+        from . import kernels
+
+        return kernels.token_logprobs(logits_KV, targets_K, temperature, entropy_gradient)
+    logits_KV = logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+    log_probs_KV = (logits_KV if temperature == 1 else logits_KV / temperature).log_softmax(-1)
     logps_K = -nll_loss(log_probs_KV, targets_K, reduction="none")
     # Last, where a recomputation in the backward pass stops short of it if it has no gradient
-    with contextlib.nullcontext() if request.entropy_gradient else torch.no_grad():
+    with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
         bounded_KV = log_probs_KV.clamp(min=torch.finfo(log_probs_KV.dtype).min)  # 0 * -inf would be NaN
         entropy_K = -(log_probs_KV.exp() * bounded_KV).sum(-1)
     return logps_K, entropy_K
 
 
 def _logits(lm: Any, head_forward: Callable[[Tensor], Tensor], output: ModelOutput, hidden_KD: Tensor) -> Tensor:
-    """What the model's own forward makes of `hidden_KD` in its backbone's `output`, at least in float32."""
+    """What the model's own forward makes of `hidden_KD` in its backbone's `output`."""
     given = type(output)(**{**output, "last_hidden_state": hidden_KD.unsqueeze(0)})
     unread_1K = torch.zeros(1, len(hidden_KD), dtype=torch.long, device=hidden_KD.device)  # some ask for its shape
     backbone, head = lm.base_model, lm.get_output_embeddings()
@@ -158,8 +171,8 @@ def _logits(lm: Any, head_forward: Callable[[Tensor], Tensor], output: ModelOutp
         _replaced(lm._modules, lm.base_model_prefix, _StandIn(backbone, lambda *args, **kwargs: given)),
         _replaced(lm._modules, _name_of(lm, head), _StandIn(head, head_forward)),
     ):
-        logits_KV = lm._plain_forward(input_ids=unread_1K, return_dict=True).logits.squeeze(0)
-    return logits_KV.to(torch.promote_types(logits_KV.dtype, torch.float32))
+        logits_KV: Tensor = lm._plain_forward(input_ids=unread_1K, return_dict=True).logits.squeeze(0)
+    return logits_KV
 
 
 class _StandIn(nn.Module):

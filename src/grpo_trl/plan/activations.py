@@ -23,7 +23,7 @@ PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 GPU_TOKENS = 2**14
 """Tokens of a micro-batch on a GPU by default; larger ones are hardly faster."""
 LOGIT_BYTES = 20
-"""Of one logit and what is computed from it, forward and backward."""
+"""Of one logit and what torch computes from it, forward and backward. On a GPU kernels hold it and its gradient alone."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,10 @@ def slice_tokens(vocabulary: int, gpu_bytes: float | None = None) -> int:
     return GPU_SLICE if fits else SLICE
 
 
-def logits_bytes(shape: Shape, gpu_bytes: float | None = None) -> int:
+def logits_bytes(shape: Shape, precision: Precision = "bf16", gpu_bytes: float | None = None) -> int:
     """Count the bytes of the logits of one slice of tokens, with all that is computed from them."""
-    return LOGIT_BYTES * slice_tokens(shape.vocabulary, gpu_bytes) * shape.vocabulary
+    each = LOGIT_BYTES if gpu_bytes is None else 2 * _number_bytes(precision)
+    return each * slice_tokens(shape.vocabulary, gpu_bytes) * shape.vocabulary
 
 
 def activations(
@@ -143,7 +144,9 @@ def activations(
     gpu_bytes: float | None = None,
 ) -> int:
     """Count the bytes that a micro-batch of so many tokens holds at the peak of its backward pass."""
-    return tokens * activation_bytes_per_token(shape, precision, checkpointing) + logits_bytes(shape, gpu_bytes)
+    return tokens * activation_bytes_per_token(shape, precision, checkpointing) + logits_bytes(
+        shape, precision, gpu_bytes
+    )
 
 
 def largest_micro_batch(
@@ -154,7 +157,7 @@ def largest_micro_batch(
     gpu_bytes: float | None = None,
 ) -> int:
     """Count the tokens of the largest micro-batch whose activations and logits fit into `free_bytes`; 0 if none does."""
-    room = free_bytes - logits_bytes(shape, gpu_bytes)
+    room = free_bytes - logits_bytes(shape, precision, gpu_bytes)
     return max(0, int(room // activation_bytes_per_token(shape, precision, checkpointing)))
 
 

@@ -106,7 +106,7 @@ def phases(setup: Setup) -> Phases:
     gathered = 2 * 2.0 * setup.job.parameters / shape.layers if setup.job.method == "FSDP2" else 0.0
     logprobs = {
         "activations": float(setup.micro_batch_tokens * forward_bytes_per_token(shape, setup.precision)),
-        "logits": logits_bytes(shape, setup.gpu_bytes) / 2,
+        "logits": logits_bytes(shape, setup.precision, setup.gpu_bytes) / 2,
     }
     return {
         "sampling": _nonzero(held | vllm | _sampling(setup)),
@@ -159,7 +159,7 @@ def _update(setup: Setup) -> dict[str, float]:
     kept = kept_bytes_per_token(shape, setup.precision, setup.recomputes)
     last = activation_bytes_per_token(shape, setup.precision, setup.recomputes)
     only = activation_bytes_per_token(replace(shape, layers=1), setup.precision, setup.recomputes)
-    logits = float(logits_bytes(shape, setup.gpu_bytes))
+    logits = float(logits_bytes(shape, setup.precision, setup.gpu_bytes))
     moments = (
         {"activations": float(tokens * kept), "gradients": early, "logits": logits},
         {"activations": float(tokens * last), "gradients": early},

@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from ...attention.flash import merge_parts
 from ...attention.shared_prefix import shared_prefix_attention
+from ...gpu_kernels import triton_works
 from .step import Part, Prefill, Step
 
 
@@ -243,17 +244,13 @@ class GroupCache:
         return kernels.merged(partial, query_RHD.dtype)
 
 
-@functools.cache
 def kernels_for(device_type: str, dtype: torch.dtype) -> Any:
     """The module `kernels` where it works; None where torch's own kernels serve."""
-    if dtype == torch.float64:
+    if not triton_works(device_type, dtype):
         return None
-    try:
-        from . import kernels
+    from . import kernels
 
-        return kernels if kernels.work_on(device_type) else None
-    except ImportError:
-        return None
+    return kernels
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
