@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from grpo_trl.rollout.base import RolloutRequest, SamplingOptions
+from grpo_trl.rollout.group import engine
 from grpo_trl.rollout.group.engine import GroupEngine
+from grpo_trl.trainer import memory_budget
 from tests.helpers.models import make_model, make_tokenizer
 from tests.helpers.training import relative_error, train, weights
 
@@ -24,8 +26,10 @@ SIZES = {
 
 
 @pytest.fixture
-def limited():
-    """From a share and a call: the call once more with that share of the memory that it took at first."""
+def limited(monkeypatch):
+    """From a share and a call: the call once more with that share of the memory that it took at first, unforeseen."""
+    for module in (engine, memory_budget):
+        monkeypatch.setattr(module, "free_memory", lambda device: torch.cuda.mem_get_info(device)[0])
 
     def run(share, call):
         torch.cuda.empty_cache()
@@ -48,9 +52,9 @@ def test_sampling_starts_again_with_fewer_rows(limited, caplog):
     request = RolloutRequest([""] * 32, [[5, 6, 7, i % 40 + 5] for i in range(32)], 8, list(range(32)))
 
     def completions():
-        engine = GroupEngine(model, options)
-        found = engine.rollout(request).completions
-        assert engine._reason is None, engine._reason
+        sampler = GroupEngine(model, options)
+        found = sampler.rollout(request).completions
+        assert sampler._reason is None, sampler._reason
         return [c.ids for c in found]
 
     with caplog.at_level(logging.WARNING):
