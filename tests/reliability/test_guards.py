@@ -1,5 +1,6 @@
 """A run that goes wrong says so, keeps its weights, and stops with a checkpoint."""
 
+import functools
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ from grpo_trl.reliability.watchdog import Watchdog
 from grpo_trl.types import Ranks
 from tests.helpers.models import make_model, make_tokenizer
 from tests.helpers.training import checkpoints, completion_of, completions_of, relative_error, train, weights
+from tests.helpers.worker_rewards import fails_on, none_for
 
 
 PROMPTS = ["ab=", "f", "a", "cde12="]
@@ -188,25 +190,16 @@ def test_a_completion_without_a_reward_trains_nothing_and_counts(workers):
     """The group's other three have the advantages of a group of three, and the loss is divided by four."""
     options = {"max_steps": 1, "reward_workers": workers, "learning_rate": 0.01}
     start = weights(make_model())
-    failed = train(make_model(), ["ab="], reward_funcs=fails_on_the_second, **options)
-    undefined = train(make_model(), ["ab="], reward_funcs=none_for_the_second, **options)
-    assert logged(failed, "rewards/fails_on_the_second/failures") == [1.0]
-    assert logged(undefined, "rewards/none_for_the_second/failures") == [0.0]
+    _, second, _ = completion_of("ab=", 1)
+    failed, undefined = (
+        train(make_model(), ["ab="], reward_funcs=functools.partial(function, ids=second), **options)
+        for function in (fails_on, none_for)
+    )
+    assert logged(failed, "rewards/fails_on/failures") == [1.0]
+    assert logged(undefined, "rewards/none_for/failures") == [0.0]
     assert relative_error(start, weights(failed.model), weights(undefined.model)) < 1e-6
     assert completions_of(failed)[1].advantage == 0
     assert sum(c.advantage != 0 for c in completions_of(failed)) >= 2
-
-
-def fails_on_the_second(completion_ids, score):
-    second = completion_of("ab=", 1)[1]
-    if second in completion_ids:
-        raise KeyError("made up")
-    return score
-
-
-def none_for_the_second(completion_ids, score):
-    second = completion_of("ab=", 1)[1]
-    return [None if ids == second else value for ids, value in zip(completion_ids, score, strict=True)]
 
 
 def always_fails(completions):

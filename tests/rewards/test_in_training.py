@@ -13,6 +13,7 @@ from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.errors import RunStopped
 from tests.helpers.models import make_model, make_tokenizer
 from tests.helpers.training import weights
+from tests.helpers.worker_rewards import described, seen
 
 
 ROWS = [{"prompt": [{"role": "user", "content": f"{i}="}], "meta": {"answer": i, "tests": ["a"]}} for i in range(4)]
@@ -124,15 +125,6 @@ def test_a_function_gets_columns_of_every_kind_as_they_are_in_the_dataset(tmp_pa
     assert sorted(set(table["columns"])) <= sorted(described(**row) for row in rows)
     assert len(set(table["columns"])) == 2
     assert "train_dataset has the column 'image', which only reward functions see" in caplog.text
-
-
-def described(prompt, meta, hint, text, image):
-    return repr((prompt, meta, hint, len(text), set(text), image.size, image.getpixel((1, 2))))
-
-
-def seen(prompts, completions, meta, hint, text, image, log_extra):
-    log_extra("columns", list(map(described, prompts, meta, hint, text, image)))
-    return [float(len(completion)) for completion in completions]
 
 
 def test_images_are_the_business_of_a_rollout_func(tmp_path, caplog):

@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from grpo_trl.rollout.base import Rollout
 from grpo_trl.trainer.ahead import SampledRollout, SamplesAhead
 from grpo_trl.types import Completion
 from tests.helpers.models import make_model, make_tokenizer
+from tests.helpers.worker_rewards import Gated, letters, letters_async
 
 from .stub import StubServer
 
@@ -24,14 +24,6 @@ from .stub import StubServer
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr("grpo_trl.trainer.ahead.CHECK_SECONDS", 0.01)
-
-
-def letters(completion_ids, **columns):
-    return [float(sum(14 < token < 30 for token in ids)) for ids in completion_ids]
-
-
-async def letters_async(completion_ids):
-    return letters(completion_ids)
 
 
 def make_trainer(folder, stub, callbacks=None, reward_funcs=letters, **options):
@@ -162,22 +154,6 @@ def test_the_next_generation_batch_is_sampled_while_this_one_is_trained_on(tmp_p
         trainer.train()
         trainer._ahead.wait()
     assert waited == [True, True]
-
-
-class Gated:
-    """A reward function of workers: all calls but the first wait until an update has begun."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __call__(self, completion_ids):
-        if (self.folder / "rewarded").exists():
-            end = time.monotonic() + 30
-            while not (self.folder / "updating").exists() and time.monotonic() < end:
-                time.sleep(0.01)
-            assert (self.folder / "updating").exists(), "waited in vain"
-        (self.folder / "rewarded").touch()
-        return letters(completion_ids)
 
 
 def test_the_next_generation_batch_is_rewarded_by_workers_while_this_one_is_trained_on(tmp_path, monkeypatch):
