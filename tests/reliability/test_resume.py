@@ -147,8 +147,9 @@ QUICK = (
 @pytest.mark.parametrize(
     "case, steps",
     [
-        *((case, (3, 6)) if case in QUICK else pytest.param(case, (3, 6), marks=pytest.mark.slow) for case in CASES),
-        *(pytest.param(case, (1, 2, 4, 5, 7), marks=pytest.mark.slow) for case in CASES),
+        *((case, (3, 6)) for case in QUICK),
+        *(pytest.param(case, (1, 2, 4, 5, 7), marks=pytest.mark.slow) for case in QUICK),
+        *(pytest.param(case, range(1, 8), marks=pytest.mark.slow) for case in CASES if case not in QUICK),
     ],
     ids=str,
 )
