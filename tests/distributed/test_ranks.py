@@ -31,7 +31,7 @@ def two(tmp_path_factory):
     return [torch.load(f"{file}.{rank}", weights_only=False) for rank in range(2)]
 
 
-def launch(command, file, timeout=150, environment=None):
+def launch(command, file, timeout=300, environment=None):
     """Run `command FILE`, and leave no process behind whatever happens: torchrun gives each rank a session of its own."""
     process = psutil.Popen(
         [*command, str(file)],
