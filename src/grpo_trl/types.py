@@ -119,6 +119,14 @@ class MicroBatch:
     divisor: float
     """What the loss is divided by: the same number in every micro-batch of an optimizer step, on all ranks."""
 
+    def __getitem__(self, name: Any) -> Any:
+        """Refuse to be read as a dict, which a compute_loss that was written for TRL's trainer expects.
+
+        Raises:
+            TypeError: Always; it names the fields.
+        """
+        raise TypeError(f"inputs[{name!r}]: a micro-batch is no dict; it has the attributes {', '.join(vars(self))}.")
+
 
 def _only_this_rank(values: list[Any]) -> list[Any]:
     return values

@@ -140,6 +140,40 @@ def length(completions):
     return [float(len(text)) for text in completions]
 
 
+ROWS = [{"prompt": text, "answer": str(i)} for i, text in enumerate(["ab=", "f", "a", "cde12="])]
+
+
+def make_trainer(
+    folder, data=ROWS, reward_funcs=length, model=None, tokenizer=None, args=None, kind=GRPOTrainer, **options
+):
+    """A trainer that makes one optimizer step of two groups of two, and saves nothing."""
+    names = (
+        "eval_dataset",
+        "callbacks",
+        "peft_config",
+        "compute_metrics",
+        "tools",
+        "environment_factory",
+        "optimizers",
+    )
+    arguments = {name: options.pop(name) for name in names if name in options}
+    defaults = {
+        "output_dir": str(folder),
+        "num_generations": 2,
+        "per_device_train_batch_size": 4,
+        "max_completion_length": 4,
+        "max_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+    }
+    args = GRPOConfig(**(defaults | options)) if args is None else args
+    model = make_model() if model is None else model
+    return kind(model, reward_funcs, args, data, processing_class=tokenizer or make_tokenizer(), **arguments)
+
+
 def completions_of(trainer):
     """What this rank trains on of the generation batch in use."""
     return [completion for mini_batch in trainer._generation_batch.mini_batches for completion in mini_batch]

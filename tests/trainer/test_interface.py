@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 
 import pandas as pd
 import pytest
@@ -11,41 +12,11 @@ from datasets import Dataset, DatasetDict
 from peft import LoraConfig
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 
+import grpo_trl
 from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.trainer.arguments import config_of
 from tests.helpers.models import make_model, make_tokenizer
-from tests.helpers.training import length
-
-
-ROWS = [{"prompt": text, "answer": str(i)} for i, text in enumerate(["ab=", "f", "a", "cde12="])]
-
-
-def make_trainer(folder, data=ROWS, reward_funcs=length, model=None, tokenizer=None, args=None, **options):
-    names = (
-        "eval_dataset",
-        "callbacks",
-        "peft_config",
-        "compute_metrics",
-        "tools",
-        "environment_factory",
-        "optimizers",
-    )
-    arguments = {name: options.pop(name) for name in names if name in options}
-    defaults = {
-        "output_dir": str(folder),
-        "num_generations": 2,
-        "per_device_train_batch_size": 4,
-        "max_completion_length": 4,
-        "max_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "logging_steps": 1,
-    }
-    args = GRPOConfig(**(defaults | options)) if args is None else args
-    model = make_model() if model is None else model
-    return GRPOTrainer(model, reward_funcs, args, data, processing_class=tokenizer or make_tokenizer(), **arguments)
+from tests.helpers.training import ROWS, length, make_trainer
 
 
 def refusal(folder, kinds=(TypeError, ValueError), **options) -> str:
@@ -169,6 +140,23 @@ def test_scripts_find_the_attributes_of_trls_trainer(tmp_path):
     assert make_trainer(tmp_path).ref_model is None
 
 
+ABSENT = {
+    *("async_loop_ready_event", "aux_loss_enabled", "chat_template", "commit_scheduler", "continuous_batching_config"),
+    *("environment_factories", "environments", "generation_config", "log_multimodal", "max_tool_calling_iterations"),
+    *("pad_to_multiple_of", "router_aux_loss_coef", "tools", "use_transformers_continuous_batching", "vllm_generation"),
+    "rollout_func",
+}
+"""Attributes of what is not here, or is made in another way."""
+
+
+def test_each_attribute_of_trls_trainer_is_one_here_or_has_no_meaning(tmp_path):
+    source = inspect.getsource(trl.GRPOTrainer.__init__)
+    theirs = set(re.findall(r"self\.([a-z]\w*)(?:: [^=\n]+)? =", source))
+    trainer = make_trainer(tmp_path, entropy_coef=0.1)
+    assert {name for name in theirs if not hasattr(trainer, name)} == ABSENT
+    assert (trainer.entropy_coef, trainer.eos_token_ids, trainer.use_vllm) == (0.1, [1], False)
+
+
 def test_the_model_card_names_model_dataset_tags_and_objective(tmp_path):
     trainer = make_trainer(tmp_path, loss_level="sequence")
     for arguments in (
@@ -198,6 +186,12 @@ def test_what_is_pushed_has_the_card_that_was_asked_for(tmp_path, monkeypatch):
     trainer.push_to_hub(dataset_name="openai/gsm8k", tags=["mine"])
     assert uploads[0]["repo_id"] == "me/small"
     assert "openai/gsm8k" in (tmp_path / "README.md").read_text()
+
+
+def test_scripts_import_trls_own_names_from_here():
+    for name in ("ModelConfig", "ScriptArguments", "get_dataset", "get_peft_config", "get_quantization_config"):
+        assert getattr(grpo_trl, name) is getattr(trl, name)
+    assert not hasattr(grpo_trl, "DPOTrainer")
 
 
 # ---- Evaluation and its metric ----
@@ -349,6 +343,13 @@ def test_the_masks_of_trls_trainer_are_those_of_the_objective(tmp_path):
     advantages, mask = torch.tensor([[1.0], [-1.0], [-1.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
     kept = trainer.get_off_policy_mask(advantages, logps, torch.zeros_like(logps), mask, 1.0)
     assert kept.tolist() == [[1.0], [1.0], [0.0]]
+
+
+@pytest.mark.parametrize("ratios", [None, torch.tensor([[1.5, 0.5], [2.0, 1.0]])], ids=["old policy", "sampler"])
+def test_the_weights_of_vespo_are_those_of_trls_trainer(ratios):
+    arguments = (torch.tensor([[1.0], [-1.0]]), torch.tensor([[0.3, -0.2], [0.4, 9.0]]), torch.tensor([[1, 1], [1, 0]]))
+    theirs = trl.GRPOTrainer.get_gamma_weights(*arguments, ratios, 2.0, 3.0, 3.0, 2.0)
+    torch.testing.assert_close(GRPOTrainer.get_gamma_weights(*arguments, ratios), theirs)
 
 
 def test_the_end_of_a_run_logs_the_steps_since_the_last_log(tmp_path):

@@ -125,8 +125,12 @@ class Vespo:
 
     def __call__(self, log_ratio_BU: Tensor, advantages_BU: Tensor, logps_BT: Tensor) -> Terms:
         log_ratio_B1 = log_ratio_BU.detach().sum(1, keepdim=True).clamp(max=EXP_LIMIT)  # phi is 0 there
-        k_BU = torch.where(advantages_BU >= 0, self.k_pos, self.k_neg)
-        lambda_BU = torch.where(advantages_BU >= 0, self.lambda_pos, self.lambda_neg)
-        phi_BU = torch.exp(lambda_BU + k_BU * log_ratio_B1 - lambda_BU * log_ratio_B1.exp())
+        phi_BU = self.phi(log_ratio_B1, advantages_BU)
         weight_BU = phi_BU * advantages_BU
         return Terms(weight_BU * logps_BT, weight_BU.abs(), means={"vespo/phi_seq_mean": phi_BU})
+
+    def phi(self, log_ratio_B1: Tensor, advantages_BU: Tensor) -> Tensor:
+        """Weigh completions by the logarithms of their ratios, at most `EXP_LIMIT`."""
+        k_BU = torch.where(advantages_BU >= 0, self.k_pos, self.k_neg)
+        lambda_BU = torch.where(advantages_BU >= 0, self.lambda_pos, self.lambda_neg)
+        return torch.exp(lambda_BU + k_BU * log_ratio_B1 - lambda_BU * log_ratio_B1.exp())

@@ -30,6 +30,7 @@ from ..types import Ranks
 from .ahead import SamplesAhead
 from .build import make_engine, make_prompts
 from .build_vllm import make_vllm_engine
+from .noted import reduce_noted
 from .resumable import ResumableTrainer
 from .runner import RewardedRollout, RolloutRunner, make_request, reward_columns
 from .weight_sync import WeightSync
@@ -188,6 +189,7 @@ class EvaluatingTrainer(ResumableTrainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._gathered = GatheredWeights()
+        self._noted = {"train": MetricLog(), "eval": MetricLog()}
 
     def _prompts_by_name(self, dataset: Any) -> dict[str, Prompts]:
         """Build what is evaluated on, by name; a single dataset has the name ""."""
@@ -317,6 +319,7 @@ class EvaluatingTrainer(ResumableTrainer):
             )
         if compute_metrics is not None:
             metrics |= _computed(compute_metrics, evaluated, metrics)
+        metrics |= reduce_noted(self._noted["eval"], self._ranks.gather, metrics)
         set_optimizer_mode(self.optimizer, training=self.is_in_train)
         metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
         metrics |= speed_metrics(prefix, start_time, num_samples=num_prompts)

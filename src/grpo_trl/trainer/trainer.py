@@ -70,6 +70,8 @@ from .entropy import EntropyControl
 from .evaluation import ComputeMetrics
 from .generation import GenerationBatchBuilder
 from .memory_budget import MemoryBudget
+from .noted import reduce_noted
+from .overrides import check_overrides
 from .router import RouterBalance, router_coefficient
 from .runner import RolloutRunner
 from .sampler_check import SamplerCheck
@@ -138,6 +140,7 @@ class GRPOTrainer(UpdatingTrainer):
         advantage_func: AdvantageFunc | None = None,
         **unknown: Any,
     ):
+        check_overrides(type(self), GRPOTrainer)
         check_names(unknown, GRPOTrainer)
         check_not_here(tools=tools, environment_factory=environment_factory)
         check_functions(rollout_func, compute_metrics, advantage_func)
@@ -169,7 +172,7 @@ class GRPOTrainer(UpdatingTrainer):
 
         self._start_updates()
         self._generation_batch: GenerationBatch | None = None
-        self._timer = StepTimer(self._metrics)
+        self._timer = StepTimer(self._train_metrics)
         self.add_callback(self._timer)
         self._dead_run = DeadRun(args.dead_run_patience, args.on_dead_run, args.max_completion_length)
         self._evaluator = make_evaluator(self.model, tokenizer, args, self._waits_in_forward)
@@ -233,7 +236,8 @@ class GRPOTrainer(UpdatingTrainer):
         if self._schedule is None:
             raise ValueError("train_dataset=None; pass a dataset with a column 'prompt' to train.")
         self._generation_batch = None
-        self._metrics.reduce(list)  # what an earlier train() did not log
+        for log in (self._train_metrics, self._noted["train"]):
+            log.reduce(list)  # what an earlier train() did not log
         self._nonfinite.count = 0
         if self._resumed is not None:
             self._load_run_state(self._resumed)
@@ -259,6 +263,7 @@ class GRPOTrainer(UpdatingTrainer):
             self.control.should_training_stop = True
             return [], None
         self._between_steps()
+        self.model.train()  # reward functions and a rollout_func find it so, before the first step as before any other
         self._memory.choose()
         count = len(list(itertools.islice(epoch_iterator, num_batches)))
         mini_batch = self._next_mini_batch(count)
@@ -284,7 +289,7 @@ class GRPOTrainer(UpdatingTrainer):
             counts += batch.counts[ref.mini_batch]
         self._generation_batch = batch
         self._order.forget(before=refs[0].generation)
-        self._metrics.drain(log)
+        self._train_metrics.drain(log)
         self.state.num_input_tokens_seen += tokens
         return MiniBatch(completions, counts)
 
@@ -296,7 +301,8 @@ class GRPOTrainer(UpdatingTrainer):
     def _parts(self) -> dict[str, Stateful]:
         parts: dict[str, Stateful | None] = {
             "prompts": self._order,
-            "metrics": self._metrics,
+            "metrics": self._train_metrics,
+            "noted": self._noted["train"],
             "logprobs": self._evaluator,
             "memory": self._memory,
             "entropy": self._entropy,
@@ -328,10 +334,11 @@ class GRPOTrainer(UpdatingTrainer):
         """Log `logs`; to those of training and of its end, add the metrics since the last time, over all ranks."""
         training, ended = "loss" in logs, "train_loss" in logs
         if training or ended:
-            metrics = self._metrics.reduce(self._ranks.gather)
+            metrics = self._train_metrics.reduce(self._ranks.gather)
             if ended:  # the loss of a few steps, beside that of the run
                 metrics.pop("loss", None)
             logs = logs | metrics | {"num_tokens": self.state.num_input_tokens_seen}
+            logs |= reduce_noted(self._noted["train"], self._ranks.gather, logs)
             if not (self._schedule is not None and self._schedule.on_policy and has_dropout(self.model)):
                 warn_of_drift(logs, tolerance(self.model, self.args.half_precision))
         super().log(logs, start_time)

@@ -39,7 +39,7 @@ class UpdatingTrainer(RecordedTrainer):
         self._objective = make_objective(self.args)
         self._correction = make_correction(self.args)
         self._nonfinite = NonFinite(self.args.max_nonfinite_steps)
-        self._metrics, self._step_metrics, self._step_flos = MetricLog(), MetricLog(), 0.0
+        self._train_metrics, self._step_metrics, self._step_flos = MetricLog(), MetricLog(), 0.0
         self._step_loss = self._step_entropy = torch.zeros((), device=self.args.device)
         self._step_has_signal = False
 
@@ -56,14 +56,14 @@ class UpdatingTrainer(RecordedTrainer):
             forward_backward = partial(self._forward_backward, model)
             loss = self._evaluator.in_micro_batches(completions, divisor, forward_backward, undo=model.zero_grad)
             self._entropy.finish(self._step_entropy)
-        self._metrics.drain(self._step_metrics)
-        self._metrics.add("loss", Mean.of(loss))
+        self._train_metrics.drain(self._step_metrics)
+        self._train_metrics.add("loss", Mean.of(loss))
         set_aside = len(inputs.completions) - len(self._evaluator.with_gradient(inputs.completions))
-        self._metrics.add("policy_signal", Mean(0.0, set_aside))
+        self._train_metrics.add("policy_signal", Mean(0.0, set_aside))
         if self._entropy.has_bonus:
-            self._metrics.add("entropy_coef", Mean(self._entropy.coefficient))
+            self._train_metrics.add("entropy_coef", Mean(self._entropy.coefficient))
         if self._router.active:
-            self._metrics.add("aux_loss", Mean(self._router.value))
+            self._train_metrics.add("aux_loss", Mean(self._router.value))
         self._step_loss = loss
         # from another sampler's probabilities all ratios may be clipped, or all completions left out
         of_sampler = self.args.use_vllm or sampler_is_old_policy(self.args)
@@ -148,7 +148,7 @@ class UpdatingTrainer(RecordedTrainer):
         else:
             known_norm = grad_norm
         if self._nonfinite.should_skip(self._step_loss, known_norm, self.accelerator.reduce):
-            self._metrics.add("nonfinite_steps", Sum(float(self.is_world_process_zero())))
+            self._train_metrics.add("nonfinite_steps", Sum(float(self.is_world_process_zero())))
             model.zero_grad()
         else:
             self._weights_move.note_gradient(grad_norm, self._step_has_signal)
