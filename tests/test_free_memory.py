@@ -28,6 +28,15 @@ def test_a_limit_of_the_address_space_bounds_it(monkeypatch):
     assert free_memory(CPU) == 0
 
 
+@pytest.mark.parametrize("fraction, expected", [(1.0, 45), (0.9, 45), (0.6, 30), (0.2, 0)])
+def test_on_a_gpu_torchs_own_limit_bounds_it(fraction, expected, monkeypatch):
+    """100 bytes in all: 20 free, 55 reserved by torch, 30 of these in use; the other 25 are another process's."""
+    sizes = {"mem_get_info": (20, 100), "memory_reserved": 55, "memory_allocated": 30}
+    for name, size in (sizes | {"get_per_process_memory_fraction": fraction}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+    assert free_memory(torch.device("cuda")) == expected
+
+
 def group(folder, limit, used, cached, version):
     """A control group of memory that holds `used` bytes, `cached` of them of files."""
     names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"), 2: ("memory.max", "memory.current", "")}

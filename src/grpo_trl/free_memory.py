@@ -17,12 +17,15 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 def free_memory(device: torch.device) -> int:
     """Count the bytes that this process may still take on `device`.
 
-    On a GPU these are the free ones and those that torch has reserved and does not use. On the host they are this rank's
-    share of what the system and its control groups leave, and at most what the limit of its address space leaves.
+    On a GPU these are the free ones and those that torch has reserved and does not use, within
+    `torch.cuda.set_per_process_memory_fraction`. On the host they are this rank's share of what the system and its control
+    groups leave, and at most what the limit of its address space leaves.
     """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        reachable = min(free + torch.cuda.memory_reserved(device), allowed)
+        return max(0, reachable - torch.cuda.memory_allocated(device))
     shared = min([psutil.virtual_memory().available, *left_in_cgroups()])
     own = shared // get_int_from_env(["LOCAL_WORLD_SIZE", "LOCAL_SIZE"], 1)  # the latter is of the deepspeed launcher
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # ulimit -v
