@@ -320,6 +320,39 @@ def test_a_loss_is_no_metric_of_an_evaluation(tmp_path):
     assert "use 'eval_reward'" in refusal(tmp_path, metric_for_best_model="eval_loss", **EVALUATED, **options)
 
 
+def adds(completions, log_metric):
+    log_metric("accuracy", 1.0)
+    return length(completions)
+
+
+@pytest.mark.parametrize("eval_dataset", [ROWS, SETS], ids=["one set", "several sets"])
+def test_every_metric_of_an_evaluation_may_choose_the_best_model(eval_dataset, tmp_path, caplog):
+    trainer = make_trainer(tmp_path, eval_dataset=eval_dataset)
+    for name in trainer.evaluate().keys() - {"epoch"}:
+        make_trainer(tmp_path, eval_dataset=eval_dataset, metric_for_best_model=name, **EVALUATED)
+    assert "metric_for_best_model" not in "".join(line for line in caplog.messages if "is the mean of" not in line)
+
+
+@pytest.mark.parametrize(
+    "metric, options, nearest",
+    [
+        ("accuracy", {}, "'eval_"),
+        ("accuracy", {"reward_funcs": adds}, None),
+        ("accuracy", {"compute_metrics": lambda evaluated: {"accuracy": 1.0}}, None),
+        ("eval_rewards", {"reward_funcs": adds}, "'eval_reward'"),
+        ("reward/length/mean", {}, "'eval_rewards/length/mean'"),
+        ("hard_reward", {}, "'eval_reward'"),
+        ("hard_reward", {"eval_strategy": "no"}, None),
+    ],
+)
+def test_a_metric_that_no_evaluation_computes_is_warned_of_at_construction(metric, options, nearest, tmp_path, caplog):
+    sets = {"easy": ROWS} if "hard" in metric else ROWS
+    make_trainer(tmp_path, eval_dataset=sets, metric_for_best_model=metric, **(EVALUATED | options))
+    lines = [line for line in caplog.messages if "is no metric of an evaluation" in line]
+    assert len(lines) == (nearest is not None)
+    assert nearest is None or f"the nearest is {nearest}" in lines[0]
+
+
 def test_what_the_reward_of_several_sets_is_stands_in_the_log(tmp_path, caplog):
     make_trainer(tmp_path, eval_dataset=SETS, save_strategy="best", **EVALUATED)
     assert "'eval_reward' is the mean of eval_easy_reward, eval_hard_reward" in caplog.text

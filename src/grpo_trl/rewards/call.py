@@ -75,6 +75,11 @@ class FunctionReward:
                 f"The reward function {self.name!r} takes nothing that {dataset} or the trainer has; {offer}."
             )
 
+    def takes(self, name: str) -> bool:
+        """Whether the function is passed the argument `name` where there is one."""
+        names = self._names()
+        return names is None or name in names
+
     def for_worker(self, batch: RewardBatch) -> RewardBatch:
         """Return the part of a batch that a worker is sent: what the function names.
 

@@ -127,6 +127,11 @@ class Rewards:
             if isinstance(function, FunctionReward):
                 function.check_columns(columns, dataset)
 
+    @property
+    def may_log_metrics(self) -> bool:
+        """Whether some function is passed `log_metric`."""
+        return any(isinstance(one, FunctionReward) and one.takes("log_metric") for one in self.functions)
+
     def close(self) -> None:
         """End the workers. A later call starts others."""
         if self._pool:

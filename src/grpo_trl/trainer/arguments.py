@@ -2,13 +2,13 @@
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from accelerate.utils.deepspeed import DummyOptim
 from torch.optim import Optimizer
 from transformers import EarlyStoppingCallback
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, speed_metrics
 
 from ..config import GRPOConfig
 from ..logging import get_logger
@@ -167,3 +167,30 @@ def choose_metric(args: GRPOConfig, callbacks: Sequence[Any] | None, eval_datase
     if metric == "reward" and isinstance(eval_dataset, dict):
         means = ", ".join(f"eval_{name}_reward" for name in eval_dataset)
         logger.warning("metric_for_best_model='eval_reward' is the mean of %s.", means)
+
+
+def warn_of_unknown_metric(
+    args: GRPOConfig, sets: Collection[str], metrics: Collection[str], others_may_come: bool
+) -> None:
+    """Warn where `metric_for_best_model` is no metric of an evaluation, which Trainer says after the first one only.
+
+    Args:
+        args: The options.
+        sets: Names of the evaluation sets; `""` is that of a single one.
+        metrics: What is known to be computed on a set.
+        others_may_come: Whether functions of the user may add to these; then only a name like a known one is warned of.
+    """
+    if args.metric_for_best_model is None or args.eval_strategy == IntervalStrategy.NO:
+        return
+    prefixes = [f"eval_{name}" if name else "eval" for name in sets]
+    timed = {metric for prefix in prefixes for metric in speed_metrics(prefix, 0.0, num_samples=1)}
+    known = {"eval_reward"} | timed | {f"{prefix}_{metric}" for prefix in prefixes for metric in metrics}
+    wanted = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    nearest = difflib.get_close_matches(wanted, sorted(known), n=1, cutoff=0.8 if others_may_come else 0)
+    if wanted not in known and nearest:
+        logger.warning(
+            "metric_for_best_model=%r is no metric of an evaluation unless a function adds it, and the run would end after "
+            "the first one; the nearest is %r.",
+            args.metric_for_best_model,
+            nearest[0],
+        )

@@ -23,6 +23,9 @@ from .ahead import SampledRollout
 TRAINER_METRICS = ("loss", "grad_norm", "learning_rate", "epoch", "step", "num_tokens", "step_time", "kl", "entropy")
 """What the log contains besides the metrics of a rollout."""
 
+TIMED = ("time/sampling", "time/rewards", "sampling/tokens_per_second", "sampling/useful_share")
+"""What `RolloutRunner` adds to these."""
+
 TABLE_COLUMNS = ("step", "group", "prompt", "completion", "advantage")
 """Columns of the completions table besides the rewards."""
 
@@ -98,7 +101,7 @@ class RewardedRollout:
 
     def _length_metrics(self) -> dict[str, Metric]:
         length_B = torch.tensor([sum(c.mask) for c in self.completions], dtype=torch.float64)
-        ended_B = torch.tensor([c.ended for c in self.completions])
+        ended_B = torch.tensor([c.ended for c in self.completions], dtype=torch.bool)
         metrics: dict[str, Metric] = {"completions/clipped_ratio": Mean.of((~ended_B).double())}
         for suffix, mask_B in (("", torch.ones_like(ended_B)), ("terminated_", ended_B)):
             metrics[f"completions/mean_{suffix}length"] = Mean.of(length_B, mask_B)
@@ -131,6 +134,12 @@ class RolloutRunner:
         self.tokenizer = tokenizer
         self.phase = phase
         self.interruptible = interruptible
+
+    @property
+    def metric_names(self) -> set[str]:
+        """Names of what `run` counts and times, without what reward functions log."""
+        nothing = RewardedRollout(1, [], [], [], self.rewards.of_nothing())
+        return {*nothing.metrics(), *TIMED}
 
     def run(
         self, prompts: Sequence[Prompt], num_generations: int, seed: int, trainer_state: Any, metrics: MetricLog

@@ -54,6 +54,7 @@ from .arguments import (
     check_optimizers,
     choose_metric,
     config_of,
+    warn_of_unknown_metric,
 )
 from .build import (
     make_advantages,
@@ -203,6 +204,8 @@ class GRPOTrainer(UpdatingTrainer):
             context = engine.max_model_length if context is None else min(context, engine.max_model_length)
         self._eval_limit = make_prompt_limit(self.args, context)
         self._eval_prompts = self._prompts_by_name(self.eval_dataset)
+        others_may_come = self.compute_metrics is not None or self._runner.rewards.may_log_metrics
+        warn_of_unknown_metric(self.args, self._eval_prompts, self._runner.metric_names, others_may_come)
         self._schedule: Schedule | None = None
         if self.train_dataset is None:
             return
