@@ -13,14 +13,22 @@ import torch
 from transformers import TrainerCallback
 
 from grpo_trl.distributed.collectives import run_on_all_ranks
-from grpo_trl.errors import RunStopped, StopRequested
+from grpo_trl.errors import OutOfStep, RunStopped, StopRequested
 from grpo_trl.reliability.guards import warn_of_drift
 from grpo_trl.reliability.run_state import RunState
 from grpo_trl.reliability.signals import StopSignals
 from grpo_trl.reliability.watchdog import Watchdog
 from grpo_trl.types import Ranks
 from tests.helpers.models import make_model, make_tokenizer
-from tests.helpers.training import checkpoints, completion_of, completions_of, relative_error, train, weights
+from tests.helpers.training import (
+    checkpoints,
+    completion_of,
+    completions_of,
+    relative_error,
+    sampling_trainer,
+    train,
+    weights,
+)
 from tests.helpers.worker_rewards import fails_on, none_for
 
 
@@ -370,6 +378,11 @@ def test_what_a_rank_meets_all_ranks_meet(own, others, expected, text):
     assert type(raised[0]) is expected
     assert text in str(raised[0])
     assert raised[1] is not None
+
+
+def test_a_rank_that_others_wait_for_in_a_forward_does_not_wait_for_them():
+    with pytest.raises(OutOfStep, match="why"):
+        run_on_all_ranks(fails(OutOfStep("why")), Ranks(0, 2, lambda reports: pytest.fail("others do not get here")))
 
 
 def test_a_signal_breaks_into_what_may_be_broken_alone():

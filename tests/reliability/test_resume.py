@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl.errors import OutOfStep, RunStopped
 from grpo_trl.reliability.checkpoints import Manifest, fault_of, last_checkpoint, write_manifest
 from grpo_trl.reliability.run_state import RunState
 from grpo_trl.reliability.signals import EXIT_CODE
@@ -491,6 +492,26 @@ def test_a_checkpoint_that_could_not_be_written_is_not_there(tmp_path, monkeypat
     names = {name for name in os.listdir(tmp_path / "full") if name.startswith("checkpoint")}
     assert names == {"checkpoint-1", "checkpoint-2"}
     assert_same(end_of(run(tmp_path / "full", True)), uninterrupted)
+
+
+@pytest.mark.parametrize("ends_saved", [True, False])
+def test_memory_that_runs_out_in_sampling_ends_a_run_saved_unless_others_wait(tmp_path, ends_saved):
+    whole = end_of(run(tmp_path / "whole"))
+    trainer = make_trainer(tmp_path / "short", save_strategy="no")
+    rollout, calls = trainer._runner.engine.rollout, []
+
+    def fail(request):
+        calls.append(request)
+        if len(calls) == 2:
+            raise MemoryError("made up") if ends_saved else OutOfStep("made up")
+        return rollout(request)
+
+    trainer._runner.engine.rollout = fail
+    with pytest.raises(RunStopped if ends_saved else OutOfStep, match="made up"):
+        trainer.train()
+    assert bool(checkpoints_in(tmp_path / "short")) == ends_saved
+    if ends_saved:
+        assert_same(end_of(run(tmp_path / "short", True)), whole)
 
 
 def test_old_checkpoints_go_and_the_best_stays(tmp_path):

@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GenerationConfig
 
+from grpo_trl.errors import OutOfStep
 from grpo_trl.rollout.base import Rollout, RolloutRequest, SamplingOptions
 from grpo_trl.rollout.generate import GenerateEngine, _Ends
 from grpo_trl.rollout.sampling import generation_config
@@ -349,12 +350,19 @@ def test_where_memory_runs_out_it_starts_again_with_half_of_the_rows(model, monk
     assert sizes == [9, 4, 2, 2, 2, 2, 1]
 
 
-@pytest.mark.parametrize("in_step, rows", [(True, 8), (False, 1)])
-def test_memory_that_runs_out_with_one_row_or_in_step_is_an_error(model, monkeypatch, in_step, rows):
+@pytest.mark.parametrize(
+    "in_step, rows, error, message",
+    [
+        (True, 8, OutOfStep, "with 4 completions at a time, .* Resume with max_rows_in_flight=2"),
+        (True, 1, OutOfStep, "Lower max_completion_length"),
+        (False, 1, torch.OutOfMemoryError, "made up"),
+    ],
+)
+def test_memory_that_runs_out_with_one_row_or_in_step_is_an_error(model, monkeypatch, in_step, rows, error, message):
     def fail(**kwargs):
         raise torch.OutOfMemoryError("made up")
 
     monkeypatch.setattr(model, "generate", fail)
     engine = GenerateEngine(model, make_options(), max_rows_in_flight=rows, in_step=in_step)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(error, match=message):
         engine.rollout(RolloutRequest(["unread"], [[15]], 4, seeds=[0]))

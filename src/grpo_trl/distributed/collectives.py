@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import distributed
 
-from ..errors import RunStopped, StopRequested
+from ..errors import OutOfStep, RunStopped, StopRequested
 from ..types import Ranks
 
 
@@ -26,17 +26,20 @@ def run_on_all_ranks(work: Callable[[], Result], ranks: Ranks) -> Result:
     """Run `work()` on every rank, and raise what any rank raises on all of them, so that none waits for it.
 
     Args:
-        work: Contains no collective at a point where it may raise.
+        work: Contains no collective at a point where it may raise another error than `OutOfStep`.
         ranks: Gathers once.
 
     Raises:
         StopRequested: A signal has reached some rank.
         RunStopped: Every rank that failed raised one, so all ranks can save together.
+        OutOfStep: At once, since the others do not get here.
         RuntimeError: Another rank raised another error; a rank's own errors are raised unchanged.
     """
     error: BaseException | None = None
     try:
         result = work()
+    except OutOfStep:
+        raise
     except (Exception, StopRequested) as raised:
         error = raised
     reports = [report for report in ranks.gather([_report(error, ranks.rank)]) if report is not None]

@@ -21,6 +21,7 @@ from transformers import (
     StopStringCriteria,
 )
 
+from ..errors import OutOfStep
 from ..logging import EVERY_RANK, get_logger
 from ..model_utils import evaluation_mode, ran_out_of_memory
 from ..seeds import derive_seed
@@ -74,13 +75,21 @@ class GenerateEngine:
         self._stop = stop_strings(options, tokenizer)
 
     def rollout(self, request: RolloutRequest) -> Rollout:
+        """Sample what is asked for; where memory runs out, once more with half of the rows.
+
+        Raises:
+            OutOfStep: Memory runs out while other ranks wait for this one, which are in another forward by then.
+        """
         while True:
             rows = most_rows_in_flight(self.max_rows_in_flight, self.model.device)
             try:
                 return self._rollout(request, rows)
             except Exception as error:
-                # ranks in step must not part ways
-                if self.in_step or rows == 1 or not ran_out_of_memory(error):
+                if not ran_out_of_memory(error):
+                    raise
+                if self.in_step:
+                    raise OutOfStep(_remedy(min(rows, request.num_rows))) from error
+                if rows == 1:
                     raise
             self.max_rows_in_flight = min(rows, request.num_rows) // 2 or 1
             logger.warning(
@@ -134,6 +143,12 @@ class GenerateEngine:
             )
         ]
         return completions, len(rows) * len(generated[0])
+
+
+def _remedy(rows: int) -> str:
+    advice = f"Resume with max_rows_in_flight={rows // 2}" if rows > 1 else "Lower max_completion_length"
+    at_a_time = f"{rows} completion{'s' * (rows > 1)} at a time"
+    return f"Memory ran out in model.generate with {at_a_time}, while other ranks wait for this one. {advice}."
 
 
 class _Ends(StoppingCriteria):

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import OutOfStep, RunStopped
 from ..metrics import Max, Mean, Metric, MetricLog, Min, Quantile, RunningMean, Std, Sum
+from ..model_utils import ran_out_of_memory
 from ..rewards import RewardBatch, Rewards, RewardTable
 from ..rollout.base import Rollout, RolloutEngine, RolloutRequest
 from ..seeds import derive_seed, seeded
@@ -151,10 +153,14 @@ class RolloutRunner:
     def sample(
         self, request: RolloutRequest, metrics: MetricLog, take: Callable[[], SampledRollout] | None = None
     ) -> SampledRollout:
-        """Sample what is asked for; its speed goes to `metrics`. `take` gives what has been sampled ahead."""
+        """Sample what is asked for; its speed goes to `metrics`. `take` gives what has been sampled ahead.
+
+        Raises:
+            RunStopped: Memory runs out, and the engine cannot do with less.
+        """
         with metrics.timed("time/sampling") as timer, self.phase("sampling"):
             taken = None if take is None else take()
-            rollout = self.engine.rollout(request) if taken is None else taken.rollout
+            rollout = self._rollout(request) if taken is None else taken.rollout
         sampled = taken or SampledRollout(rollout, timer.seconds, None)
         tokens = sum(len(c.ids) for c in rollout.completions)
         metrics.add("sampling/tokens_per_second", Mean(tokens, sampled.seconds))
@@ -162,6 +168,19 @@ class RolloutRunner:
             useful = sum(sum(c.mask) for c in rollout.completions)
             metrics.add("sampling/useful_share", Mean(useful, rollout.computed_tokens))
         return sampled
+
+    def _rollout(self, request: RolloutRequest) -> Rollout:
+        try:
+            return self.engine.rollout(request)
+        except OutOfStep:
+            raise
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            raise RunStopped(
+                f"Memory ran out in sampling, however few completions at a time ({type(error).__name__}: {error}). Lower "
+                "max_completion_length or the length of prompts, or use ZeRO-3 or LoRA."
+            ) from error
 
     def reward(
         self,
