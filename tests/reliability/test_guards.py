@@ -176,6 +176,20 @@ def test_a_dead_run_may_stop(tmp_path):
     assert checkpoints(tmp_path) == ["checkpoint-1"]
 
 
+def test_a_dead_run_that_is_resumed_stops_at_the_same_generation_batch_unless_something_was_changed(tmp_path):
+    def resume(on_dead_run="stop"):
+        options = {"dead_run_patience": 2, "on_dead_run": on_dead_run, "save_strategy": "no", "max_steps": 3}
+        trainer = sampling_trainer(tmp_path, 8, reward_funcs=flat, num_iterations=1, beta=0.0, **options)
+        trainer.train(resume_from_checkpoint=True)
+        return trainer.state.global_step
+
+    for _ in range(2):
+        with pytest.raises(RunStopped, match=r"last 2 generation batches.* stops again if nothing was changed"):
+            resume()
+        assert checkpoints(tmp_path) == ["checkpoint-1"]
+    assert resume(on_dead_run="warn") == 3
+
+
 def test_completions_that_never_end_are_a_dead_run(caplog):
     model = make_model()
     with torch.no_grad():

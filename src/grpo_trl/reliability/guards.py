@@ -106,7 +106,10 @@ class DeadRun:
 
     def _act(self, message: str) -> None:
         if self.action == "stop":
-            raise RunStopped(f"{message} (dead_run_patience={self.patience}, on_dead_run='stop')")
+            raise RunStopped(
+                f"{message} (dead_run_patience={self.patience}, on_dead_run='stop') A resumed run samples this generation "
+                "batch again, and stops again if nothing was changed; on_dead_run='warn' lets it pass."
+            )
         logger.warning("%s (dead_run_patience=%d)", message, self.patience)
 
     def _explanation(self, kind: str, count: int, rewards: list[float]) -> str:
