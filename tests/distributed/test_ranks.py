@@ -101,6 +101,29 @@ def test_a_rank_that_runs_out_of_memory_makes_its_step_anew(two):
     assert two[1]["incidents"]["short of memory"]["largest"] > 30
 
 
+def test_micro_batches_are_those_that_fit_on_the_rank_with_the_least_memory(two):
+    for rank in two:
+        spare, little, _ = rank["incidents"]["budgeted"]
+        assert spare["chosen"]["recomputed"] is False
+        assert spare["chosen"]["max_tokens"] > 1000
+        assert little["chosen"]["recomputed"] is True
+        assert 35 <= little["chosen"]["max_tokens"] == little["used"] <= 40
+        for name, value in spare["after"].items():
+            assert torch.allclose(little["after"][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rank_that_shrinks_what_was_chosen_keeps_no_other_waiting(two):
+    """Each rank makes as many micro-batches as its own memory asks for, since gradients meet at the end of a step."""
+    first, second = (rank["incidents"]["budgeted"][2] for rank in two)
+    plain = two[0]["incidents"]["budgeted"][0]
+    assert first["used"] == first["chosen"]["max_tokens"] == second["chosen"]["max_tokens"]
+    assert second["used"] <= 30
+    for rank in (first, second):
+        assert all(
+            torch.allclose(rank["after"][name], value, rtol=1e-4, atol=1e-6) for name, value in plain["after"].items()
+        )
+
+
 def test_no_rank_makes_a_step_that_is_not_finite_on_one(two):
     for rank in two:
         incident = rank["incidents"]["not finite"]

@@ -3,10 +3,12 @@
 The global batch is the same for any number of ranks, so the results must be too.
 """
 
+import functools
 import os
 import signal
 import sys
 import tempfile
+from unittest import mock
 
 import torch
 from datasets import Dataset
@@ -17,7 +19,7 @@ from grpo_trl import GRPOConfig, GRPOTrainer
 from grpo_trl.errors import RunStopped
 from tests.helpers.garbage import freeze_imports
 from tests.helpers.models import make_model, make_tokenizer
-from tests.helpers.training import checkpoints, completions_of, length, sampling_trainer, train, weights
+from tests.helpers.training import checkpoints, completions_of, length, needed, sampling_trainer, train, weights
 
 
 INFORMATIVE = ["ab=", "f", "a", "cde12="]
@@ -234,6 +236,27 @@ def short_of_memory(folder):
     return {"ends": ends, "largest": max(sizes, default=None)}
 
 
+def budgeted(folder):
+    """Training with memory to spare; with little on the last rank; and with too little there for what was chosen."""
+    runs = []
+    for tokens, limit in ((10**6, 10**9), (40, 10**9), (40, 30)):
+        free = needed(tokens if is_last() else 10**6, recomputed=True)
+        model = make_model()
+        model.register_forward_pre_hook(functools.partial(limited, limit), with_kwargs=True)
+        with mock.patch("grpo_trl.trainer.memory_budget.free_memory", return_value=free):
+            options = {"gradient_checkpointing": None, "save_strategy": "no", "optim": "sgd"}
+            trainer, _ = in_generation_batches_of_two_steps(f"{folder}/{tokens}-{limit}", model=model, **options)
+        chosen = trainer._memory.state_dict()
+        runs.append({"after": weights(model), "chosen": chosen, "used": trainer._evaluator.packer.max_tokens})
+    return runs
+
+
+def limited(limit, module, args, kwargs):
+    """A hook that runs out of memory on the last rank where a forward that trains has more than `limit` tokens."""
+    if "logprob_request" in kwargs and module.training and is_last() and kwargs["input_ids"].numel() > limit:
+        raise torch.OutOfMemoryError("made up")
+
+
 def not_finite(folder):
     """The last rank's gradient is broken in the second step."""
     model, steps = make_model(), []
@@ -284,6 +307,7 @@ def hates_short(completions):
 INCIDENTS = {
     "interrupted": interrupted,
     "short of memory": short_of_memory,
+    "budgeted": budgeted,
     "not finite": not_finite,
     "failing rewards": failing_rewards,
 }

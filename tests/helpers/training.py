@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from grpo_trl import GRPOConfig, GRPOTrainer
+from grpo_trl.plan import Shape, activations
 from tests.helpers import oracle
 from tests.helpers.models import make_model, make_tokenizer
 
@@ -177,6 +178,13 @@ def make_trainer(
 def completions_of(trainer):
     """What this rank trains on of the generation batch in use."""
     return [completion for mini_batch in trainer._generation_batch.mini_batches for completion in mini_batch]
+
+
+def needed(tokens, recomputed, gpu_bytes=None):
+    """Bytes that must be free before the first step for `tokens` of a micro-batch of `make_model()`, under SGD."""
+    model = make_model()
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    return gradients + activations(Shape.of(model.config), tokens, "float32", recomputed, gpu_bytes) / 0.8
 
 
 def weights(model):

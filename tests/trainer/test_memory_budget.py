@@ -9,28 +9,19 @@ from peft import LoraConfig, PrefixTuningConfig
 
 from grpo_trl.logprobs.packing import Packer
 from grpo_trl.model_utils import causal_lm
-from grpo_trl.plan import GPU_TOKENS, Shape, activations
+from grpo_trl.plan import GPU_TOKENS
 from grpo_trl.trainer import memory_budget
 from grpo_trl.types import Ranks
 from tests.helpers.models import make_model
-from tests.helpers.training import completions_of, relative_error, sampling_trainer, train, weights
+from tests.helpers.training import completions_of, needed, relative_error, sampling_trainer, train, weights
 
 
 PROMPTS = ["ab=", "cde12="]
 OPEN = {"gradient_checkpointing": None, "per_device_train_batch_size": 8}
 LONGEST = 8 * 8 + 2 * 4
 """Tokens of a micro-batch of two groups whose completions are all as long as they may be."""
-
-
 SMALL_GPU = 2**20
 """Bytes of a GPU whose slices of logits are as small as those of a CPU."""
-
-
-def needed(tokens, recomputed, gpu_bytes=None):
-    """Bytes that must be free before the first step for `tokens` of a micro-batch of `make_model()`, under SGD."""
-    model = make_model()
-    gradients = 4 * sum(p.numel() for p in model.parameters())
-    return gradients + activations(Shape.of(model.config), tokens, "float32", recomputed, gpu_bytes) / 0.8
 
 
 def with_free(monkeypatch, size):
