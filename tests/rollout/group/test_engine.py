@@ -851,6 +851,16 @@ def test_what_autocast_copies_is_left_out_of_the_memory_for_keys(model):
         assert GroupEngine(model.bfloat16(), make_options())._bytes_of_casts() == 0
 
 
+def test_rows_that_would_fit_without_autocasts_copies_are_fewer_with_them(model, monkeypatch):
+    engine = GroupEngine(model, make_options(), mixed_precision=True)
+    engine.rollout(make_request())  # measures a token
+    monkeypatch.setattr(group, "free_memory", lambda device: bytes_of(15, 5) / group.FREE_SHARE + 1)
+    assert engine._sized_cache(make_request()).max_rows == 15
+    with torch.autocast("cpu", torch.bfloat16):
+        cache = engine._sized_cache(make_request())
+        assert engine._bytes_of(cache) <= bytes_of(15, 5) - group.FREE_SHARE * engine._bytes_of_casts()
+
+
 # ---- What is computed ----
 @pytest.mark.parametrize("rows", [1, 4, 64])
 def test_each_prompt_is_computed_once_and_no_row_after_its_end(model, rows):
