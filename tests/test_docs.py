@@ -196,9 +196,9 @@ def folder(tmp_path, monkeypatch):
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "data").mkdir()
-    rows = "".join(f'{{"question": "{i}=", "answer": "#### {i}"}}\n' for i in range(10))
-    for split in ("train", "test"):
-        (tmp_path / "data" / f"{split}.jsonl").write_text(rows)
+    rows = [f'{{"question": "{i}=", "answer": "#### {i}"}}\n' for i in range(64)]  # a step of eight ranks
+    (tmp_path / "data" / "train.jsonl").write_text("".join(rows))
+    (tmp_path / "data" / "test.jsonl").write_text("".join(rows[:10]))
     shutil.copytree(ROOT / "ds_configs", tmp_path / "ds_configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
