@@ -43,8 +43,8 @@ SERVED_KWARGS = frozenset(
 )
 """The further options of transformers.GenerationConfig that `Sampler` gives their meaning."""
 
-ELEMENTS_AT_A_TIME = {"cpu": 2**19, "cuda": 2**26}
-"""Logits that are sampled from at a time: on a CPU they stay in its cache, on a GPU they bound the memory."""
+ELEMENTS_AT_A_TIME = {"cpu": 2**17, "cuda": 2**26}
+"""Logits sampled from at a time: on a CPU they stay in its cache with their weights, on a GPU they bound the memory."""
 
 
 def unserved_option(options: SamplingOptions) -> str | None:
