@@ -26,6 +26,8 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+EXTENSIONS = Path.home() / ".cache" / "grpo_trl" / "torch_extensions"
+"""DeepSpeed compiles with other options here than in test_backends.py: in one folder each would build it again."""
 TIMED = ("time", "per_second")
 
 
@@ -48,6 +50,7 @@ def local(shared, output, batch=8):
 def start(words):
     """Start a command, in a session of its own."""
     own = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "LOCAL_SIZE": "2", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    own |= {"TORCH_EXTENSIONS_DIR": str(EXTENSIONS)}
     return subprocess.Popen(
         [str(word) for word in words],
         cwd=ROOT,
