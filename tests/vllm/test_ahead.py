@@ -77,6 +77,16 @@ def test_weights_do_not_follow_from_the_speed_of_the_server(ahead, tmp_path):
     assert ends[0].equal(ends[1])
 
 
+def test_the_phases_of_a_step_are_parts_of_it(tmp_path):
+    """What the server does meanwhile is none."""
+    with StubServer(model=make_model()).running() as stub:
+        trainer = make_trainer(tmp_path, stub, save_strategy="no")
+        trainer.train()
+    for log in logs(trainer):
+        assert sum(value for name, value in log.items() if name.startswith("time/")) <= log["step_time"] * 1.001
+    assert any(log["sampling/idle_time"] > 0 for log in logs(trainer))
+
+
 def test_generation_batch_n_is_sampled_from_the_weights_with_which_the_training_on_the_one_before_began(tmp_path):
     """The stub's logprobs are those of the weights it has: generation batch n's are of the checkpoint after n - 1 steps."""
     with StubServer(model=make_model()).running() as stub:

@@ -145,7 +145,7 @@ class GenerationBatchBuilder:
         if missing:
             idle = run_on_all_ranks(self.ahead.wait, self.ranks)
             self.sync.run(policy, self._request(missing[0]), log)
-            log.add("time/sampler_idle", Mean(idle))
+            log.add("sampling/idle_time", Mean(idle))
             for one in missing:
                 self.ahead.submit(one, self._request(one), self._reward_ahead(one, trainer_state))
         log.add("sampling/staleness", Mean(min(index, self.ahead.distance)))
