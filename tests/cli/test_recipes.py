@@ -213,3 +213,14 @@ def test_without_them_the_recipe_trains(folder, name):
     done = run("train", written(folder, left), *here)
     assert done.exit_code == 0, done.output
     assert (folder / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_without_them_the_recipe_is_planned_on_any_machine(folder, name):
+    options, refused = RECIPES[name]
+    left = {option: value for option, value in options.items() if option not in refused}
+    mended = [word for option, _, words in CONTRADICTIONS if option in left for word in words]
+    done = run("plan", written(folder, left), "--gpu", "H100", *mended)
+    assert done.exit_code == 0, done.output
+    assert f"on each of {left.get('num_processes', 1)} rank" in done.output
+    assert ("vLLM 40.00" in done.output) == ("use_vllm" in left)

@@ -89,7 +89,7 @@ def _backend(options: dict[str, Any]) -> tuple[str, list[str]]:
 def _parsed_for(options: dict[str, Any], overrides: Sequence[str], ranks: int) -> Configuration:
     """Parse options as on a machine with so many ranks; a plan needs neither a GPU, nor an engine, nor a tracker."""
     planned = type("GRPOConfig", (GRPOConfig,), {"world_size": property(lambda self: ranks)})
-    return Configuration.parse(options | {"use_cpu": True, "report_to": "none"}, overrides, planned)
+    return Configuration.parse(options | {"use_cpu": True, "report_to": "none", "tf32": None}, overrides, planned)
 
 
 def _meta_model(configuration: Configuration) -> Any:
