@@ -70,7 +70,9 @@ def written(folder, **changes):
 def test_a_configuration_trains_and_saves_the_model(folder):
     done = run("train", written(folder), "--max_steps", 3)
     assert done.exit_code == 0, done.output
-    assert (folder / "out" / "model.safetensors").exists()
+    out = folder / "out"
+    assert (out / "model.safetensors").exists()
+    assert f"The model is in {out}. Next: grpo-trl report {out}" in done.output
 
 
 @pytest.mark.parametrize(

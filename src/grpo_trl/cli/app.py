@@ -66,6 +66,8 @@ def train(context: typer.Context, config: ConfigFile) -> None:
         typer.echo(f"Stopped: {stop}", err=True)
         raise typer.Exit(STOPPED) from stop
     trainer.save_model(job.training.output_dir)
+    if trainer.is_world_process_zero():
+        typer.echo(f"The model is in {job.training.output_dir}. Next: grpo-trl report {job.training.output_dir}")
     if job.training.push_to_hub:
         trainer.push_to_hub(dataset_name=job.script.dataset_name)
 
