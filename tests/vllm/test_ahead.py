@@ -78,13 +78,14 @@ def test_weights_do_not_follow_from_the_speed_of_the_server(ahead, tmp_path):
 
 
 def test_the_phases_of_a_step_are_parts_of_it(tmp_path):
-    """What the server does meanwhile is none."""
+    """What the server does meanwhile is none; weights are sent in every second step, and take time of that one alone."""
     with StubServer(model=make_model()).running() as stub:
-        trainer = make_trainer(tmp_path, stub, save_strategy="no")
+        trainer = make_trainer(tmp_path, stub, num_iterations=2, save_strategy="no")
         trainer.train()
     for log in logs(trainer):
         assert sum(value for name, value in log.items() if name.startswith("time/")) <= log["step_time"] * 1.001
-    assert any(log["sampling/idle_time"] > 0 for log in logs(trainer))
+    assert [log["time/sync"] > 0 for log in logs(trainer)] == [True, False] * 3
+    assert any(log.get("sampling/idle_time", 0) > 0 for log in logs(trainer))
 
 
 def test_generation_batch_n_is_sampled_from_the_weights_with_which_the_training_on_the_one_before_began(tmp_path):

@@ -12,10 +12,16 @@ PHASES = ("time/sampling", "time/rewards", "time/logprobs", "time/update")
 
 
 class StepTimer(TrainerCallback):
-    """Measures an optimizer step and its update, and counts a step for every phase."""
+    """Measures an optimizer step and its update, and counts a step for every phase.
 
-    def __init__(self, metrics: MetricLog):
+    Args:
+        metrics: Of training.
+        syncs: Whether sending weights to an engine is one of the phases.
+    """
+
+    def __init__(self, metrics: MetricLog, syncs: bool):
         self.metrics = metrics
+        self.phases = (*PHASES, "time/sync") if syncs else PHASES
         self.step_start = self.update_start = 0.0
 
     def start_step(self) -> None:
@@ -32,5 +38,5 @@ class StepTimer(TrainerCallback):
         now = time.perf_counter()
         self.metrics.add("step_time", Mean(now - self.step_start))
         self.metrics.add("time/update", Mean(now - self.update_start, 0.0))
-        for phase in PHASES:
+        for phase in self.phases:
             self.metrics.add(phase, Mean(0.0, 1.0))

@@ -173,8 +173,6 @@ class GRPOTrainer(UpdatingTrainer):
 
         self._start_updates()
         self._generation_batch: GenerationBatch | None = None
-        self._timer = StepTimer(self._train_metrics)
-        self.add_callback(self._timer)
         self._dead_run = DeadRun(args.dead_run_patience, args.on_dead_run, args.max_completion_length)
         self._evaluator = make_evaluator(self.model, tokenizer, args, self._waits_in_forward)
         self._reference = make_reference(self.model, model, peft_config is not None, args, self.accelerator)
@@ -184,6 +182,8 @@ class GRPOTrainer(UpdatingTrainer):
         rewards.prepare_models(lambda m: self.accelerator.prepare_model(m, device_placement=True, evaluation_mode=True))
         engine = self._make_engine(rollout_func)
         self._sync = make_weight_sync(engine, self.model, args, self._evaluator)
+        self._timer = StepTimer(self._train_metrics, syncs=self._sync is not None)
+        self.add_callback(self._timer)
         self._ahead = make_ahead(engine, args, self._signals.check)
         self._runner = RolloutRunner(engine, rewards, tokenizer, self._watchdog.phase, self._signals.interruptible)
         functions = dict(zip(self.reward_func_names, self.reward_funcs, strict=True))

@@ -1,6 +1,5 @@
 """Keeps an engine that has weights of its own on the policy, and proves that it samples from it."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -48,9 +47,8 @@ class WeightSync:
         Raises:
             RunStopped: The logprobs differ; so that no step is made on samples of another model.
         """
-        start = time.perf_counter()
-        run_on_all_ranks(self.engine.sync_weights, self.ranks)
-        log.add("time/sync", Mean(time.perf_counter() - start))
+        with log.timed("time/sync"):
+            run_on_all_ranks(self.engine.sync_weights, self.ranks)
         probes = run_on_all_ranks(lambda: self.engine.probe(request), self.ranks)
         if probes:
             self._compare(policy, probes, log)
