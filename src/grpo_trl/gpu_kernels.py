@@ -22,12 +22,20 @@ logger = get_logger(__name__)
 def triton_works(device_type: str, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels compute for tensors of a kind; under `TRITON_INTERPRET=1` they do so on a CPU.
 
-    If they cannot be compiled for a GPU, a line in the log says so.
+    Triton has no bfloat16 on GPUs that have none, where torch imitates it. If no kernel can be compiled for a GPU, a line
+    in the log says so.
     """
-    if triton is None or dtype == torch.float64:
+    if dtype == torch.float64:
         return False
     if device_type != "cuda":
-        return os.environ.get("TRITON_INTERPRET") == "1"
+        return triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+    if dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
+    return _compiles()
+
+
+@functools.cache
+def _compiles() -> bool:
     try:
         compile_probe()
     except Exception as error:  # whatever a compiler that is missing or broken raises
@@ -44,6 +52,8 @@ def compile_probe() -> None:
     Raises:
         Exception: Whatever Triton and the compilers that it calls raise.
     """
+    if triton is None:
+        raise ImportError("it is not installed")
     _store_one[(1,)](torch.zeros(1, device="cuda"))
 
 

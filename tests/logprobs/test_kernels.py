@@ -1,5 +1,7 @@
 """Kernels of logprobs, on a GPU or in Triton's interpreter (`TRITON_INTERPRET=1`)."""
 
+import contextlib
+
 import pytest
 import torch
 
@@ -54,6 +56,38 @@ def test_what_is_not_finite_shows():
     logits[0, 3], logits[1, 3] = torch.nan, torch.inf
     logps, entropy = token_logprobs(logits, torch.tensor([5, 5, 5], device=DEVICE), 1.0, False)
     assert logps.isfinite().tolist() == entropy.isfinite().tolist() == [False, False, True]
+
+
+def test_targets_may_lie_apart_in_memory():
+    logits = torch.randn(4, 20, device=DEVICE)
+    targets = torch.arange(8, device=DEVICE)[::2]
+    logps, _ = token_logprobs(logits, targets, 1.0, False)
+    assert torch.allclose(logps, logits.log_softmax(-1)[range(4), targets], atol=1e-6)
+
+
+def test_no_positions_have_no_logprobs():
+    logits = torch.randn(0, 20, device=DEVICE, requires_grad=True)
+    logps, entropy = token_logprobs(logits, torch.zeros(0, dtype=torch.long, device=DEVICE), 1.0, True)
+    (logps.sum() + entropy.sum()).backward()
+    assert logps.shape == entropy.shape == (0,)
+    assert logits.grad.shape == (0, 20)
+
+
+def test_a_second_derivative_is_refused():
+    """It would be taken for 0."""
+    logits = torch.randn(3, 20, device=DEVICE, requires_grad=True)
+    logps, _ = token_logprobs(logits, torch.arange(3, device=DEVICE), 1.0, False)
+    (grad,) = torch.autograd.grad(logps.square().sum(), logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_kernels_are_launched_on_the_device_of_the_logits(monkeypatch):
+    devices = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: devices.append(tensor) or contextlib.nullcontext())
+    logits = torch.randn(3, 20, device=DEVICE)
+    token_logprobs(logits, torch.arange(3, device=DEVICE), 1.0, False)
+    assert [device.data_ptr() for device in devices] == [logits.data_ptr()]
 
 
 @pytest.mark.parametrize("entropy_gradient", [False, True])

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 BLOCK = 4096
@@ -22,7 +23,7 @@ def token_logprobs(
     logits_KV: Tensor, targets_K: Tensor, temperature: float, entropy_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """See `head.token_logprobs`."""
-    logps_K, entropy_K = _TokenLogprobs.apply(logits_KV.contiguous(), targets_K, temperature)
+    logps_K, entropy_K = _TokenLogprobs.apply(logits_KV.contiguous(), targets_K.contiguous(), temperature)
     return logps_K, entropy_K if entropy_gradient else entropy_K.detach()
 
 
@@ -32,14 +33,16 @@ class _TokenLogprobs(torch.autograd.Function):
         positions, size = logits_KV.shape
         logps_K, entropy_K, lse_K = (logits_KV.new_empty(positions, dtype=torch.float32) for _ in range(3))
         if positions:
-            _forward[(positions,)](
-                *(logits_KV, targets_K, logps_K, entropy_K, lse_K, size, temperature), BLOCK_SIZE=BLOCK, num_warps=8
-            )
+            with torch.cuda.device_of(logits_KV):  # Triton launches on the current device
+                _forward[(positions,)](
+                    *(logits_KV, targets_K, logps_K, entropy_K, lse_K, size, temperature), BLOCK_SIZE=BLOCK, num_warps=8
+                )
         ctx.save_for_backward(logits_KV, targets_K, entropy_K, lse_K)
         ctx.temperature = temperature
         return logps_K, entropy_K
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         logits_KV, targets_K, entropy_K, lse_K = ctx.saved_tensors
         grad_KV = torch.empty_like(logits_KV)

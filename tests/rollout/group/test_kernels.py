@@ -84,8 +84,7 @@ def test_attention_is_that_of_plain_products(chunk, window, softcap, size, value
     first = [0 if window is None else last - window for last in stop]
     reach = make_reach(4, 30, rows, first, stop)
     memory = randn(5, columns, KEY_HEADS * (size + value_size))
-    for rows_G in reach.rows_XG.tolist():  # what nobody sees is not read
-        slot = reach.rows_XG.tolist().index(rows_G)
+    for slot, rows_G in enumerate(reach.rows_XG.tolist()):  # what nobody sees is not read
         memory[slot, max([stop[row] for row in rows_G if row >= 0], default=0) :] = torch.nan
     query = randn(rows, QUERIES * KEY_HEADS, size)
     expected = plain(query, memory, reach, value_size, 0.4, softcap)
