@@ -1,12 +1,14 @@
 """What limits the memory of this process is seen."""
 
+import ctypes
+import platform
 import resource
 
 import psutil
 import pytest
 import torch
 
-from grpo_trl.free_memory import free_memory, left_in_cgroups
+from grpo_trl.free_memory import free_memory, left_in_cgroups, return_freed_blocks
 
 
 CPU = torch.device("cpu")
@@ -35,6 +37,12 @@ def test_on_a_gpu_torchs_own_limit_bounds_it(fraction, expected, monkeypatch):
     for name, size in (sizes | {"get_per_process_memory_fraction": fraction}).items():
         monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
     assert free_memory(torch.device("cuda")) == expected
+
+
+def test_another_malloc_than_glibcs_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("musl", "1.2"))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("it has no such option"))
+    return_freed_blocks()
 
 
 def group(folder, limit, used, cached, version):

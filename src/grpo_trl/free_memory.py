@@ -1,5 +1,7 @@
 """The memory that this process may still take."""
 
+import ctypes
+import platform
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,9 @@ from accelerate.utils import get_int_from_env
 CGROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 """Which control groups this process is in."""
+M_MMAP_THRESHOLD = -3
+"""Of glibc's malloc.h: the size of the smallest block that is mapped by itself."""
+MAPPED = 2**20
 
 
 def free_memory(device: torch.device) -> int:
@@ -32,6 +37,16 @@ def free_memory(device: torch.device) -> int:
     if limit != resource.RLIM_INFINITY:
         own = min(own, limit - psutil.Process().memory_info().vms)
     return max(0, own)
+
+
+def return_freed_blocks() -> None:
+    """Let this process give back the memory of each block of a MiB or more when it is freed.
+
+    By default glibc keeps those up to 32 MiB, in pieces that may fit nothing later; other libraries are left alone. Each
+    new block then costs page faults.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MAPPED)
 
 
 def left_in_cgroups(root: Path = CGROUPS, membership: Path = MEMBERSHIP) -> Iterator[int]:

@@ -114,6 +114,26 @@ def test_an_option_that_comes_and_goes_leaves_the_limit_that_fits(monkeypatch, t
     assert limits == [limits[0], 100, limits[0]]
 
 
+PIECES = 3 * 4 * 48 * LONGEST + needed(LONGEST, True)
+"""Of logits and activations of the longest micro-batch, at most."""
+
+
+@pytest.mark.parametrize(
+    "size, given_back", [(needed(LONGEST, True), True), (needed(LONGEST, True) + 2 * PIECES, False)]
+)
+def test_freed_memory_is_given_back_where_what_malloc_may_keep_would_not_fit(size, given_back, monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(memory_budget, "return_freed_blocks", lambda: calls.append(0))
+    with_free(monkeypatch, size)
+    options = {"gradient_checkpointing": True, "max_steps": 2, "optim": "sgd", "beta": 0.0}
+    sampling_trainer(tmp_path, 8, **options).train()
+    assert len(calls) == given_back
+    with_free(monkeypatch, 2**40)
+    resumed = sampling_trainer(tmp_path, 8, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert len(calls) == 2 * given_back
+
+
 @pytest.mark.parametrize("plannable", [True, False])
 @pytest.mark.parametrize("kind", ["unsupported", "prefix tuning"])
 def test_layers_that_cannot_be_recomputed_never_are(kind, plannable, monkeypatch):

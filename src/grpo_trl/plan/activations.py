@@ -22,6 +22,8 @@ PREFILL_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of prompts that sampling computes at a time at most, if more than one prompt is in it."""
 GPU_TOKENS = 2**14
 """Tokens of a micro-batch on a GPU by default; larger ones are hardly faster."""
+KEPT = 2**25
+"""Blocks of so many bytes glibc always gives back when they are freed; of smaller ones it may keep pieces."""
 LOGIT_BYTES = 20
 """Of one logit and what torch computes from it, forward and backward. On a GPU kernels hold it and its gradient alone."""
 
@@ -147,6 +149,17 @@ def activations(
     return tokens * activation_bytes_per_token(shape, precision, checkpointing) + logits_bytes(
         shape, precision, gpu_bytes
     )
+
+
+def fragments(shape: Shape, tokens: int, precision: Precision = "bf16", checkpointing: bool = True) -> int:
+    """Count the bytes that a CPU's malloc may keep, at worst, in pieces of what a micro-batch has freed.
+
+        tokens (b + 12 V)       b: `activation_bytes_per_token`; no logits where those of a slice are a block of KEPT bytes
+
+    Counted with glibc 2.36, where a process kept up to 0.7 b and 2.7 of the 4 V bytes of logits.
+    """
+    logits = 4 * shape.vocabulary if 4 * SLICE * shape.vocabulary < KEPT else 0
+    return tokens * (activation_bytes_per_token(shape, precision, checkpointing) + 3 * logits)
 
 
 def largest_micro_batch(
