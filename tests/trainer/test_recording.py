@@ -201,24 +201,6 @@ def test_a_run_that_an_error_ends_is_logged_as_stopped(tmp_path):
     assert Run.read(tmp_path).over == "stopped: ConnectionError: unreachable"
 
 
-def test_completions_reach_tensorboard_as_a_table_that_renders_no_markup(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train(
-        make_model(),
-        ["a", "b"],
-        output_dir=str(tmp_path),
-        log_completions=True,
-        num_completions_to_print=0,
-        report_to="tensorboard",
-    )
-    (folder,) = (tmp_path / "runs").glob("completions")
-    events = EventAccumulator(str(folder)).Reload()
-    (event,) = events.Tensors("completions/text_summary")
-    assert "|prompt|completion|" in event.tensor_proto.string_val[0].decode()
-
-
 def test_what_is_written_is_json(tmp_path):
     train(make_model(), PROMPTS, output_dir=str(tmp_path))
     for line in (tmp_path / "log.jsonl").read_text().splitlines():
