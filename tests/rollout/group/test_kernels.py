@@ -76,7 +76,7 @@ def attended(query, memories, reaches, value_size, scaling=0.4, softcap=None):
 
 @pytest.mark.parametrize("chunk", [64, 512])
 @pytest.mark.parametrize("window, softcap", [(None, None), (7, None), (None, 1.5)], ids=str)
-@pytest.mark.parametrize("size, value_size", [(16, 16), (20, 9)])
+@pytest.mark.parametrize("size, value_size", [(16, 16), (20, 9), (130, 130)])
 def test_attention_is_that_of_plain_products(chunk, window, softcap, size, value_size, monkeypatch):
     monkeypatch.setattr(attention, "CHUNK", chunk)
     rows, columns = 9, 150

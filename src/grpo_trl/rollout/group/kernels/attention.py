@@ -81,11 +81,18 @@ def attend(
         VALUE_SIZE=value_size,
         PADDED=padded,
         LINES=lines,
-        COLUMNS=64 if padded * memory.element_size() <= 256 else 32,
         CHUNK_KEYS=CHUNK,
         CAPPED=softcap is not None,
         num_warps=4 if lines > 16 or padded > 64 else 2,
+        **_tile(padded * memory.element_size()),
     )
+
+
+def _tile(line_bytes: int) -> dict[str, int]:
+    """Keys that a program reads at a time, and how many times ahead: so that they fit into the 99 KiB of consumer cards."""
+    if line_bytes <= 256:
+        return {"COLUMNS": 64, "num_stages": 3}
+    return {"COLUMNS": 32, "num_stages": 2} if line_bytes <= 512 else {"COLUMNS": 16, "num_stages": 1}
 
 
 @triton.jit(do_not_specialize=["all_rows", "group", "columns", "first_chunk", "blocks"])
