@@ -89,7 +89,7 @@ def test_attention_is_that_of_plain_products(chunk, window, softcap, size, value
     query = randn(rows, QUERIES * KEY_HEADS, size)
     expected = plain(query, memory, reach, value_size, 0.4, softcap)
     output = attended(query, [memory], [reach], value_size, softcap=softcap)
-    assert torch.allclose(output.double(), expected, atol=2e-6, rtol=1e-5)
+    assert torch.allclose(output.double(), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_two_memories_are_attended_to_as_one():
