@@ -32,14 +32,6 @@ from typing import Any
 from workload import MODELS, Case, PeakMemory, make_model, now
 
 
-MODELS["1.5b"] = {
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "heads": (12, 2),
-    "vocab_size": 151936,
-}
-MODELS["tiny"] = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "heads": (4, 2)}
 GROUP = 8
 PARTS = ("sampling", "profile", "sampler", "update", "trainers")
 

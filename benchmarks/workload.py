@@ -31,6 +31,14 @@ MODELS: dict[str, dict[str, Any]] = {
         "heads": (14, 2),
         "vocab_size": 151936,
     },
+    "1.5b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "heads": (12, 2),
+        "vocab_size": 151936,
+    },
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "heads": (4, 2)},
 }
 
 
