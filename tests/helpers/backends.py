@@ -79,6 +79,7 @@ CASES = {
     "a mixture of experts": {"model": mixture_of_experts, "gradient_checkpointing": True},
     "LoRA": {"lora": LORA, "beta": 0.1},
     "LoRA with whole modules": {"lora": LORA | {"modules_to_save": ["lm_head"]}},
+    "LoRA on the head": {"lora": LORA | {"target_modules": ["lm_head", "q_proj"]}},
     "LoRA that is continued": {"model": continued_adapter, "beta": 0.1},
     "LoRA with whole modules that is continued": {"model": continued_with_whole_modules, "beta": 0.1},
     "DoRA": {"lora": LORA | {"use_dora": True}},

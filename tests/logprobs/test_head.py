@@ -243,6 +243,33 @@ def test_no_more_than_a_slice_is_held_without_gradient_either(monkeypatch):
     assert sizes.largest == 4 * 400
 
 
+@pytest.mark.parametrize("lengths", [[1], [8, 9, 7, 12, 11]], ids=["fewer tokens than slices", "more"])
+def test_where_the_head_gathers_weights_inside_every_rank_has_as_many_slices(lengths, monkeypatch):
+    """As ZeRO-3 does for an adapter of the head: ranks of other tokens would wait for each other."""
+    base = make_family("qwen2", vocab_size=400)
+    config = LoraConfig(r=2, target_modules=["lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(base, config).double()
+    enable_logprobs(model)
+    micro_batch = Packer(10**6, None, 0).micro_batch(make_completions([(5, lengths)]), 3)
+
+    def gradients():
+        model.zero_grad()
+        logps = compute_logprobs(model, micro_batch, 0.7).logps_BT
+        logps.sum().backward()
+        return [logps.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected, calls = gradients(), []
+    monkeypatch.setattr(head, "_gathers_inside", lambda head: True)
+    handle = causal_lm(model).lm_head.lora_A.default.register_forward_hook(lambda *call: calls.append(1))
+    with Sizes() as sizes:
+        found = gradients()
+    handle.remove()
+    assert len(calls) == 2 * head.GATHERS  # each once more in the backward pass
+    assert all(torch.allclose(mine, other, atol=1e-6) for mine, other in zip(found, expected, strict=True))
+    if sum(lengths) > head.GATHERS:
+        assert sizes.largest < len(micro_batch.targets_M) * 400
+
+
 def test_the_backward_pass_keeps_no_logits_of_several_slices(monkeypatch):
     """A slice at a time would be worth little if all slices stayed for the backward pass."""
     monkeypatch.setattr(head, "slice_tokens", lambda *_: 4)

@@ -32,6 +32,10 @@ from ..plan.activations import slice_tokens
 from .head_weight import SummedInFloat32
 
 
+GATHERS = 8
+"""Slices where ZeRO-3 gathers weights in each of them: as many on every rank, whatever the number of its tokens."""
+
+
 @dataclass(frozen=True)
 class LogprobRequest:
     """What forward is asked for: the probability that each position gives to a token.
@@ -122,11 +126,10 @@ def _router_load(lm: Any, router_logits: tuple[Tensor, ...], weights_N: Tensor) 
 
 
 def _slices(lm: Any, head: nn.Module, hidden_MD: Tensor, targets_M: Tensor) -> list[tuple[Tensor, Tensor]]:
-    size = max(1, len(hidden_MD))
-    if not _gathers_inside(head):
-        on_gpu = hidden_MD.is_cuda
-        memory = torch.cuda.get_device_properties(hidden_MD.device).total_memory if on_gpu else None
-        size = slice_tokens(lm.config.get_text_config().vocab_size, memory)
+    if _gathers_inside(head):
+        return list(zip(hidden_MD.tensor_split(GATHERS), targets_M.tensor_split(GATHERS), strict=True))
+    memory = torch.cuda.get_device_properties(hidden_MD.device).total_memory if hidden_MD.is_cuda else None
+    size = slice_tokens(lm.config.get_text_config().vocab_size, memory)
     return list(zip(hidden_MD.split(size), targets_M.split(size), strict=True))
 
 
