@@ -17,10 +17,10 @@ quickstart: $(VENV)/ready ## train a small model on arithmetic word problems
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/ready ## the tests to run before every commit
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 2
 
 coverage: $(VENV)/ready ## the same tests with line and branch coverage
-	$(BIN)/python -m pytest --cov -n 3
+	$(BIN)/python -m pytest --cov -n 2
 
 lint: $(VENV)/ready ## style and types
 	$(BIN)/ruff check .

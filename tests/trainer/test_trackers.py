@@ -36,8 +36,8 @@ def test_wandb_has_the_tables_of_the_run(tmp_path, monkeypatch):
 
 
 def test_trackio_has_the_tables_of_the_run(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    pytest.importorskip("trackio")
+    storage = pytest.importorskip("trackio.sqlite_storage")
+    monkeypatch.setattr(storage, "TRACKIO_DIR", tmp_path)  # which it has read from the environment when it was imported
     kept = kept_by("trackio", tmp_path / "run")
     with sqlite3.connect(tmp_path / "project.db") as database:
         logged = [json.loads(row) for (row,) in database.execute("select metrics from metrics order by id")]
