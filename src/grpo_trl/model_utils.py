@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -70,3 +70,9 @@ def ran_out_of_memory(error: BaseException) -> bool:
     texts = ("out of memory", "bad_alloc")
     out = isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
     return out or (isinstance(error, Exception) and should_reduce_batch_size(error))
+
+
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The precision of a product with a weight: that of autocast where it is on."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model_utils import product_dtype
+
 
 class SummedInFloat32:
     """A linear layer as a function of slices of its input: `head(hidden)`, the weight cast once for all slices.
@@ -21,7 +23,7 @@ class SummedInFloat32:
     """
 
     def __init__(self, head: nn.Linear):
-        dtype = _product_dtype(head.weight)
+        dtype = product_dtype(head.weight)
         self.weight = head.weight.detach().to(dtype)
         self.bias = None if head.bias is None else head.bias.to(dtype)
         self.gradient: Tensor | None = None
@@ -70,8 +72,3 @@ def _multiply(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()
-
-
-def _product_dtype(weight: Tensor) -> torch.dtype:
-    kind = weight.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

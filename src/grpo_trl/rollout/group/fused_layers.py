@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...model_utils import product_dtype
 from ...plan import LAID_OUT_SHARE
 from .cache import GroupCache, kernels_for
 from .cpu_linear import lay_out, packed_linears
@@ -144,7 +145,7 @@ class KernelLayer(FusedLayer):
     def __init__(self, layer: Any, kernels: Any):
         super().__init__(layer)
         self._kernels = kernels
-        self._dtype = _dtype_of_products(layer)
+        self._dtype = product_dtype(layer.self_attn.o_proj.weight)
         self._gate = kernels.ACTIVATIONS[type(self._activation).__name__]
 
     def _step(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
@@ -179,7 +180,7 @@ class KernelLayer(FusedLayer):
 def _fused(layer: Any) -> FusedLayer:
     """With kernels where they work and know the activation."""
     device = layer.self_attn.o_proj.weight.device.type
-    kernels = kernels_for(device, _dtype_of_products(layer))
+    kernels = kernels_for(device, product_dtype(layer.self_attn.o_proj.weight))
     if kernels is None or type(_activation(layer)).__name__ not in kernels.ACTIVATIONS:
         return FusedLayer(layer)
     return KernelLayer(layer, kernels)
@@ -189,19 +190,11 @@ def _activation(layer: Any) -> Any:
     return layer.mlp.activation_fn if hasattr(layer.mlp, "activation_fn") else layer.mlp.act_fn
 
 
-def _dtype_of_products(layer: Any) -> torch.dtype:
-    weight: Tensor = layer.self_attn.o_proj.weight
-    if torch.is_autocast_enabled(weight.device.type):
-        return torch.get_autocast_dtype(weight.device.type)
-    return weight.dtype
-
-
 def _joined(modules: list[nn.Module]) -> Linear:
     """One product for all of `modules`, whose outputs stand one behind the other."""
     weights, biases = zip(*(_effective(module) for module in modules), strict=True)
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    if torch.is_autocast_enabled(weight.device.type):  # which would cast weights that need no gradient at every step
-        weight = weight.to(torch.get_autocast_dtype(weight.device.type))
+    weight = weight.to(product_dtype(weight))  # else autocast would, at every step, as they need no gradient
     if all(bias is None for bias in biases):
         return lay_out(weight, None)
     filled = [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
