@@ -9,7 +9,7 @@ from pathlib import Path
 
 PAGE = Path(__file__).parent / "code_map.md"
 PACKAGE = Path(__file__).parents[1] / "src" / "grpo_trl"
-GROUND = {"errors", "seeds", "logging", "types", "metrics", "model_utils", "free_memory", "gpu_kernels"}
+GROUND = {"errors", "seeds", "logging", "types", "metrics", "model_utils", "free_memory", "cpu_kernels", "gpu_kernels"}
 """Imported nearly everywhere, so that their arrows would hide the others."""
 
 

@@ -1,19 +1,15 @@
 import pytest
 import torch
 
-from grpo_trl.rollout.nucleus import least_by_bins, least_by_topk
+from grpo_trl.rollout.nucleus import least_weight
 
 
 BITS = 52
 
 
-def by_bins(weights_RV: torch.Tensor, nucleus_R1: torch.Tensor) -> torch.Tensor:
-    return least_by_bins(weights_RV, nucleus_R1, BITS)
-
-
 def by_few(weights_RV: torch.Tensor, nucleus_R1: torch.Tensor) -> torch.Tensor:
     """Where the nucleus ends among so few in some rows only."""
-    return least_by_topk(weights_RV, nucleus_R1, 20)
+    return least_weight(weights_RV, nucleus_R1, 20)
 
 
 def weights(kind: str) -> torch.Tensor:
@@ -26,7 +22,7 @@ def weights(kind: str) -> torch.Tensor:
     return wide if kind != "equal" else wide.clamp(max=7)
 
 
-@pytest.mark.parametrize("find", [by_bins, least_by_topk, by_few])
+@pytest.mark.parametrize("find", [least_weight, by_few])
 @pytest.mark.parametrize("kind", ["flat", "usual", "peaked", "one bin", "equal"])
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.95, 1.0])
 def test_the_nucleus_holds_the_tokens_that_have_less_than_its_mass_above_them(find, kind, top_p):
@@ -39,7 +35,7 @@ def test_the_nucleus_holds_the_tokens_that_have_less_than_its_mass_above_them(fi
         assert {w for w in row if w >= least} == set(nucleus_tokens)
 
 
-@pytest.mark.parametrize("find", [by_bins, least_by_topk, by_few])
+@pytest.mark.parametrize("find", [least_weight, by_few])
 def test_a_mass_that_is_met_exactly_ends_the_nucleus(find):
     weights_RV = torch.tensor([[4, 1, 2, 1]])
     found = {nucleus: find(weights_RV, torch.tensor([[nucleus]])).item() for nucleus in (4, 6, 7)}

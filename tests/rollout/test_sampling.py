@@ -19,6 +19,15 @@ LARGEST = (2**52 - 1) / 2**52
 """The largest number that `uniforms` gives."""
 
 
+@pytest.fixture(autouse=True, params=["kernel", "torch"])
+def way(request, monkeypatch):
+    """Float32 is sampled from by a kernel on a CPU, the rest, and all on a GPU, by torch's operations."""
+    if request.param == "torch":
+        monkeypatch.setattr(inversion, "_kernel", lambda: None)
+    elif inversion._kernel() is None:
+        pytest.skip("needs g++")
+
+
 def make_options(**changes) -> SamplingOptions:
     return SamplingOptions(**({"max_completion_length": 6, "pad_token_id": 0, "eos_token_ids": (1,)} | changes))
 
@@ -181,6 +190,7 @@ def test_sampling_is_allowed_where_only_deterministic_algorithms_are(settings):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("way", ["torch"], indirect=True)
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.7, "top_k": 9}, {"repetition_penalty": 1.2}], ids=str)
 def test_no_float_is_summed_in_a_scan_and_no_vocabulary_sorted(settings):
     """Of which a GPU's are not deterministic, and slow."""

@@ -6,7 +6,8 @@ torch.use_deterministic_algorithms allows all of it. A weight is off by less tha
 vocabularies of up to 2^18 tokens, which is below what float32 logits resolve.
 
 The scan has two levels: sums of blocks of the vocabulary, and one block. Top-k, top-p and min-p each leave the tokens that
-weigh at least so much; the others weigh nothing, and the scan is the same.
+weigh at least so much; the others weigh nothing, and the scan is the same. Logits in float32 on a CPU are sampled from by a
+kernel in C++, which differs in the last bit of exp.
 
 Axes: R rows, V vocabulary, N blocks, K tokens of a block.
 """
@@ -14,11 +15,14 @@ Axes: R rows, V vocabulary, N blocks, K tokens of a block.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..cpu_kernels import DOUBLE, POINTER, SIZE, library
 from ..logging import get_logger
 from ..model_utils import ran_out_of_memory
 from .nucleus import least_weight
@@ -54,7 +58,7 @@ class Weights:
         logits_RV = widened(logits_RV)
         rows, vocabulary = logits_RV.shape
         block = 1 << -(-(vocabulary - 1).bit_length() // 2)
-        bits = 62 - vocabulary.bit_length()
+        bits = _bits(vocabulary)
         max_R1 = logits_RV.amax(-1, keepdim=True)
         weights_RV = (logits_RV - max_R1).exp_().mul_(2.0**bits).long()
         if missing := -vocabulary % block:
@@ -69,6 +73,11 @@ class Weights:
     def logsumexp(self, total_R: Tensor) -> Tensor:
         """Of the logits whose weights sum to `total_R`, in float64."""
         return self.max_R.double() + (total_R.double() * 2.0**-self.bits).log()
+
+
+def _bits(vocabulary: int) -> int:
+    """Of the largest weight, so that those of all tokens can be summed."""
+    return 62 - vocabulary.bit_length()
 
 
 def widened(logits_RV: Tensor) -> Tensor:
@@ -88,6 +97,8 @@ def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> t
         The tokens; and the log-sum-exp of each row's logits before and after narrowing, in float64. They are not finite
         where the logits allow no sample.
     """
+    if logits_RV.device.type == "cpu" and logits_RV.dtype == torch.float32 and _kernel() is not None:
+        return _sample_by_kernel(logits_RV, noise_R, narrowing)
     if not narrowing.narrows:
         tokens_R, lse_R = _on_device(logits_RV.device.type)(logits_RV, noise_R)
         return tokens_R, lse_R, lse_R
@@ -95,6 +106,25 @@ def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> t
     lse_R = weights.logsumexp(weights.by_token.sum(-1))
     tokens_R, total_R = _invert(_narrowed(weights, logits_RV, narrowing).view_as(weights.weights_RNK), noise_R)
     return tokens_R, lse_R, weights.logsumexp(total_R)
+
+
+@functools.cache
+def _kernel() -> Any:
+    """For float32 on a CPU; None where it cannot be compiled."""
+    return library(Path(__file__).with_suffix(".cpp"), {"sample": [POINTER] * 5 + [DOUBLE] * 2 + [SIZE] * 4})
+
+
+def _sample_by_kernel(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> tuple[Tensor, Tensor, Tensor]:
+    logits_RV, noise_R = logits_RV.contiguous(), noise_R.contiguous()
+    rows, vocabulary = logits_RV.shape
+    tokens_R = torch.empty(rows, dtype=torch.long)
+    lse_R, narrowed_lse_R = torch.empty(2, rows, dtype=torch.float64)
+    _kernel().sample(
+        *(x.data_ptr() for x in (logits_RV, noise_R, tokens_R, lse_R, narrowed_lse_R)),
+        *(narrowing.top_p, narrowing.min_p, narrowing.top_k),
+        *(_bits(vocabulary), rows, vocabulary),
+    )
+    return tokens_R, lse_R, narrowed_lse_R
 
 
 def _narrowed(weights: Weights, logits_RV: Tensor, narrowing: Narrowing) -> Tensor:
@@ -109,7 +139,7 @@ def _narrowed(weights: Weights, logits_RV: Tensor, narrowing: Narrowing) -> Tens
         least.append((narrowing.min_p * weights_RV.amax(-1, keepdim=True).double()).ceil().long())
     if narrowing.top_p < 1:
         nucleus_R1 = (narrowing.top_p * weights_RV.sum(-1, keepdim=True).double()).ceil().long()
-        least.append(least_weight(weights_RV, nucleus_R1, weights.bits))
+        least.append(least_weight(weights_RV, nucleus_R1))
     for least_R1 in least:
         weights_RV.masked_fill_(weights_RV < least_R1, 0)
     return weights_RV

@@ -5,9 +5,8 @@ import torch
 
 from grpo_trl.attention.layout import Layout
 from grpo_trl.rollout.group import cache as cache_module
-from grpo_trl.rollout.group import step as step_module
 from grpo_trl.rollout.group.cache import GroupCache, attend_part, group_cache_attention, plain_part
-from grpo_trl.rollout.group.step import Part, Prefill, Step, hidden, parts_of
+from grpo_trl.rollout.group.step import Prefill, Step, hidden
 
 
 SCALING = 0.7
@@ -104,7 +103,7 @@ def test_a_query_that_sees_nothing_is_finite_and_weightless(attend, dtype, softc
 
 
 # ---- Masks ----
-def make_step(prompt_lengths, rows, prompt_columns=None, columns=None, in_parts=False) -> Step:
+def make_step(prompt_lengths, rows, prompt_columns=None, columns=None) -> Step:
     """`rows` are pairs of a prompt's slot and the number of tokens that are held already."""
     members = [[slot for slot, (prompt, _) in enumerate(rows) if prompt == n] for n in range(len(prompt_lengths))]
     most = max(map(len, members))
@@ -121,8 +120,6 @@ def make_step(prompt_lengths, rows, prompt_columns=None, columns=None, in_parts=
         prompt_lengths_N=torch.tensor(prompt_lengths),
         prompt_columns=prompt_columns or max(prompt_lengths),
         columns=columns or max(held for _, held in rows) + 1,
-        own_parts=parts_of((1, held + 1) for _, held in rows) if in_parts else (),
-        prompt_parts=parts_of(zip(map(len, members), prompt_lengths, strict=True)) if in_parts else (),
     )
 
 
@@ -163,15 +160,6 @@ def test_masks_are_made_once_for_layers_that_are_alike():
     assert step.masks(3, torch.float64, 2)[0].dtype == torch.float64
     assert step.masks(3, torch.float32, 1)[1].shape != first[1].shape
     assert step.masks(None, torch.float32, 2) is step.masks(10_000, torch.float32, 2)
-
-
-def test_no_mask_is_made_where_every_row_sees_all_keys_of_its_part():
-    step = make_step([4, 4, 7], [(0, 3), (1, 3), (2, 9)], in_parts=True)
-    assert [part.even for parts in step.parts() for part in parts] == [False, False]
-    assert None not in step.masks(None, torch.float32, 2)
-    step = make_step([4, 4], [(0, 3), (1, 3)], in_parts=True)
-    assert step.masks(None, torch.float32, 2) == (None, None)
-    assert None not in step.masks(2, torch.float32, 2)
 
 
 # ---- The whole ----
@@ -244,53 +232,17 @@ def assert_next_step_is_dense(cache, module, heads, sequences, prompt_lengths, w
 
 @HEAD
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
-@pytest.mark.parametrize("call", [None, 0, 12, 10**9])
 @SOFTCAP
-def test_merged_parts_are_dense_attention_over_prompt_and_own_tokens(heads, window, call, softcap, monkeypatch):
-    """However slots are cut into parts: not at all (as in steps that are recorded), wherever they differ, or nowhere."""
-    monkeypatch.setattr(step_module, "CALL", call)
+def test_merged_parts_are_dense_attention_over_prompt_and_own_tokens(heads, window, softcap):
     cache, module, lengths = GroupCache(6, 4, 16, 16), torch.nn.Identity(), [4, 1, 5, 7]
     _, _, prompts, _ = start(cache, module, heads, lengths)
     sequences = [Sequence(slot, prompts[slot]) for slot in (0, 3, 0, 3, 1)]
     arguments = cache, module, heads, sequences, lengths, window, softcap
     for step in range(3):
-        assert_next_step_is_dense(*arguments, seed=step, in_parts=call is not None)
+        assert_next_step_is_dense(*arguments, seed=step)
     sequences.append(Sequence(3, prompts[3]))
-    rounded_up = {"prompt_columns": 16, "columns": 16} if call is None else {"in_parts": True}
-    for step in range(3, 7):
-        assert_next_step_is_dense(*arguments, seed=step, **rounded_up)
-
-
-# ---- Parts ----
-def test_slots_that_are_alike_form_a_part_and_those_without_rows_none(monkeypatch):
-    monkeypatch.setattr(step_module, "CALL", 0)
-    sizes = [(1, 9), (1, 9), (1, 4), (0, 5), (1, 4), (3, 4), (0, 1)]
-    assert parts_of(sizes) == [
-        Part(0, 2, 1, 9, even=True),
-        Part(2, 3, 1, 4, even=True),
-        Part(4, 5, 1, 4, even=True),
-        Part(5, 6, 3, 4, even=True),
-    ]
-
-
-@pytest.mark.parametrize("call", [0, 5, 40, 10**9])
-def test_parts_hold_each_slot_once_and_cost_no_more_than_one_for_each(monkeypatch, call):
-    monkeypatch.setattr(step_module, "CALL", call)
-    generator = torch.Generator().manual_seed(5)
-    for _ in range(50):
-        rows, keys = torch.randint(0, 4, (12,), generator=generator), torch.randint(1, 5, (12,), generator=generator)
-        sizes = list(zip(rows.tolist(), keys.tolist(), strict=True))
-        parts = parts_of(sizes)
-        assert [s for p in parts for s in range(p.start, p.stop)] == [s for s, (rows, _) in enumerate(sizes) if rows]
-        for part in parts:
-            inside = sizes[part.start : part.stop]
-            assert part.queries == max(rows for rows, _ in inside)
-            assert part.columns == max(keys for _, keys in inside)
-            assert part.even == (len({keys for _, keys in inside}) == 1)
-        computed = sum((p.stop - p.start) * p.queries * p.columns for p in parts)
-        needed = sum(rows * keys for rows, keys in sizes)
-        assert computed + call * len(parts) <= needed + call * sum(rows > 0 for rows, _ in sizes)
-        assert call or computed == needed
+    for step in range(3, 7):  # as in steps that are recorded
+        assert_next_step_is_dense(*arguments, seed=step, prompt_columns=16, columns=16)
 
 
 def efficient_kernel(query, key, value, mask, scaling, softcap):

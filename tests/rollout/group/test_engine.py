@@ -65,6 +65,14 @@ def generate(model, prompts=PROMPTS, num_generations: int = 3, rows: int = 256, 
     return engine.rollout(make_request(prompts, num_generations))
 
 
+def decode_with_scaling(monkeypatch, factor: float) -> None:
+    """Let decoding, and it alone, multiply the products of queries and keys by `factor`."""
+    right = cache.GroupCache._allocate
+    monkeypatch.setattr(
+        cache.GroupCache, "_allocate", lambda self, k, v, scaling, *rest: right(self, k, v, factor * scaling, *rest)
+    )
+
+
 def ids(rollout: Rollout) -> list[list[int]]:
     return [completion.ids for completion in rollout.completions]
 
@@ -561,8 +569,7 @@ def test_a_model_that_attends_in_chunks_is_handed_to_generate(model, caplog):
 
 
 def test_a_model_that_the_engine_computes_wrongly_is_handed_to_generate(model, caplog, monkeypatch):
-    right = cache.attend_part
-    monkeypatch.setattr(cache, "attend_part", lambda q, k, v, m, scaling, cap: right(q, k, v, m, 2 * scaling, cap))
+    decode_with_scaling(monkeypatch, 2)
     engine = GroupEngine(model, make_options(), tokenizer=make_tokenizer())
     assert not warnings(caplog)
     assert_generate_writes(engine, model, make_options(), caplog, "Qwen2ForCausalLM decoded by groups differ")
@@ -604,8 +611,7 @@ def test_options_that_say_what_is_so_anyway_are_served(model, caplog):
 
 @pytest.mark.parametrize("mixed_precision", [False, True])
 def test_half_precision_is_allowed_to_differ_more(model, caplog, monkeypatch, mixed_precision):
-    right = cache.attend_part
-    monkeypatch.setattr(cache, "attend_part", lambda q, k, v, m, scaling, cap: right(q, k, v, m, 1.02 * scaling, cap))
+    decode_with_scaling(monkeypatch, 1.02)
     engine = GroupEngine(model, make_options(), mixed_precision=mixed_precision)
     engine.rollout(make_request())
     assert len(warnings(caplog)) == (not mixed_precision)
@@ -678,8 +684,7 @@ def test_plain_forwards_compute_logits_of_the_compared_tokens_alone(model, compa
 
 
 def test_what_disagrees_is_compared_once_more_on_more_tokens(model, caplog, monkeypatch, compared):
-    right = cache.attend_part
-    monkeypatch.setattr(cache, "attend_part", lambda q, k, v, m, scaling, cap: right(q, k, v, m, 2 * scaling, cap))
+    decode_with_scaling(monkeypatch, 2)
     options = make_options(max_completion_length=100)
     GroupEngine(model, options).rollout(make_request())
     (few, _), (more, last) = compared

@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 
 from grpo_trl.rollout.group import fused_layers
 from grpo_trl.rollout.group.engine import GroupEngine
-from grpo_trl.rollout.group.fused_layers import FusedLayer, laid_out
+from grpo_trl.rollout.group.fused_layers import FusedLayer, KernelLayer, laid_out
 from tests.helpers.families import FAMILIES, WINDOWED, make_family
 
 from .test_engine import assert_follows_from_seeds, ids, make_options, make_request, sample, warnings
@@ -26,8 +26,10 @@ def is_fused(model) -> list[bool]:
 @pytest.fixture
 def steps(monkeypatch):
     """How many steps of layers were computed fused."""
-    calls, attend = [], FusedLayer._attend
-    monkeypatch.setattr(FusedLayer, "_attend", lambda *args: calls.append(1) or attend(*args))
+    calls = []
+    for kind in (FusedLayer, KernelLayer):
+        step = kind._step
+        monkeypatch.setattr(kind, "_step", lambda *args, step=step: calls.append(1) or step(*args))
     return calls
 
 

@@ -1,5 +1,6 @@
-"""Kernels of decoding steps, on a GPU or in Triton's interpreter (`TRITON_INTERPRET=1`)."""
+"""Kernels of decoding steps: in Triton, on a GPU or in its interpreter (`TRITON_INTERPRET=1`), and in C++ on a CPU."""
 
+import importlib
 import logging
 from typing import Any
 
@@ -8,23 +9,17 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from grpo_trl.gpu_kernels import triton_works
-from grpo_trl.rollout.group import cache, engine, fused_layers
+from grpo_trl.rollout.group import cache, cpu_kernels, engine, fused_layers
 from grpo_trl.rollout.group.engine import GroupEngine
 from grpo_trl.rollout.group.norms import HeadNorms, Norm
-from grpo_trl.rollout.group.step import Reach
+from grpo_trl.rollout.group.step import Keys, Reach
 from tests.helpers.families import FAMILIES, make_family
 
 from .test_engine import ids, make_options, make_prompts, make_request, sample
 from .test_fused_layers import CASES
 
 
-pytest.importorskip("triton")
-from grpo_trl.rollout.group import kernels
-from grpo_trl.rollout.group.kernels import attention
-
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(not triton_works(DEVICE, torch.float32), reason="needs a GPU or TRITON_INTERPRET=1")
 QUERIES, KEY_HEADS = 3, 2
 FEW: dict[str, Any] = {"prompts": make_prompts(9, 2), "num_generations": 2, "rows": 3, "max_completion_length": 4}
 """Rows in flight: too few for all, so that slots change hands."""
@@ -34,6 +29,23 @@ FEW: dict[str, Any] = {"prompts": make_prompts(9, 2), "num_generations": 2, "row
 def seeded(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(engine, "TOKENS", 2)  # of the comparison with plain forwards
+
+
+@pytest.fixture(params=["kernels", "cpu_kernels"], autouse=True)
+def kernels(request, monkeypatch):
+    """Those of one language, which decoding uses inside."""
+    if request.param == "kernels" and not triton_works(DEVICE, torch.float32):
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    if request.param == "cpu_kernels" and (DEVICE != "cpu" or cpu_kernels.COMPILED is None):
+        pytest.skip("needs g++, and no GPU")
+    module = importlib.import_module(f"grpo_trl.rollout.group.{request.param}")
+    use(monkeypatch, module)
+    return module
+
+
+def use(monkeypatch, kernels):
+    for module in (cache, fused_layers):
+        monkeypatch.setattr(module, "kernels_for", lambda *of: kernels)
 
 
 def randn(*shape, dtype=torch.float32):
@@ -48,88 +60,94 @@ def make_reach(slots, group, rows, first, stop):
     return Reach.of(*(x.to(DEVICE) for x in (rows_XG, torch.tensor(first), torch.tensor(stop))))
 
 
-def plain(query_RHD, memory, reach, value_size, scaling, softcap):
-    """In float64; rows that see nothing give NaN."""
-    size = query_RHD.shape[2]
-    slot_R = torch.full((len(query_RHD),), -1, device=DEVICE)
-    for slot, rows in enumerate(reach.rows_XG.tolist()):
-        slot_R[[row for row in rows if row >= 0]] = slot
-    lines = memory.double()[slot_R].nan_to_num()
-    keys, values = lines.split([KEY_HEADS * size, KEY_HEADS * value_size], dim=-1)
-    keys, values = (x.unflatten(-1, (KEY_HEADS, -1)) for x in (keys, values))
-    scores = torch.einsum("rkqd,rjkd->rkqj", query_RHD.double().unflatten(1, (KEY_HEADS, -1)), keys) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    j = torch.arange(memory.shape[1], device=DEVICE)
-    seen = (j >= reach.first_R[:, None]) & (j < reach.stop_R[:, None])
-    shares = scores.masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
-    return torch.einsum("rkqj,rjkd->rkqd", shares, values).flatten(1)
+def attended(kernels, query, keys, value_size, scaling=0.4, softcap=None):
+    partial = kernels.Partial.empty(keys, query, value_size)
+    return kernels.attend(query, keys, KEY_HEADS, partial, scaling, softcap)
 
 
-def attended(query, memories, reaches, value_size, scaling=0.4, softcap=None):
-    firsts = [0, kernels.chunks_of(memories[0].shape[1])]
-    partial = kernels.Partial.empty(firsts[1] + kernels.chunks_of(memories[-1].shape[1]), query, value_size)
-    for memory, reach, first in zip(memories, reaches, firsts, strict=False):
-        kernels.attend(query, memory, KEY_HEADS, reach, partial, first, scaling, softcap)
-    return kernels.merged(partial, query.dtype)
+def plain(query_RHD, keys, value_size, scaling, softcap):
+    """In float64, over all that a row sees of `keys`."""
+    rows, _, size = query_RHD.shape
+    scores, values = [], []
+    for memory, reach in keys:
+        slot_R = torch.empty(rows, dtype=torch.long)
+        for slot, members in enumerate(reach.rows_XG.tolist()):
+            slot_R[[row for row in members if row >= 0]] = slot
+        lines = memory.double()[slot_R].nan_to_num()
+        key, value = lines.split([KEY_HEADS * size, KEY_HEADS * value_size], dim=-1)
+        query = query_RHD.double().unflatten(1, (KEY_HEADS, -1))
+        score = torch.einsum("rkqd,rjkd->rkqj", query, key.unflatten(-1, (KEY_HEADS, -1))) * scaling
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        j = torch.arange(memory.shape[1], device=DEVICE)
+        seen = (j >= reach.first_R[:, None]) & (j < reach.stop_R[:, None])
+        scores.append(score.masked_fill(~seen[:, None, None], -torch.inf))
+        values.append(value.unflatten(-1, (KEY_HEADS, -1)))
+    shares = torch.cat(scores, dim=-1).softmax(-1)
+    return torch.einsum("rkqj,rjkd->rkqd", shares, torch.cat(values, dim=1)).flatten(1)
+
+
+def make_keys(slots, group, columns, first, stop, width):
+    """Memory in which what nobody sees is not a number, and who sees what of it."""
+    reach = make_reach(slots, group, len(stop), first, stop)
+    memory = randn(slots + 1, columns, width)
+    for slot, rows_G in enumerate(reach.rows_XG.tolist()):
+        memory[slot, max([stop[row] for row in rows_G if row >= 0], default=0) :] = torch.nan
+    return Keys(memory, reach)
 
 
 @pytest.mark.parametrize("chunk", [64, 512])
 @pytest.mark.parametrize("window, softcap", [(None, None), (7, None), (None, 1.5)], ids=str)
-@pytest.mark.parametrize("size, value_size", [(16, 16), (20, 9), (130, 130)])
-def test_attention_is_that_of_plain_products(chunk, window, softcap, size, value_size, monkeypatch):
-    monkeypatch.setattr(attention, "CHUNK", chunk)
-    rows, columns = 9, 150
-    stop = [1, 150, 64, 65, 63, 128, 5, 70, 149]
-    first = [0 if window is None else last - window for last in stop]
-    reach = make_reach(4, 30, rows, first, stop)
-    memory = randn(5, columns, KEY_HEADS * (size + value_size))
-    for slot, rows_G in enumerate(reach.rows_XG.tolist()):  # what nobody sees is not read
-        memory[slot, max([stop[row] for row in rows_G if row >= 0], default=0) :] = torch.nan
+@pytest.mark.parametrize("group", [1, 2, 30])
+@pytest.mark.parametrize("size, value_size", [(16, 16), (20, 9), (8, 6), (130, 130)])
+def test_attention_is_that_of_plain_products(kernels, chunk, window, softcap, group, size, value_size, monkeypatch):
+    if kernels.__name__.endswith(".cpu_kernels"):
+        if chunk == 64:
+            pytest.skip("they read keys in chunks of one size")
+    elif group == 2:
+        pytest.skip("they compute as for one row")
+    else:
+        monkeypatch.setattr(importlib.import_module(f"{kernels.__name__}.attention"), "CHUNK", chunk)
+    stops = [1, 150, 64, 65, 63, 128, 5, 70, 149], [9, 1, 17, 64, 70, 2, 65, 3, 16]
+    starts = [[0 if window is None else last - window for last in stop] for stop in stops]
+    starts[0][3] = 200  # has left its prompt behind
+    width, rows = KEY_HEADS * (size + value_size), len(stops[0])
+    keys = [
+        make_keys(max(4, -(-rows // group)), group, 150, starts[0], stops[0], width),
+        make_keys(rows, 1, 70, starts[1], stops[1], width),
+    ]
     query = randn(rows, QUERIES * KEY_HEADS, size)
-    expected = plain(query, memory, reach, value_size, 0.4, softcap)
-    output = attended(query, [memory], [reach], value_size, softcap=softcap)
+    output = attended(kernels, query, keys, value_size, softcap=softcap)
+    expected = plain(query, keys, value_size, 0.4, softcap)
     assert torch.allclose(output.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_two_memories_are_attended_to_as_one():
-    rows, size = 6, 16
-    query = randn(rows, QUERIES * KEY_HEADS, size)
-    own = randn(rows, 32, 2 * KEY_HEADS * size)
-    prompts = randn(2, 48, 2 * KEY_HEADS * size)
-    own_reach = make_reach(rows, 1, rows, [0] * rows, [1, 32, 7, 9, 16, 17])
-    prompt_reach = make_reach(2, 3, rows, [0] * rows, [48] * rows)
-    parts = [attended(query, [m], [r], size) for m, r in ((own, own_reach), (prompts, prompt_reach))]
-    both = attended(query, [own, prompts], [own_reach, prompt_reach], size)
-    joined = torch.cat([own[_slots(own_reach)], prompts[_slots(prompt_reach)]], dim=1)
-    joined = torch.stack(
-        [torch.cat([x[:stop], x[32:], x[stop:32]]) for x, stop in zip(joined, own_reach.stop_R.tolist(), strict=True)]
-    )
-    whole = make_reach(rows, 1, rows, [0] * rows, [stop + 48 for stop in own_reach.stop_R.tolist()])
-    whole = whole._replace(rows_XG=torch.arange(rows, device=DEVICE, dtype=torch.int32)[:, None])
-    assert torch.allclose(both.double(), plain(query, joined, whole, size, 0.4, None), atol=2e-6, rtol=1e-5)
-    assert not torch.allclose(both, parts[0], atol=1e-2)
-
-
-def _slots(reach):
-    slots = torch.empty(len(reach.stop_R), dtype=torch.long)
-    for slot, rows in enumerate(reach.rows_XG.tolist()):
-        slots[[row for row in rows if row >= 0]] = slot
-    return slots
-
-
-def test_what_a_row_gets_does_not_depend_on_the_others():
-    query, memory = randn(8, QUERIES * KEY_HEADS, 16), randn(4, 96, 2 * KEY_HEADS * 16)
+def test_what_a_row_gets_does_not_depend_on_the_others(kernels):
+    """But for the order of sums: fewer queries take more lanes each on a CPU."""
+    query, width = randn(8, QUERIES * KEY_HEADS, 16), 2 * KEY_HEADS * 16
+    memory, own = randn(4, 96, width), randn(8, 16, width)
     reach = make_reach(4, 2, 8, [0] * 8, [96, 3, 40, 70, 1, 33, 64, 65])
-    together = attended(query, [memory], [reach], 16)
+    mine = make_reach(8, 1, 8, [0] * 8, [3] * 8)
+    together = attended(kernels, query, [Keys(memory, reach), Keys(own, mine)], 16)
     for slot, rows in enumerate(reach.rows_XG.tolist()):
         for row in rows:
-            one = Reach.of(torch.tensor([[0]], device=DEVICE), reach.first_R[row, None], reach.stop_R[row, None])
-            alone = attended(query[row, None].contiguous(), [memory[slot, None]], [one], 16)
-            assert torch.equal(alone[0], together[row])
+            one = torch.tensor([[0]], device=DEVICE)
+            place = (mine.rows_XG == row).nonzero()[0, 0]
+            alone = attended(
+                kernels,
+                query[row, None].contiguous(),
+                [
+                    Keys(memory[slot, None], Reach.of(one, reach.first_R[row, None], reach.stop_R[row, None])),
+                    Keys(own[place, None], Reach.of(one, mine.first_R[row, None], mine.stop_R[row, None])),
+                ],
+                16,
+            )
+            assert torch.allclose(alone[0], together[row], atol=1e-6, rtol=1e-6)
+            if DEVICE == "cuda":
+                assert torch.equal(alone[0], together[row])
 
 
-def test_sums_norms_and_gates_are_those_of_plain_formulas():
+def test_sums_norms_and_gates_are_those_of_plain_formulas(kernels):
     hidden, change = randn(3, 20), randn(3, 20)
     after, before = Norm(randn(20), 1e-2, False), Norm(randn(20), 1e-3, False)
     double = [Norm(norm.weight.double(), norm.eps, False) for norm in (after, before)]
@@ -158,7 +176,7 @@ def test_sums_norms_and_gates_are_those_of_plain_formulas():
 
 @pytest.mark.parametrize("turned", [16, 8])
 @pytest.mark.parametrize("normed", [False, True])
-def test_queries_and_keys_are_rotated_and_stored(turned, normed):
+def test_queries_and_keys_are_rotated_and_stored(kernels, turned, normed):
     rows, heads, size = 4, QUERIES * KEY_HEADS, 16
     product = randn(rows, (heads + 2 * KEY_HEADS) * size)
     cos, sin = randn(rows, 1, turned), randn(rows, 1, turned)
@@ -190,15 +208,14 @@ def test_completions_are_those_of_torchs_own_kernels(family, changes, monkeypatc
     with caplog.at_level(logging.WARNING):
         mine = sample(model, **FEW).completions
     assert not caplog.messages
-    for module in (cache, fused_layers):
-        monkeypatch.setattr(module, "kernels_for", lambda *of: None)
+    use(monkeypatch, None)
     for completion, other in zip(mine, sample(model, **FEW).completions, strict=True):
         assert completion.ids == other.ids
         assert completion.sampler_logps == pytest.approx(other.sampler_logps, abs=1e-5)
 
 
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(CASES)))
-def test_layers_of_other_families_attend_by_the_kernels(family, monkeypatch):
+def test_layers_of_other_families_attend_by_the_kernels(kernels, family, monkeypatch):
     model = make_family(family).float().to(DEVICE)
     calls, attend = [], kernels.attend
     monkeypatch.setattr(kernels, "attend", lambda *args: calls.append(1) or attend(*args))

@@ -5,7 +5,6 @@ import torch
 
 from grpo_trl.model_utils import attending_by
 from grpo_trl.rollout.base import RolloutRequest
-from grpo_trl.rollout.group import step as step_module
 from grpo_trl.rollout.group.cache import NAME, GroupCache
 from grpo_trl.rollout.group.cpu_linear import ROUNDED
 from grpo_trl.rollout.group.cuda_graphs import EagerSteps
@@ -106,23 +105,6 @@ def test_prompts_are_admitted_in_lumps(model):
     assert len(run.prefills) < 6
     alone = Run(model, RolloutRequest(["unread"] * 24, prompts, 2, list(range(24))), rows=3)
     assert [c.ids for c in alone.completions] == [c.ids for c in run.completions]
-
-
-@pytest.mark.parametrize("rows", [12, 32])
-def test_rows_of_as_many_tokens_are_next_to_each_other_and_attended_to_together(model, monkeypatch, rows):
-    monkeypatch.setattr(step_module, "CALL", 0)
-    prompts = make_prompts(*[3 + i % 5 for i in range(24)])
-    run = Run(model, RolloutRequest(["unread"] * 24, prompts, 2, list(range(24))), rows, prompts=24)
-    for step in run.steps:
-        held = step.lengths_R.tolist()
-        assert held == sorted(held, reverse=True)
-        assert [(part.start, part.stop, part.columns) for part in step.own_parts] == [
-            (held.index(n), held.index(n) + held.count(n), n + 1) for n in sorted(set(held), reverse=True)
-        ]
-        asked = [(step.prompt_R == n).sum().item() for n in range(len(step.prompt_lengths_N))]
-        computed = sum((part.stop - part.start) * part.queries for part in step.prompt_parts)
-        assert computed == sum(asked) == len(held)
-    assert max(len(step.own_parts) for step in run.steps) > 1
 
 
 def test_rows_are_filled_up_for_products_and_the_filling_counts_nowhere(model):

@@ -11,7 +11,6 @@ key-value head, D head size, S prompt tokens, T completion tokens, L queries of 
 import functools
 import math
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers import AttentionInterface
 from ...attention.flash import merge_parts
 from ...attention.shared_prefix import shared_prefix_attention
 from ...gpu_kernels import triton_works
-from .step import Part, Prefill, Step
+from .step import Keys, Prefill, Step
 
 
 NAME = "grpo_trl_group_cache"
@@ -56,49 +55,24 @@ class _Layer:
         key, value = (x.unflatten(-1, (self.key_heads, -1)).transpose(1, 2) for x in (keys, values))
         return key, value
 
-    def attend(
-        self, query: Tensor, memory: tuple[Tensor, Tensor], parts: Sequence[Part], mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Attend to a part of the slots after the other.
+    def attend(self, query: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Attend to the first slots, and to as many columns of them as `mask` has.
 
         Args:
-            query: Of shape (n*K*g, Q, D) for each part of n slots with g rows each, one part behind the other.
+            query: Of shape (n*K*g, Q, D), for n slots with g rows each.
             memory: Keys and values of all slots.
-            parts: Of slots.
-            mask: Added to products with the keys of all slots; None where all of a part's keys are seen.
+            mask: Of shape (n, 1, 1 or g*Q, columns); added to products.
 
         Returns:
-            The output, of shape (rows of all parts, Q, K, D of the values), and the log-sum-exp, of shape (..., Q, K).
+            The output, of shape (n*g, Q, K, D of the values), and the log-sum-exp, of shape (n*g, Q, K).
         """
-        queries = query.shape[1]
-        outputs, first = [], 0
-        for part in parts:
-            slots, lines = part.stop - part.start, part.queries * queries
-            rows = slots * part.queries
-            size = slots, self.key_heads, lines, query.shape[2]
-            key, value = (_held_by(part, x) for x in memory)
-            output, lse = attend_part(
-                query.narrow(0, first * self.key_heads, rows * self.key_heads).view(size),
-                key,
-                value,
-                None if mask is None else mask[part.start : part.stop, :, :lines, : part.columns],
-                self.scaling,
-                self.softcap,
-            )
-            # kernels leave it in memory as (n, g*Q, K, ...)
-            outputs.append(
-                [x.transpose(1, 2).reshape(rows, queries, self.key_heads, *x.shape[3:]) for x in (output, lse)]
-            )
-            first += rows
-        output, lse = outputs[0] if len(outputs) == 1 else map(torch.cat, zip(*outputs, strict=True))
+        slots, queries = len(mask), query.shape[1]
+        key, value = (x[:slots, :, : mask.shape[3]] for x in memory)
+        query = query.view(slots, self.key_heads, -1, query.shape[2])
+        parts = attend_part(query, key, value, mask, self.scaling, self.softcap)
+        # kernels leave it in memory as (n, g*Q, K, ...)
+        output, lse = (x.transpose(1, 2).reshape(-1, queries, self.key_heads, *x.shape[3:]) for x in parts)
         return output, lse
-
-
-def _held_by(part: Part, memory: Tensor) -> Tensor:
-    """The slots and columns of a part, from keys or values of all slots; one launch, as there are many parts in a step."""
-    size = part.stop - part.start, memory.shape[1], part.columns, memory.shape[3]
-    stride = memory.stride()
-    return memory.as_strided(size, stride, memory.storage_offset() + part.start * stride[0])
 
 
 @dataclass
@@ -201,13 +175,12 @@ class GroupCache:
         if (kernels := kernels_for(query_RHD.device.type, query_RHD.dtype)) is not None:
             return self._attend_by(kernels, layer, query_RHD.contiguous())
         query = query_RHD.reshape(len(query_RHD) * layer.key_heads, -1, query_RHD.shape[2])
-        own_parts, prompt_parts = step.parts()
         own_mask, prompt_mask = step.masks(layer.window, query.dtype, query.shape[1])
         there, back = step.routes(layer.key_heads)
         places = step.places(layer.key_heads)
         own_query = query if places is None else query.index_select(0, places)
-        own = layer.attend(own_query, layer.own_memory, own_parts, own_mask)
-        prompt = layer.attend(query.index_select(0, there), layer.prompt_memory, prompt_parts, prompt_mask)
+        own = layer.attend(own_query, layer.own_memory, own_mask)
+        prompt = layer.attend(query.index_select(0, there), layer.prompt_memory, prompt_mask)
         merged_RQKD = merge_parts(*own, *(x.index_select(0, back) for x in prompt))
         return merged_RQKD.transpose(1, 2).flatten(1)
 
@@ -231,26 +204,26 @@ class GroupCache:
     def _attend_by(self, kernels: Any, layer: _Layer, query_RHD: Tensor) -> Tensor:
         step = self.now
         assert isinstance(step, Step)
-        first = kernels.chunks_of(layer.own.shape[1])
+        own, prompt = step.reaches(layer.window)
+        keys = [Keys(layer.prompts, prompt), Keys(layer.own, own)]
         value_size = layer.own.shape[2] // layer.key_heads - layer.key_size
         partial = step.shared(
-            ("partial", query_RHD.shape, value_size),
-            lambda: kernels.Partial.empty(first + kernels.chunks_of(layer.prompts.shape[1]), query_RHD, value_size),
+            ("partial", query_RHD.shape, value_size), lambda: kernels.Partial.empty(keys, query_RHD, value_size)
         )
-        own, prompt = step.reaches(layer.window)
-        options = layer.scaling, layer.softcap
-        kernels.attend(query_RHD, layer.own, layer.key_heads, own, partial, 0, *options)
-        kernels.attend(query_RHD, layer.prompts, layer.key_heads, prompt, partial, first, *options)
-        return kernels.merged(partial, query_RHD.dtype)
+        return kernels.attend(query_RHD, keys, layer.key_heads, partial, layer.scaling, layer.softcap)
 
 
 def kernels_for(device_type: str, dtype: torch.dtype) -> Any:
-    """The module `kernels` where it works; None where torch's own kernels serve."""
-    if not triton_works(device_type, dtype):
-        return None
-    from . import kernels
+    """The module of kernels that works there: `kernels` or `cpu_kernels`; None where torch's own serve."""
+    if triton_works(device_type, dtype):
+        from . import kernels
 
-    return kernels
+        return kernels
+    if device_type == "cpu" and dtype == torch.float32:
+        from . import cpu_kernels
+
+        return cpu_kernels if cpu_kernels.COMPILED else None
+    return None
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -170,8 +170,6 @@ class RecordedSteps:
             place_R=pad(step.place_R, rows),
             row_R=torch.arange(rows, device=step.row_R.device),  # a further row writes where no row is
             prompt_lengths_N=pad(step.prompt_lengths_N, prompts),
-            own_parts=(),
-            prompt_parts=(),
             prompt_columns=cache.max_prompt_tokens,
             columns=min(columns, cache.max_completion_tokens),
         )

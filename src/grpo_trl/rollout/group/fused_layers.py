@@ -1,8 +1,8 @@
 """Decoder layers of the Llama family with few launches, for decoding steps.
 
-A layer of transformers takes about fifty launches for one token of each row. Here it takes half of them: one product for
-query, key and value and one for gate and up; keys and values rotated and stored together; one kernel per norm. Weights
-are laid out once per rollout, with adapters merged into them. Prompts are prefilled by transformers' own forwards, from
+A layer of transformers takes about fifty launches for one token of each row. Here one product gives query, key and value
+and one gate and up, and kernels compute all that stands between two products, in Triton on a GPU and in C++ on a CPU; where
+there are none, torch's operations do. Weights are laid out once per rollout, with adapters merged into them. Prompts are prefilled by transformers' own forwards, from
 which the cache knows the scale, window and soft cap of their attention.
 
 Served are the layers of `FAMILIES`; every other one computes as it does. The engine compares with plain forwards before its
@@ -140,7 +140,7 @@ class FusedLayer:
 
 
 class KernelLayer(FusedLayer):
-    """With one launch for all that stands between two products, on a GPU; see `kernels`."""
+    """With one or two calls for all that stands between two products; see `kernels` and `cpu_kernels`."""
 
     def __init__(self, layer: Any, kernels: Any):
         super().__init__(layer)
@@ -178,10 +178,11 @@ class KernelLayer(FusedLayer):
 
 
 def _fused(layer: Any) -> FusedLayer:
-    """With kernels where they work and know the activation."""
-    device = layer.self_attn.o_proj.weight.device.type
-    kernels = kernels_for(device, product_dtype(layer.self_attn.o_proj.weight))
-    if kernels is None or type(_activation(layer)).__name__ not in kernels.ACTIVATIONS:
+    """With kernels where they work and know the activation; those of a CPU compute in one precision."""
+    weight = layer.self_attn.o_proj.weight
+    kernels = kernels_for(weight.device.type, product_dtype(weight))
+    mixed = weight.device.type == "cpu" and any(p.dtype != product_dtype(weight) for p in layer.parameters())
+    if kernels is None or mixed or type(_activation(layer)).__name__ not in kernels.ACTIVATIONS:
         return FusedLayer(layer)
     return KernelLayer(layer, kernels)
 

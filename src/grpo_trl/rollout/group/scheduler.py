@@ -26,7 +26,7 @@ from ..processors import History
 from ..sampling import Sampler
 from .cache import GroupCache
 from .rows import GroupPrompt, Row, State, Unread
-from .step import Part, Prefill, Step, parts_of
+from .step import Prefill, Step
 
 
 LUMP = 4
@@ -76,17 +76,13 @@ class Scheduler:
         self._prefilled: list[GroupPrompt] = []
         """Prompts whose keys and values are held, by slot; the last ones may have rows that wait."""
         self._running: list[Row] = []
-        """By slot; on a CPU rows of more tokens come first, so that those of as many are attended to together."""
-        self._by_length = self._device.type == "cpu"
+        """By slot."""
         self._unread: deque[Unread] = deque()
         self._history = 0
         if self.sampler.reads_tokens:
             self._history = max(map(len, self.request.prompt_ids)) + self.options.max_completion_length
         self._state = self._initial_state([])
         self._groups: dict[str, Any] | None = None
-        self._own_parts: list[Part] = []
-        """As they were when the first row had `_sampled` tokens; rows grow alike until some start or leave."""
-        self._sampled = 0
         self.computed = 0
         """Tokens that forwards were computed for, rows that only fill up a step's shape included."""
 
@@ -188,15 +184,11 @@ class Scheduler:
     def _next_step(self, rows: list[Row]) -> Step:
         if self._groups is None:
             self._groups = self._make_groups(rows)
-            self._own_parts = parts_of((1, row.sampled) for row in rows) if self._by_length else []
-            self._sampled = rows[0].sampled
-        since = rows[0].sampled - self._sampled
         return Step(
             self._state.tokens_R,
             self._state.positions_R,
             self._state.lengths_R,
             columns=max(row.sampled for row in rows),
-            own_parts=[part._replace(columns=part.columns + since) for part in self._own_parts],
             **self._groups,
         )
 
@@ -209,9 +201,7 @@ class Scheduler:
             members[row.prompt.slot].append(place)
         group = max(map(len, members))
         prompt_R, place_R, row_R = self._tensor([[row.prompt.slot for row in rows], places, [row.slot for row in rows]])
-        sizes = [(len(slots), len(prompt.ids)) for slots, prompt in zip(members, self._prefilled, strict=True)]
         return {
-            "prompt_parts": parts_of(sizes) if self._by_length else [],
             "rows_NG": self._tensor([slots + [0] * (group - len(slots)) for slots in members]),
             "prompt_R": prompt_R,
             "place_R": place_R,
@@ -279,25 +269,14 @@ class Scheduler:
         self._groups = None
 
     def _close_up(self, free: int, order: list[int]) -> None:
-        """Fill a slot with the last row of as many tokens, that one's with the last row of the next ones, and so on."""
-        alike = free
-        while alike < len(self._running):
-            last = self._last_alike(alike)
-            if last != free:
-                row = self._running[last]
-                self.cache.move_row(last, free, row.sampled - 1)
-                self._running[free], order[free], row.slot = row, order[last], free
-            free, alike = last, last + 1
+        """Fill a slot with the last row."""
+        last = len(self._running) - 1
+        if last != free:
+            row = self._running[last]
+            self.cache.move_row(last, free, row.sampled - 1)
+            self._running[free], order[free], row.slot = row, order[last], free
         self._running.pop()
         order.pop()
-
-    def _last_alike(self, slot: int) -> int:
-        """The last slot of rows that may take the place of the one in `slot`."""
-        end = len(self._running)
-        if not self._by_length:
-            return end - 1
-        sampled = self._running[slot].sampled
-        return next((i for i in range(slot + 1, end) if self._running[i].sampled != sampled), end) - 1
 
     def _release(self, prompt: GroupPrompt) -> None:
         """Free the slot of a prompt that no row needs any more; the last prefilled one moves there."""

@@ -1,15 +1,13 @@
 """What one forward of a rollout computes: prompts, or one token of each running row.
 
 Nothing that changes between two decoding steps is a Python number on a GPU: `Step` brings it as tensors, so that the
-launches of a step can be recorded once and repeated. On a CPU a step attends in parts, so that rows of few tokens do not
-read the columns of those of many.
+launches of a step can be recorded once and repeated.
 
 Axes: R rows in flight, N prompts in flight, X slots of rows or prompts, G most rows of a slot, D head size, S prompt
 tokens, T completion tokens.
 """
 
-import itertools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -27,28 +25,6 @@ class Prefill:
     slots: list[int]
 
 
-class Part(NamedTuple):
-    """Consecutive slots, of rows or of prompts, whose keys are attended to in one call."""
-
-    start: int
-    stop: int
-    queries: int
-    """The most rows of one slot."""
-    columns: int
-    """The most keys of one slot."""
-    even: bool
-    """Whether all slots have as many keys."""
-
-    @property
-    def cost(self) -> int:
-        return (self.stop - self.start) * self.queries * self.columns
-
-    def joined_by(self, other: "Part") -> "Part":
-        queries, columns = max(self.queries, other.queries), max(self.columns, other.columns)
-        even = self.even and other.even and self.columns == other.columns
-        return Part(self.start, other.stop, queries, columns, even)
-
-
 class Reach(NamedTuple):
     """Which of a slot's keys each row sees: those from `first_R` up to, not including, `stop_R`. All in int32."""
 
@@ -62,29 +38,12 @@ class Reach(NamedTuple):
         return cls(*(part.to(torch.int32).contiguous() for part in parts))
 
 
-CALL = 512
-"""Products of a row's query with a key that take as long as a further call of the kernel, roughly."""
+class Keys(NamedTuple):
+    """Keys and values that rows attend to."""
 
-
-def parts_of(sizes: Iterable[tuple[int, int]]) -> list[Part]:
-    """Cut slots into parts, given the rows and the keys of each, so that little is computed for their differences.
-
-    Slots without rows are in no part. Equal slots join the part before them unless filling both up costs more than a call.
-    """
-    parts: list[Part] = []
-    stop = 0
-    for (queries, columns), run in itertools.groupby(sizes):
-        start, stop = stop, stop + len(list(run))
-        if not queries:
-            continue
-        part = Part(start, stop, queries, columns, even=True)
-        if parts and parts[-1].stop == start:
-            joined = parts[-1].joined_by(part)
-            if joined.cost <= parts[-1].cost + part.cost + CALL:
-                parts[-1] = joined
-                continue
-        parts.append(part)
-    return parts
+    memory: Tensor
+    """Of shape (X or more, columns, K*D + K*D of the values), contiguous; a token's keys, then its values."""
+    reach: Reach
 
 
 @dataclass(frozen=True)
@@ -111,9 +70,6 @@ class Step:
     """S, at least the longest prompt in flight."""
     columns: int
     """T, above the largest of `lengths_R`."""
-    own_parts: Sequence[Part] = ()
-    """Of rows; one part of all if there are none. So are those of prompts."""
-    prompt_parts: Sequence[Part] = ()
     guessed: int = 0
     _shared: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
     """What layers that are alike have in common."""
@@ -124,34 +80,20 @@ class Step:
             self._shared[key] = make()
         return self._shared[key]
 
-    def masks(
-        self, window: int | None, dtype: torch.dtype, queries_per_row: int
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def masks(self, window: int | None, dtype: torch.dtype, queries_per_row: int) -> tuple[Tensor, Tensor]:
         """What is added to products: of shape (R, 1, 1, T) for own keys, (N, 1, 1 or G*Q, S) for those of prompts.
 
         With guesses that of own keys is of shape (rows, 1, (1 + guessed)*Q, T).
-
-        None where each row sees all keys of its part.
         """
         if window is not None and window >= self.prompt_columns + self.columns:
             window = None
 
-        def make() -> tuple[Tensor | None, Tensor | None]:
-            own, prompt = (window is None and all(part.even for part in parts) for parts in self.parts())
-            return (
-                None if own else _additive(self._own_mask(window, queries_per_row), dtype),
-                None if prompt else _additive(self._prompt_mask(window, queries_per_row), dtype),
-            )
+        def make() -> tuple[Tensor, Tensor]:
+            own, prompt = self._own_mask(window, queries_per_row), self._prompt_mask(window, queries_per_row)
+            return _additive(own, dtype), _additive(prompt, dtype)
 
-        masks: tuple[Tensor | None, Tensor | None] = self.shared((window, dtype, queries_per_row), make)
+        masks: tuple[Tensor, Tensor] = self.shared((window, dtype, queries_per_row), make)
         return masks
-
-    def parts(self) -> tuple[Sequence[Part], Sequence[Part]]:
-        """Of own keys, and of those of prompts."""
-        prompts, group = self.rows_NG.shape
-        places = 1 + self.guessed
-        own = self.own_parts or [Part(0, len(self.tokens_R) // places, places, self.columns, even=False)]
-        return own, self.prompt_parts or [Part(0, prompts, group, self.prompt_columns, even=False)]
 
     def reaches(self, window: int | None) -> tuple[Reach, Reach]:
         """What each row sees of its own keys, and of those of its prompt."""
@@ -172,7 +114,6 @@ class Step:
         def filled(values_R: Tensor) -> Tensor:
             return torch.cat([values_R, values_R[-1:].expand(missing)])
 
-        own = list(self.own_parts)
         return replace(
             self,
             tokens_R=filled(self.tokens_R),
@@ -181,7 +122,6 @@ class Step:
             prompt_R=filled(self.prompt_R),
             place_R=filled(self.place_R),
             row_R=torch.arange(rows, device=self.row_R.device),
-            own_parts=[*own[:-1], own[-1]._replace(stop=rows)] if own else own,
         )
 
     def rotation(self, cos_R1D: Tensor, sin_R1D: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,21 +129,18 @@ class Step:
 
         def make() -> tuple[Tensor, Tensor]:
             first, second = sin_R1D.chunk(2, dim=-1)
-            return cos_R1D, torch.cat([-first, second], dim=-1)
+            return cos_R1D.contiguous(), torch.cat([-first, second], dim=-1)
 
         rotation: tuple[Tensor, Tensor] = self.shared((id(cos_R1D), id(sin_R1D)), make)
         return rotation
 
     def routes(self, key_heads: int) -> tuple[Tensor, Tensor]:
-        """From queries (R*K, ...) to those of prompts (n*K*g, ...) of one part of n prompts after the other, and from their
-        outputs (n*g, ...) to rows (R, ...)."""
+        """From queries (R*K, ...) to those of prompts (N*K*G, ...), and from their outputs (N*G, ...) to rows (R, ...)."""
 
         def make() -> tuple[Tensor, Tensor]:
-            _, parts = self.parts()
             head_K1 = torch.arange(key_heads, device=self.rows_NG.device)[:, None]
-            rows_NG = [self.rows_NG[part.start : part.stop, : part.queries] for part in parts]
-            there = torch.cat([(rows_NG[:, None] * key_heads + head_K1).flatten() for rows_NG in rows_NG])
-            return there, self._back(parts)
+            there = (self.rows_NG[:, None] * key_heads + head_K1).flatten()
+            return there, self.prompt_R * self.rows_NG.shape[1] + self.place_R
 
         routes: tuple[Tensor, Tensor] = self.shared(("routes", key_heads), make)
         return routes
@@ -232,16 +169,6 @@ class Step:
             Reach.of(row_R.view(-1, 1 + self.guessed), first[0], self.lengths_R + 1),
             Reach.of(self.rows_NG.where(member_NG, -1), first[1], self.prompt_lengths_N[self.prompt_R]),
         )
-
-    def _back(self, parts: Sequence[Part]) -> Tensor:
-        if len(parts) == 1:
-            return (self.prompt_R - parts[0].start) * parts[0].queries + self.place_R
-        firsts, first = [0] * len(self.rows_NG), 0
-        for part in parts:
-            for prompt in range(part.start, part.stop):
-                firsts[prompt] = first
-                first += part.queries
-        return torch.tensor(firsts, device=self.prompt_R.device)[self.prompt_R] + self.place_R
 
     def _own_mask(self, window: int | None, queries_per_row: int) -> Tensor:
         column_T = torch.arange(self.columns, device=self.tokens_R.device)

@@ -8,6 +8,7 @@ Axes: R running rows, X slots of keys, G most rows of a slot, H query heads, K k
 queries, J keys, C chunks.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step import Reach
+from ..step import Keys
 
 
 CHUNK = 512
@@ -25,56 +26,67 @@ MOST_LINES = 64
 
 
 class Partial(NamedTuple):
-    """What the chunks of all parts leave for `merged`."""
+    """What the chunks of all keys leave for `_merged`."""
 
     output: Tensor  # (chunks, R, H, D of the values), float32
     lse: Tensor  # (chunks, R, H), float32; -inf where a row sees no key of the chunk
 
     @classmethod
-    def empty(cls, chunks: int, query_RHD: Tensor, value_size: int) -> "Partial":
+    def empty(cls, keys: Sequence[Keys], query_RHD: Tensor, value_size: int) -> "Partial":
         rows, heads, _ = query_RHD.shape
+        chunks = sum(_chunks(held) for held in keys)
         output = query_RHD.new_empty(chunks, rows, heads, value_size, dtype=torch.float32)
         return cls(output, query_RHD.new_full((chunks, rows, heads), -torch.inf, dtype=torch.float32))
 
 
-def chunks_of(columns: int) -> int:
-    return -(-columns // CHUNK)
-
-
 def attend(
+    query_RHD: Tensor, keys: Sequence[Keys], key_heads: int, partial: Partial, scaling: float, softcap: float | None
+) -> Tensor:
+    """Attend to what each row sees of its own keys and of those of its prompt.
+
+    Args:
+        query_RHD: Contiguous.
+        keys: Of prompts, and of rows; each row has a slot in both.
+        key_heads: K.
+        partial: Written to; of `Partial.empty` for such arguments, which calls one after the other may share.
+        scaling: What products are multiplied by.
+        softcap: Products x become `softcap * tanh(x / softcap)`.
+
+    Returns:
+        Of shape (R, H*D of the values).
+    """
+    first = 0
+    for held in keys:
+        _attend_to(query_RHD, held, key_heads, partial, first, scaling, softcap)
+        first += _chunks(held)
+    return _merged(partial, query_RHD.dtype)
+
+
+def _chunks(keys: Keys) -> int:
+    return -(-keys.memory.shape[1] // CHUNK)
+
+
+def _attend_to(
     query_RHD: Tensor,
-    memory: Tensor,
+    keys: Keys,
     key_heads: int,
-    reach: Reach,
     partial: Partial,
     first_chunk: int,
     scaling: float,
     softcap: float | None,
 ) -> None:
-    """Attend to the keys of each row's slot, and leave the outputs in `partial` from its chunk `first_chunk` on.
-
-    Args:
-        query_RHD: Contiguous.
-        memory: Of shape (X or more, columns, K*D + K*D of the values), contiguous; a token's keys, then its values.
-        key_heads: K.
-        reach: What each row sees.
-        partial: Written to.
-        first_chunk: The place of the memory's first chunk.
-        scaling: What products are multiplied by.
-        softcap: Products x become `softcap * tanh(x / softcap)`.
-    """
+    """Leave what the chunks of `keys` give in `partial`, from `first_chunk` on."""
     _, heads, size = query_RHD.shape
+    memory, reach = keys
     value_size = partial.output.shape[3]
     slots, group = reach.rows_XG.shape
     queries = heads // key_heads
     lines = min(MOST_LINES, max(16, triton.next_power_of_2(group * queries)))
     blocks = triton.cdiv(group * queries, lines)
     padded = max(16, triton.next_power_of_2(max(size, value_size)))
-    columns = memory.shape[1]
-    grid = slots * blocks, key_heads, chunks_of(columns)
-    _attend[grid](
+    _attend[slots * blocks, key_heads, _chunks(keys)](
         *(query_RHD, memory, *reach, *partial),
-        *(scaling, softcap or 1.0, len(query_RHD), group, columns, first_chunk, blocks),
+        *(scaling, softcap or 1.0, len(query_RHD), group, memory.shape[1], first_chunk, blocks),
         KEY_HEADS=key_heads,
         QUERIES=queries,
         SIZE=size,
@@ -170,7 +182,7 @@ def _attend(
     )
 
 
-def merged(partial: Partial, dtype: torch.dtype) -> Tensor:
+def _merged(partial: Partial, dtype: torch.dtype) -> Tensor:
     """The output over all chunks, of shape (R, H*D of the values)."""
     chunks, rows, heads, size = partial.output.shape
     output = partial.output.new_empty(rows, heads * size, dtype=dtype)
