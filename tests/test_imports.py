@@ -11,7 +11,7 @@ PACKAGE = Path(grpo_trl.__file__).parent
 ROOMS = (
     ("errors", "seeds", "logging", "free_memory", "objective"),
     ("model_utils", "rewards", "metrics", "report"),
-    ("attention", "gpu_kernels"),
+    ("attention", "cpu_kernels", "gpu_kernels"),
     ("types",),
     ("data", "plan", "logprobs", "rollout", "models", "reference"),
     ("distributed",),

@@ -1,4 +1,4 @@
-"""Shared-prefix attention from torch's flash kernels.
+"""Shared-prefix attention from flash kernels: torch's, and in float32 on a CPU those of `cpu_flash`.
 
 A completion's token attends to two parts, its prompt and its own completion. A kernel gives each part's output o_j and
 log-sum-exp l_j, and the whole is
@@ -14,13 +14,14 @@ Source: the merge is that of Flash-Decoding and of Ring Attention (arXiv 2310.01
 Axes: H query heads, K key-value heads, S packed tokens, D head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from . import cpu_flash
 from .layout import Layout, Span
 
 
@@ -59,7 +60,7 @@ def flash_attention(query: Tensor, key: Tensor, value: Tensor, layout: Layout, s
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> Tensor:
-        forward = _cuda_forward if query.device.type == "cuda" else _cpu_forward
+        forward, ctx.gradients = _passes(query)
         output, *rest = forward(query, key, value, layout, scaling)
         ctx.save_for_backward(query, key, value, output, *rest)
         ctx.layout, ctx.scaling = layout, scaling
@@ -67,8 +68,16 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        backward = _cuda_backward if grad.device.type == "cuda" else _cpu_backward
-        return (*backward(grad, ctx.saved_tensors, ctx.layout, ctx.scaling), None, None)
+        return (*ctx.gradients(grad, ctx.saved_tensors, ctx.layout, ctx.scaling), None, None)
+
+
+def _passes(query: Tensor) -> tuple[Callable[..., tuple[Tensor, ...]], Callable[..., tuple[Tensor, Tensor, Tensor]]]:
+    """Forward and backward."""
+    if query.device.type == "cuda":
+        return _cuda_forward, _cuda_backward
+    if cpu_flash.serves(query):
+        return cpu_flash.forward, cpu_flash.backward
+    return _cpu_forward, _cpu_backward
 
 
 def merge_parts(output: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:

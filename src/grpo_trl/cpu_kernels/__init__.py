@@ -23,7 +23,7 @@ from ..logging import get_logger
 
 logger = get_logger(__name__)
 
-HEADER = Path(__file__).with_name("vectors.h")
+HEADERS = Path(__file__).parent
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -82,13 +82,13 @@ def _built(source: Path, folder: Path) -> Path:
     if compiler is None:
         raise FileNotFoundError("there is no g++")
     flags = [*FLAGS, *PROCESSORS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    told = repr([flags, platform.machine(), HEADER.read_text(), source.read_text()])
+    told = repr([flags, platform.machine(), *(x.read_text() for x in sorted(HEADERS.glob("*.h"))), source.read_text()])
     target = folder / f"{source.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         # under another name, as other processes may load it
         with tempfile.TemporaryDirectory(dir=folder) as own:
             built = Path(own) / target.name
-            command = [compiler, *flags, f"-I{HEADER.parent}", str(source), "-o", str(built)]
+            command = [compiler, *flags, f"-I{HEADERS}", str(source), "-o", str(built)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             built.replace(target)
     return target

@@ -1,21 +1,11 @@
 // Kernels of a decoding step on a CPU, in float32: one call for all that stands between two products.
 //
-// Vectors have 16 lanes. In attention they stand for as many queries, or for 8 or 4 queries with 2 or 4 components of each,
-// so that keys and values are read as they are stored, and once for all queries.
+// The lanes of attention are 16 queries, or 8 or 4 with 2 or 4 components of each.
 
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#include "vectors.h"
+#include "attention.h"
 
 namespace {
 
-constexpr int KEYS = 64;                // of a block, whose products with the queries stay in the cache
-constexpr int SUMS = 8;                 // that are kept in registers
 constexpr long WORTH_THREADS = 1 << 14;  // elements
 
 // ---- Attention ----
@@ -27,163 +17,8 @@ struct Keys {
     long slots, group, columns;
 };
 
-struct Sizes {
-    long key_heads, queries, size, value_size;
-    float scaling, softcap;  // the latter 0 for none
-    long width() const { return key_heads * (size + value_size); }
-};
-
-// Lanes of one query follow each other: lane = query * PLACES + place.
-template <int PLACES>
-struct Lanes {
-    static constexpr int QUERIES = LANES / PLACES;
-
-    // The next PLACES components, the same for each query.
-    static Vector spread(const float *from) {
-        if constexpr (PLACES == 1) return Vector{} + *from;
-        if constexpr (PLACES == 2) {
-            double pair;
-            std::memcpy(&pair, from, sizeof(pair));
-            return (Vector)Pairs{pair, pair, pair, pair, pair, pair, pair, pair};
-        }
-#ifdef __AVX512F__  // which GCC does not find by itself
-        return _mm512_broadcast_f32x4(_mm_loadu_ps(from));
-#else
-        Vector x;
-        for (int i = 0; i < LANES; i++) x[i] = from[i % 4];
-        return x;
-#endif
-    }
-
-    // Of PLACES vectors, the sum over places of the i-th one in place i.
-    static Vector fold(const Vector *x) {
-        if constexpr (PLACES == 1) return x[0];
-        else {
-            using Half = Lanes<PLACES / 2>;
-            const Vector a = Half::fold(x), b = Half::fold(x + PLACES / 2);
-            Integers same, other;
-            for (int i = 0; i < LANES; i++) {
-                same[i] = i & (PLACES / 2) ? i + LANES : i;
-                other[i] = same[i] ^ (PLACES / 2);
-            }
-            return __builtin_shuffle(a, b, same) + __builtin_shuffle(a, b, other);
-        }
-    }
-
-    // What stands in a place of each query, in all of its places: `__builtin_shuffle(x, from(place))`.
-    static Integers from(int place) {
-        Integers lane;
-        for (int i = 0; i < LANES; i++) lane[i] = i / PLACES * PLACES + place;
-        return lane;
-    }
-};
-
-// One block of queries, which have their keys in one slot.
-template <int PLACES>
-struct Block {
-    using L = Lanes<PLACES>;
-    const float *query[L::QUERIES];
-    float *output[L::QUERIES], *lse[L::QUERIES];
-    int32_t first[L::QUERIES], stop[L::QUERIES];
-    int count = 0;
-
-    __attribute__((noinline)) void attend(const float *keys, const float *values, const Sizes &sizes) const {
-        const long size = sizes.size / PLACES, value_size = sizes.value_size / PLACES, width = sizes.width();
-        Vector *q = (Vector *)__builtin_alloca_with_align((size + value_size + KEYS + SUMS) * sizeof(Vector), 512);
-        Vector *out = q + size, *score = out + value_size;
-        Integers firsts, stops;
-        for (int lane = 0; lane < LANES; lane++) {
-            const int i = std::min(lane / PLACES, count - 1);
-            for (long d = 0; d < size; d++) q[d][lane] = query[i][d * PLACES + lane % PLACES] * sizes.scaling;
-            firsts[lane] = first[i], stops[lane] = stop[i];
-        }
-        const int32_t begin = *std::min_element(first, first + count), all_from = *std::max_element(first, first + count);
-        const int32_t end = *std::max_element(stop, stop + count), all_to = *std::min_element(stop, stop + count);
-        for (long d = 0; d < value_size; d++) out[d] = Vector{};
-        Vector largest = Vector{} - 1e30f, sum = Vector{};
-        for (int32_t start = std::max(begin, 0) / KEYS * KEYS; start < end; start += KEYS) {
-            const int keys_here = std::min(KEYS, end - start);
-            const bool all_seen = start >= all_from && start + keys_here <= all_to && keys_here % PLACES == 0;
-            multiply(q, keys + start * width, keys_here, size, width, score);
-            if (sizes.softcap > 0) cap(score, keys_here, sizes.softcap);
-            if (!all_seen) hide(score, keys_here, start, firsts, stops);
-            Vector most = largest;
-            for (int j = 0; j * PLACES < keys_here; j++) most = score[j] > most ? score[j] : most;
-            for (int bit = 1; bit < PLACES; bit *= 2) {
-                Integers other;
-                for (int i = 0; i < LANES; i++) other[i] = i ^ bit;
-                const Vector there = __builtin_shuffle(most, other);
-                most = there > most ? there : most;
-            }
-            const Vector shrink = exponential(largest - most);
-            largest = most;
-            sum *= shrink;
-            for (int j = 0; j * PLACES < keys_here; j++) {
-                score[j] = score[j] > Vector{} - 1e30f ? exponential(score[j] - largest) : Vector{};
-                sum += score[j];
-            }
-            add_values(score, values + start * width, keys_here, value_size, width, shrink, out);
-        }
-        for (int i = 0; i < count; i++) {
-            float all = 0;
-            for (int place = 0; place < PLACES; place++) all += sum[i * PLACES + place];
-            const float share = all > 0 ? 1 / all : 0;
-            for (long d = 0; d < sizes.value_size; d++)
-                output[i][d] = out[d / PLACES][i * PLACES + d % PLACES] * share;
-            *lse[i] = all > 0 ? largest[i * PLACES] + std::log(all) : -INFINITY;
-        }
-    }
-
-    // Products with PLACES keys stand in the places of one vector.
-    static void multiply(const Vector *q, const float *keys, int count, long size, long width, Vector *score) {
-        for (int j = 0; j < count; j += SUMS) {
-            const float *key[SUMS];
-            for (int u = 0; u < SUMS; u++) key[u] = keys + std::min(j + u, count - 1) * width;
-            Vector sum[SUMS] = {};
-            for (long d = 0; d < size; d++)
-                for (int u = 0; u < SUMS; u++) sum[u] += q[d] * L::spread(key[u] + d * PLACES);
-            for (int u = 0; u < SUMS; u += PLACES) score[(j + u) / PLACES] = L::fold(sum + u);
-        }
-    }
-
-    static void cap(Vector *score, int count, float softcap) {
-        for (int j = 0; j * PLACES < count; j++)
-            score[j] = softcap * (2.0f / (1.0f + exponential(score[j] * (-2.0f / softcap))) - 1.0f);
-    }
-
-    static void hide(Vector *score, int count, int32_t start, Integers first, Integers stop) {
-        Integers at;
-        for (int lane = 0; lane < LANES; lane++) at[lane] = start + lane % PLACES;
-        const Integers end = Integers{} + (start + count);
-        for (int j = 0; j * PLACES < count; j++, at += PLACES)
-            score[j] = (at >= first) & (at < stop) & (at < end) ? score[j] : Vector{} - INFINITY;
-    }
-
-    static void add_values(const Vector *share, const float *values, int count, long size, long width, Vector shrink,
-                           Vector *out) {
-        for (long d = 0; d < size; d += SUMS) {
-            const int sums = std::min<long>(SUMS, size - d);
-            if (sums == SUMS)
-                add_components<SUMS>(share, values + d * PLACES, count, width, shrink, out + d);
-            else
-                for (int u = 0; u < sums; u++)
-                    add_components<1>(share, values + (d + u) * PLACES, count, width, shrink, out + d + u);
-        }
-    }
-
-    template <int COMPONENTS>
-    static void add_components(const Vector *share, const float *values, int count, long width, Vector shrink,
-                               Vector *out) {
-        Vector sum[COMPONENTS];
-        for (int u = 0; u < COMPONENTS; u++) sum[u] = out[u] * shrink;
-        Integers from[PLACES];
-        for (int place = 0; place < PLACES; place++) from[place] = L::from(place);
-        for (int j = 0; j < count; j++) {
-            const Vector weight = PLACES == 1 ? share[j] : __builtin_shuffle(share[j / PLACES], from[j % PLACES]);
-            for (int u = 0; u < COMPONENTS; u++) sum[u] += weight * L::spread(values + j * width + u * PLACES);
-        }
-        for (int u = 0; u < COMPONENTS; u++) out[u] = sum[u];
-    }
+struct Sizes : Products {
+    long key_heads, queries;
 };
 
 template <int PLACES>
@@ -198,12 +33,14 @@ void attend_block(long slot, long head, long block_at, const float *query, const
         block.query[block.count] = query + at * sizes.size;
         block.output[block.count] = output + at * sizes.value_size;
         block.lse[block.count] = lse + at;
-        block.first[block.count] = keys.first[row];
-        block.stop[block.count++] = keys.stop[row];
+        block.seen[0][block.count++] = {keys.first[row], keys.stop[row]};
     }
     if (!block.count) return;
-    const float *tokens = keys.memory + slot * keys.columns * sizes.width();
-    block.attend(tokens + head * sizes.size, tokens + sizes.key_heads * sizes.size + head * sizes.value_size, sizes);
+    const long width = sizes.key_heads * (sizes.size + sizes.value_size);
+    const float *tokens = keys.memory + slot * keys.columns * width;
+    const float *values = tokens + sizes.key_heads * sizes.size + head * sizes.value_size;
+    const Held held = {tokens + head * sizes.size, values, width, width};
+    block.attend(&held, 1, sizes);
 }
 
 long blocks_of(const Keys &keys, const Sizes &sizes) { return (keys.group * sizes.queries + LANES - 1) / LANES; }
@@ -256,7 +93,7 @@ void attend(const float *query, const float *own, const int32_t *own_rows, const
             const int32_t *prompt_stop, float *partial, float *lse, float *output, float scaling, float softcap,
             long rows, long own_slots, long own_group, long own_columns, long prompt_slots, long prompt_group,
             long prompt_columns, long key_heads, long queries, long size, long value_size) {
-    const Sizes sizes = {key_heads, queries, size, value_size, scaling, softcap};
+    const Sizes sizes = {{size, value_size, scaling, softcap}, key_heads, queries};
     const Keys keys[2] = {{prompts, prompt_rows, prompt_first, prompt_stop, prompt_slots, prompt_group, prompt_columns},
                           {own, own_rows, own_first, own_stop, own_slots, own_group, own_columns}};
     const long lines = rows * key_heads * queries;
