@@ -52,9 +52,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: 
     return output, lse
 
 
-def backward(
-    grad: Tensor, saved: Sequence[Tensor], layout: Layout, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(grad: Tensor, saved: Sequence[Tensor], layout: Layout, scaling: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query, key and value, from what `forward` was given and gave."""
     grad, query, key, value, output = (_rows(x) for x in (grad, *saved[:4]))
     lse = saved[4]

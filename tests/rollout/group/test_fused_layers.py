@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 
 from grpo_trl.rollout.group import fused_layers
 from grpo_trl.rollout.group.engine import GroupEngine
-from grpo_trl.rollout.group.fused_layers import FusedLayer, KernelLayer, laid_out
+from grpo_trl.rollout.group.fused_layers import CompiledLayer, FusedLayer, KernelLayer, laid_out
 from tests.helpers.families import FAMILIES, WINDOWED, make_family
 
 from .test_engine import assert_follows_from_seeds, ids, make_options, make_request, sample, warnings
@@ -27,7 +27,7 @@ def is_fused(model) -> list[bool]:
 def steps(monkeypatch):
     """How many steps of layers were computed fused."""
     calls = []
-    for kind in (FusedLayer, KernelLayer):
+    for kind in (FusedLayer, KernelLayer, CompiledLayer):
         step = kind._step
         monkeypatch.setattr(kind, "_step", lambda *args, step=step: calls.append(1) or step(*args))
     return calls

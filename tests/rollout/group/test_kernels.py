@@ -2,7 +2,7 @@
 
 import importlib
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -10,9 +10,10 @@ from torch.nn.functional import gelu, silu
 
 from grpo_trl.gpu_kernels import triton_works
 from grpo_trl.rollout.group import cache, cpu_kernels, engine, fused_layers
+from grpo_trl.rollout.group.cpu_kernels import linears
 from grpo_trl.rollout.group.engine import GroupEngine
 from grpo_trl.rollout.group.norms import HeadNorms, Norm
-from grpo_trl.rollout.group.step import Keys, Reach
+from grpo_trl.rollout.group.step import LayerMemory, Reach
 from tests.helpers.families import FAMILIES, make_family
 
 from .test_engine import ids, make_options, make_prompts, make_request, sample
@@ -36,7 +37,7 @@ def kernels(request, monkeypatch):
     """Those of one language, which decoding uses inside."""
     if request.param == "kernels" and not triton_works(DEVICE, torch.float32):
         pytest.skip("needs a GPU or TRITON_INTERPRET=1")
-    if request.param == "cpu_kernels" and (DEVICE != "cpu" or cpu_kernels.COMPILED is None):
+    if request.param == "cpu_kernels" and (DEVICE != "cpu" or cpu_kernels.compiled() is None):
         pytest.skip("needs g++, and no GPU")
     module = importlib.import_module(f"grpo_trl.rollout.group.{request.param}")
     use(monkeypatch, module)
@@ -60,9 +61,25 @@ def make_reach(slots, group, rows, first, stop):
     return Reach.of(*(x.to(DEVICE) for x in (rows_XG, torch.tensor(first), torch.tensor(stop))))
 
 
-def attended(kernels, query, keys, value_size, scaling=0.4, softcap=None):
-    partial = kernels.Partial.empty(keys, query, value_size)
-    return kernels.attend(query, keys, KEY_HEADS, partial, scaling, softcap)
+class Keys(NamedTuple):
+    memory: torch.Tensor
+    reach: Reach
+
+
+class Reaching:
+    """A step as attention sees it."""
+
+    def __init__(self, *reaches):
+        self.reaches = lambda window: reaches
+        self.lines = lambda columns: torch.zeros(len(reaches[0].stop_R), dtype=torch.long, device=DEVICE)
+        self.shared = lambda key, make: make()
+
+
+def attended(kernels, query, keys, size, scaling=0.4, softcap=None):
+    """Keys of prompts, and of rows."""
+    prompts, own = keys
+    layer = LayerMemory(prompts.memory, own.memory, KEY_HEADS, size, scaling, None, softcap)
+    return kernels.attend(query, layer, Reaching(own.reach, prompts.reach))
 
 
 def plain(query_RHD, keys, value_size, scaling, softcap):
@@ -117,7 +134,7 @@ def test_attention_is_that_of_plain_products(kernels, chunk, window, softcap, gr
         make_keys(rows, 1, 70, starts[1], stops[1], width),
     ]
     query = randn(rows, QUERIES * KEY_HEADS, size)
-    output = attended(kernels, query, keys, value_size, softcap=softcap)
+    output = attended(kernels, query, keys, size, softcap=softcap)
     expected = plain(query, keys, value_size, 0.4, softcap)
     assert torch.allclose(output.double(), expected, atol=1e-5, rtol=1e-5)
 
@@ -147,6 +164,10 @@ def test_what_a_row_gets_does_not_depend_on_the_others(kernels):
                 assert torch.equal(alone[0], together[row])
 
 
+triton_only = pytest.mark.parametrize("kernels", ["kernels"], indirect=True)
+
+
+@triton_only
 def test_sums_norms_and_gates_are_those_of_plain_formulas(kernels):
     hidden, change = randn(3, 20), randn(3, 20)
     after, before = Norm(randn(20), 1e-2, False), Norm(randn(20), 1e-3, False)
@@ -174,6 +195,7 @@ def test_sums_norms_and_gates_are_those_of_plain_formulas(kernels):
         assert torch.allclose(kernels.gated(gates, kernels.ACTIVATIONS[name]).double(), function(gate) * up, atol=2e-6)
 
 
+@triton_only
 @pytest.mark.parametrize("turned", [16, 8])
 @pytest.mark.parametrize("normed", [False, True])
 def test_queries_and_keys_are_rotated_and_stored(kernels, turned, normed):
@@ -210,6 +232,19 @@ def test_completions_are_those_of_torchs_own_kernels(family, changes, monkeypatc
     assert not caplog.messages
     use(monkeypatch, None)
     for completion, other in zip(mine, sample(model, **FEW).completions, strict=True):
+        assert completion.ids == other.ids
+        assert completion.sampler_logps == pytest.approx(other.sampler_logps, abs=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "olmo2", "gemma3"])
+def test_many_rows_of_odd_sizes_are_computed_as_by_torch(family, monkeypatch):
+    sizes = {"hidden_size": 36, "intermediate_size": 51, "num_attention_heads": 6, "num_key_value_heads": 3}
+    model = make_family(family, **sizes, head_dim=6).to(DEVICE)
+    wide = {"prompts": make_prompts(9, 2, 4, 7, 1), "num_generations": 8, "rows": 40, "max_completion_length": 5}
+    mine = sample(model, **wide).completions
+    use(monkeypatch, None)
+    monkeypatch.setattr(linears, "_is_served", lambda module: False)
+    for completion, other in zip(mine, sample(model, **wide).completions, strict=True):
         assert completion.ids == other.ids
         assert completion.sampler_logps == pytest.approx(other.sampler_logps, abs=1e-5)
 

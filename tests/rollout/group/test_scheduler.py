@@ -6,10 +6,8 @@ import torch
 from grpo_trl.model_utils import attending_by
 from grpo_trl.rollout.base import RolloutRequest
 from grpo_trl.rollout.group.cache import NAME, GroupCache
-from grpo_trl.rollout.group.cpu_linear import ROUNDED
 from grpo_trl.rollout.group.cuda_graphs import EagerSteps
 from grpo_trl.rollout.group.scheduler import LUMP, Scheduler
-from grpo_trl.rollout.group.step import Step
 from grpo_trl.rollout.sampling import Sampler
 from tests.helpers.families import make_family
 
@@ -105,23 +103,3 @@ def test_prompts_are_admitted_in_lumps(model):
     assert len(run.prefills) < 6
     alone = Run(model, RolloutRequest(["unread"] * 24, prompts, 2, list(range(24))), rows=3)
     assert [c.ids for c in alone.completions] == [c.ids for c in run.completions]
-
-
-def test_rows_are_filled_up_for_products_and_the_filling_counts_nowhere(model):
-    request = make_request(num_generations=4)
-    computed = []
-
-    def note(module, args, kwargs):
-        if isinstance(kwargs["group_cache"].now, Step):
-            computed.append(len(kwargs["input_ids"]))
-
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    filled = Run(model, request, rows=64)
-    hook.remove()
-    assert {rows for rows in computed if rows > ROUNDED} == {16, 24}
-    assert filled.computed == sum(len(c.ids) for c in filled.completions)
-    for rows in (17, 20):  # there is no slot to fill
-        other = Run(model, request, rows)
-        assert [c.ids for c in other.completions] == [c.ids for c in filled.completions]
-        for mine, theirs in zip(other.completions, filled.completions, strict=True):
-            assert mine.sampler_logps == pytest.approx(theirs.sampler_logps, abs=1e-9)

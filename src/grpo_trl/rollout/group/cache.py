@@ -8,7 +8,6 @@ Axes: R rows in flight, N prompts in flight, G most rows of a prompt, H query he
 key-value head, D head size, S prompt tokens, T completion tokens, L queries of a part.
 """
 
-import functools
 import math
 import mmap
 from dataclasses import dataclass, field
@@ -21,58 +20,12 @@ from transformers import AttentionInterface
 from ...attention.flash import merge_parts
 from ...attention.shared_prefix import shared_prefix_attention
 from ...gpu_kernels import triton_works
-from .step import Keys, Prefill, Step
+from . import cpu_kernels
+from .step import LayerMemory, Prefill, Step
 
 
 NAME = "grpo_trl_group_cache"
 _aten = torch.ops.aten
-
-
-@dataclass
-class _Layer:
-    """One attention layer's memory: a token's keys of all heads, then its values, in one line."""
-
-    prompts: Tensor  # (slots, S, K*D + K*D of the values)
-    own: Tensor  # (rows, T, K*D + K*D of the values)
-    key_heads: int
-    key_size: int
-    scaling: float
-    window: int | None
-    softcap: float | None
-
-    @functools.cached_property
-    def own_memory(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of shape (rows, K, T, D)."""
-        return self._split(self.own)
-
-    @functools.cached_property
-    def prompt_memory(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of shape (slots, K, S, D)."""
-        return self._split(self.prompts)
-
-    def _split(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = memory.tensor_split((self.key_heads * self.key_size,), dim=-1)
-        key, value = (x.unflatten(-1, (self.key_heads, -1)).transpose(1, 2) for x in (keys, values))
-        return key, value
-
-    def attend(self, query: Tensor, memory: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Attend to the first slots, and to as many columns of them as `mask` has.
-
-        Args:
-            query: Of shape (n*K*g, Q, D), for n slots with g rows each.
-            memory: Keys and values of all slots.
-            mask: Of shape (n, 1, 1 or g*Q, columns); added to products.
-
-        Returns:
-            The output, of shape (n*g, Q, K, D of the values), and the log-sum-exp, of shape (n*g, Q, K).
-        """
-        slots, queries = len(mask), query.shape[1]
-        key, value = (x[:slots, :, : mask.shape[3]] for x in memory)
-        query = query.view(slots, self.key_heads, -1, query.shape[2])
-        parts = attend_part(query, key, value, mask, self.scaling, self.softcap)
-        # kernels leave it in memory as (n, g*Q, K, ...)
-        output, lse = (x.transpose(1, 2).reshape(-1, queries, self.key_heads, *x.shape[3:]) for x in parts)
-        return output, lse
 
 
 @dataclass
@@ -88,7 +41,7 @@ class GroupCache:
     max_completion_tokens: int
     now: Prefill | Step | None = None
     """What the forward that is running computes."""
-    _layers: dict[nn.Module, _Layer] = field(default_factory=dict)
+    _layers: dict[nn.Module, LayerMemory] = field(default_factory=dict)
 
     @property
     def bytes_per_token(self) -> int:
@@ -134,20 +87,20 @@ class GroupCache:
         stored = torch.cat([key[:, :, 0].flatten(1), value[:, :, 0].flatten(1)], dim=-1)
         return self.attend_step(module, query[:, :, 0], stored).unflatten(-1, (query.shape[1], -1)).unsqueeze(1)
 
-    def _store_prompts(self, layer: _Layer, prefill: Prefill, key: Tensor, value: Tensor) -> None:
+    def _store_prompts(self, layer: LayerMemory, prefill: Prefill, key: Tensor, value: Tensor) -> None:
         lines_SE = torch.cat([x[0].transpose(0, 1).flatten(1) for x in (key, value)], dim=-1)
         for slot, group in zip(prefill.slots, prefill.layout.groups, strict=True):
             layer.prompts[slot, : group.prompt.length] = lines_SE[group.prompt.slice]
 
     def _allocate(
         self, key: Tensor, value: Tensor, scaling: float, window: int | None, softcap: float | None
-    ) -> _Layer:
+    ) -> LayerMemory:
         width = key.shape[1] * (key.shape[3] + value.shape[3])
 
         def memory(slots: int, tokens: int) -> Tensor:
             return _zeros((slots, tokens, width), key.dtype, key.device)
 
-        return _Layer(
+        return LayerMemory(
             memory(self.max_prompts, self.max_prompt_tokens),
             memory(self.max_rows, self.max_completion_tokens),
             key.shape[1],
@@ -173,44 +126,20 @@ class GroupCache:
         query_RHD, stored_RE = query_RHD.to(layer.own.dtype), stored_RE.to(layer.own.dtype)
         layer.own.flatten(0, 1).index_copy_(0, step.lines(layer.own.shape[1]), stored_RE)
         if (kernels := kernels_for(query_RHD.device.type, query_RHD.dtype)) is not None:
-            return self._attend_by(kernels, layer, query_RHD.contiguous())
+            return kernels.attend(query_RHD.contiguous(), layer, step)
         query = query_RHD.reshape(len(query_RHD) * layer.key_heads, -1, query_RHD.shape[2])
         own_mask, prompt_mask = step.masks(layer.window, query.dtype, query.shape[1])
         there, back = step.routes(layer.key_heads)
         places = step.places(layer.key_heads)
         own_query = query if places is None else query.index_select(0, places)
-        own = layer.attend(own_query, layer.own_memory, own_mask)
-        prompt = layer.attend(query.index_select(0, there), layer.prompt_memory, prompt_mask)
+        own = _attend_slots(layer, own_query, layer.own_heads, own_mask)
+        prompt = _attend_slots(layer, query.index_select(0, there), layer.prompt_heads, prompt_mask)
         merged_RQKD = merge_parts(*own, *(x.index_select(0, back) for x in prompt))
         return merged_RQKD.transpose(1, 2).flatten(1)
 
-    def rotate_and_attend(
-        self,
-        module: nn.Module,
-        kernels: Any,
-        product_RE: Tensor,
-        heads: int,
-        size: int,
-        rotation: tuple[Tensor, Tensor],
-        norms: Any,
-    ) -> Tensor:
-        """As `attend_step`, from the product that gives queries, keys and values; see `kernels.rotate_and_store`."""
-        layer, step = self._layers[module], self.now
-        assert isinstance(step, Step)
-        lines_R = step.lines(layer.own.shape[1])
-        query_RHD = kernels.rotate_and_store(product_RE, layer.own, lines_R, heads, size, rotation, norms)
-        return self._attend_by(kernels, layer, query_RHD)
-
-    def _attend_by(self, kernels: Any, layer: _Layer, query_RHD: Tensor) -> Tensor:
-        step = self.now
-        assert isinstance(step, Step)
-        own, prompt = step.reaches(layer.window)
-        keys = [Keys(layer.prompts, prompt), Keys(layer.own, own)]
-        value_size = layer.own.shape[2] // layer.key_heads - layer.key_size
-        partial = step.shared(
-            ("partial", query_RHD.shape, value_size), lambda: kernels.Partial.empty(keys, query_RHD, value_size)
-        )
-        return kernels.attend(query_RHD, keys, layer.key_heads, partial, layer.scaling, layer.softcap)
+    def of_layer(self, module: nn.Module) -> LayerMemory:
+        """What an attention layer holds, once it has prefilled prompts."""
+        return self._layers[module]
 
 
 def kernels_for(device_type: str, dtype: torch.dtype) -> Any:
@@ -219,10 +148,8 @@ def kernels_for(device_type: str, dtype: torch.dtype) -> Any:
         from . import kernels
 
         return kernels
-    if device_type == "cpu" and dtype == torch.float32:
-        from . import cpu_kernels
-
-        return cpu_kernels if cpu_kernels.COMPILED else None
+    if device_type == "cpu" and dtype == torch.float32 and cpu_kernels.compiled() is not None:
+        return cpu_kernels
     return None
 
 
@@ -233,6 +160,29 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     # The system gives a page of this when it is written to; torch would write zeros to all of them
     memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _attend_slots(
+    layer: LayerMemory, query: Tensor, heads: tuple[Tensor, Tensor], mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Attend to the first slots, and to as many columns of them as `mask` has.
+
+    Args:
+        layer: Of which `heads` are.
+        query: Of shape (n*K*g, Q, D), for n slots with g rows each.
+        heads: Keys and values of all slots.
+        mask: Of shape (n, 1, 1 or g*Q, columns); added to products.
+
+    Returns:
+        The output, of shape (n*g, Q, K, D of the values), and the log-sum-exp, of shape (n*g, Q, K).
+    """
+    slots, queries = len(mask), query.shape[1]
+    key, value = (x[:slots, :, : mask.shape[3]] for x in heads)
+    query = query.view(slots, layer.key_heads, -1, query.shape[2])
+    parts = attend_part(query, key, value, mask, layer.scaling, layer.softcap)
+    # kernels leave it in memory as (n, g*Q, K, ...)
+    output, lse = (x.transpose(1, 2).reshape(-1, queries, layer.key_heads, *x.shape[3:]) for x in parts)
+    return output, lse
 
 
 def attend_part(

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ...model_utils import ran_out_of_memory
 from .cache import GroupCache
-from .cpu_linear import filled_up
 from .step import Step
 
 
@@ -36,9 +35,6 @@ class EagerSteps:
     def __call__(self, step: Step) -> tuple[Tensor, int]:
         """Logits of shape (R, V), and how many rows were computed for them."""
         rows = len(step.tokens_R)
-        filled = filled_up(rows)
-        if step.tokens_R.device.type == "cpu" and not step.guessed and filled <= self.cache.max_rows:
-            step = step.filled_up(filled)  # once, and not in each product
         self.cache.now = step
         output = self.model(
             input_ids=step.tokens_R[:, None],
@@ -46,7 +42,7 @@ class EagerSteps:
             use_cache=False,
             group_cache=self.cache,
         )
-        return output.logits[:rows, 0], rows
+        return output.logits[:, 0], rows
 
 
 class CudaRecorder:

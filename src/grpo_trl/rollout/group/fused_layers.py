@@ -1,9 +1,10 @@
 """Decoder layers of the Llama family with few launches, for decoding steps.
 
 A layer of transformers takes about fifty launches for one token of each row. Here one product gives query, key and value
-and one gate and up, and kernels compute all that stands between two products, in Triton on a GPU and in C++ on a CPU; where
-there are none, torch's operations do. Weights are laid out once per rollout, with adapters merged into them. Prompts are prefilled by transformers' own forwards, from
-which the cache knows the scale, window and soft cap of their attention.
+and one gate and up, and kernels compute all that stands between two products, in Triton on a GPU; on a CPU a layer is one
+call, in C++. Where there are neither, torch's operations serve. Weights are joined once per rollout, with adapters merged
+into them. Prompts are prefilled by transformers' own forwards, from which the cache knows the scale, window and soft cap
+of their attention.
 
 Served are the layers of `FAMILIES`; every other one computes as it does. The engine compares with plain forwards before its
 first rollout, whichever way its layers take.
@@ -12,16 +13,18 @@ Axes: R running rows, H query heads, K key-value heads, D head size, C hidden si
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ...model_utils import product_dtype
 from ...plan import LAID_OUT_SHARE
+from . import cpu_kernels
 from .cache import GroupCache, kernels_for
-from .cpu_linear import lay_out, packed_linears
+from .cpu_kernels import linears
 from .norms import HeadNorms, Norm
 from .step import Step
 
@@ -31,7 +34,6 @@ PARTS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
 }
-Linear = Callable[[Tensor], Tensor]
 
 
 @contextlib.contextmanager
@@ -43,7 +45,7 @@ def laid_out(model: nn.Module, free_bytes: float) -> Iterator[None]:
         return
     layers = [module for module in model.modules() if _is_served(module)]
     fused = {inner for layer in layers for inner in layer.modules()}
-    with packed_linears(module for module in model.modules() if module not in fused):
+    with linears.served(module for module in model.modules() if module not in fused):
         try:
             for layer in layers:
                 layer.forward = _fused(layer)
@@ -83,6 +85,16 @@ def _effective(module: Any) -> tuple[Tensor, Tensor | None] | None:
                     return None
                 weight = weight + module.get_delta_weight(adapter).detach().to(weight.dtype)
     return weight, base.bias
+
+
+class Product(NamedTuple):
+    """Of inputs with a weight of shape (outputs, inputs)."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class FusedLayer:
@@ -140,7 +152,7 @@ class FusedLayer:
 
 
 class KernelLayer(FusedLayer):
-    """With one or two calls for all that stands between two products; see `kernels` and `cpu_kernels`."""
+    """With one or two launches for all that stands between two products, in Triton; see `kernels`."""
 
     def __init__(self, layer: Any, kernels: Any):
         super().__init__(layer)
@@ -171,35 +183,71 @@ class KernelLayer(FusedLayer):
             ]
             turned.copy_(norms(turned, self._heads))
             norms = None
-        attended = cache.rotate_and_attend(
-            self._attention, self._kernels, product_RE, self._heads, self._head_size, rotation, norms
+        memory, step = cache.of_layer(self._attention), cache.now
+        assert isinstance(step, Step)
+        lines_R = step.lines(memory.own.shape[1])
+        query_RHD = self._kernels.rotate_and_store(
+            product_RE, memory.own, lines_R, self._heads, self._head_size, rotation, norms
         )
-        return self._output(attended)
+        return self._output(self._kernels.attend(query_RHD, memory, step))
+
+
+class CompiledLayer(FusedLayer):
+    """In one call, in C++ on a CPU; see `cpu_kernels`."""
+
+    def __init__(self, layer: Any):
+        super().__init__(layer)
+        self._weights = cpu_kernels.Weights(
+            *map(cpu_kernels.Norm.of, self._norms()),
+            *map(cpu_kernels.Linear.of, (self._qkv, self._output, self._gate_up, self._down)),
+            self._heads,
+            self._head_norms is not None and self._head_norms.whole,
+            cpu_kernels.ACTIVATIONS[type(self._activation).__name__],
+            self._scale,
+        )
+
+    def _norms(self) -> list[Norm | None]:
+        heads = self._head_norms
+        return [
+            self._before_attention,
+            heads.query if heads else None,
+            heads.key if heads else None,
+            self._after_attention,
+            self._before_mlp,
+            self._after_mlp,
+        ]
+
+    def _step(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        assert isinstance(cache.now, Step)
+        return cpu_kernels.layer(hidden_RC, self._weights, cache.of_layer(self._attention), cache.now, rotation)
 
 
 def _fused(layer: Any) -> FusedLayer:
     """With kernels where they work and know the activation; those of a CPU compute in one precision."""
     weight = layer.self_attn.o_proj.weight
-    kernels = kernels_for(weight.device.type, product_dtype(weight))
-    mixed = weight.device.type == "cpu" and any(p.dtype != product_dtype(weight) for p in layer.parameters())
-    if kernels is None or mixed or type(_activation(layer)).__name__ not in kernels.ACTIVATIONS:
+    dtype, device = product_dtype(weight), weight.device.type
+    kernels = kernels_for(device, dtype)
+    if kernels is None or type(_activation(layer)).__name__ not in kernels.ACTIVATIONS:
         return FusedLayer(layer)
-    return KernelLayer(layer, kernels)
+    if kernels is not cpu_kernels:
+        return KernelLayer(layer, kernels)
+    mixed = any(p.dtype != dtype for p in layer.parameters())
+    return FusedLayer(layer) if mixed else CompiledLayer(layer)
 
 
 def _activation(layer: Any) -> Any:
     return layer.mlp.activation_fn if hasattr(layer.mlp, "activation_fn") else layer.mlp.act_fn
 
 
-def _joined(modules: list[nn.Module]) -> Linear:
+def _joined(modules: list[nn.Module]) -> Product:
     """One product for all of `modules`, whose outputs stand one behind the other."""
     weights, biases = zip(*(_effective(module) for module in modules), strict=True)
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     weight = weight.to(product_dtype(weight))  # else autocast would, at every step, as they need no gradient
     if all(bias is None for bias in biases):
-        return lay_out(weight, None)
+        return Product(weight, None)
     filled = [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
-    return lay_out(weight, torch.cat(filled).to(weight.dtype))
+    return Product(weight, torch.cat(filled).to(weight.dtype))
 
 
 def _norm(layer: Any, name: str) -> Norm | None:

@@ -7,8 +7,9 @@ Axes: R rows in flight, N prompts in flight, X slots of rows or prompts, G most 
 tokens, T completion tokens.
 """
 
+import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +39,38 @@ class Reach(NamedTuple):
         return cls(*(part.to(torch.int32).contiguous() for part in parts))
 
 
-class Keys(NamedTuple):
-    """Keys and values that rows attend to."""
+@dataclass
+class LayerMemory:
+    """One attention layer's memory, and how it attends. A token's keys of all heads, then its values, stand in one line."""
 
-    memory: Tensor
-    """Of shape (X or more, columns, K*D + K*D of the values), contiguous; a token's keys, then its values."""
-    reach: Reach
+    prompts: Tensor  # (slots, S, K*D + K*D of the values)
+    own: Tensor  # (rows, T, K*D + K*D of the values)
+    key_heads: int
+    key_size: int
+    scaling: float
+    window: int | None
+    softcap: float | None
+    compiled: Any = None
+    """What `cpu_kernels` reads of it."""
+
+    @property
+    def value_size(self) -> int:
+        return self.own.shape[2] // self.key_heads - self.key_size
+
+    @functools.cached_property
+    def own_heads(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of shape (rows, K, T, D)."""
+        return self._split(self.own)
+
+    @functools.cached_property
+    def prompt_heads(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of shape (slots, K, S, D)."""
+        return self._split(self.prompts)
+
+    def _split(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = memory.tensor_split((self.key_heads * self.key_size,), dim=-1)
+        key, value = (x.unflatten(-1, (self.key_heads, -1)).transpose(1, 2) for x in (keys, values))
+        return key, value
 
 
 @dataclass(frozen=True)
@@ -104,25 +131,6 @@ class Step:
         """Where keys and values of this step go to, in a memory of `columns` tokens for each row."""
         lines_R: Tensor = self.shared(("lines", columns), lambda: self.row_R * columns + self.lengths_R)
         return lines_R
-
-    def filled_up(self, rows: int) -> "Step":
-        """With the last row computed once more in each of the slots behind it, up to `rows` of them."""
-        missing = rows - len(self.tokens_R)
-        if missing <= 0:
-            return self
-
-        def filled(values_R: Tensor) -> Tensor:
-            return torch.cat([values_R, values_R[-1:].expand(missing)])
-
-        return replace(
-            self,
-            tokens_R=filled(self.tokens_R),
-            positions_R=filled(self.positions_R),
-            lengths_R=filled(self.lengths_R),
-            prompt_R=filled(self.prompt_R),
-            place_R=filled(self.place_R),
-            row_R=torch.arange(rows, device=self.row_R.device),
-        )
 
     def rotation(self, cos_R1D: Tensor, sin_R1D: Tensor) -> tuple[Tensor, Tensor]:
         """The cosines, and the sines for components whose halves have changed places, of which the first is negated."""

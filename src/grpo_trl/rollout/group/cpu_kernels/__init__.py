@@ -1,138 +1,169 @@
-"""Kernels of a decoding step on a CPU, in C++: the functions of `kernels`, in float32 and with torch's threads.
+"""Decoding steps on a CPU, in C++ and in float32: the layers of the Llama family, attention for others, and products.
 
-Axes: R running rows, H query heads, D head size, C hidden size, I intermediate size, E all that a product gives.
+Where `compiled()` is None, torch's operations serve.
+
+Axes: R running rows, H query heads, D head size, C hidden size.
 """
 
-from collections.abc import Sequence
+import ctypes
+import functools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from ....cpu_kernels import FLOAT, POINTER, SIZE, library
-from ..norms import HeadNorms, Norm
-from ..step import Keys
+from ....cpu_kernels import POINTER, SIZE, library
+from .. import norms, step
 
-
-__all__ = ["ACTIVATIONS", "Partial", "add_and_norm", "attend", "gated", "rotate_and_store"]
 
 ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "GELUTanh": 1}
 """Of gates, by the name of their module."""
-COMPILED = library(
-    Path(__file__).with_name("kernels.cpp"),
-    {
-        "attend": [POINTER] * 12 + [FLOAT] * 2 + [SIZE] * 11,
-        "add_and_norm": [POINTER] * 6 + [FLOAT] * 3 + [SIZE] * 2,
-        "rotate_and_store": [POINTER] * 8 + [FLOAT] + [SIZE] * 5,
-        "gate": [POINTER] * 2 + [SIZE] * 3,
-    },
-)
-"""None where they cannot be compiled."""
+_FLOAT = ctypes.c_float
 
 
-class Partial(NamedTuple):
-    """Memory for what a row's own keys and those of its prompt give."""
+@functools.cache
+def compiled() -> Any:
+    return library(
+        Path(__file__).with_name("kernels.cpp"),
+        {"attend": [POINTER] * 4 + [SIZE], "product": [POINTER] * 3 + [SIZE] * 2, "layer": [POINTER] * 5 + [SIZE]},
+    )
 
-    output: Tensor  # (2, R, H, D of the values)
-    lse: Tensor  # (2, R, H)
+
+# ---- What the kernels read, with the fields that it has there ----
+class Struct(ctypes.Structure):
+    """Keeps the tensors that its pointers point to."""
+
+    held: Any = ()
 
     @classmethod
-    def empty(cls, keys: Sequence[Keys], query_RHD: Tensor, value_size: int) -> "Partial":
-        rows, heads, _ = query_RHD.shape
-        return cls(query_RHD.new_empty(len(keys), rows, heads, value_size), query_RHD.new_empty(len(keys), rows, heads))
+    def holding(cls, tensors: Any, *values: Any) -> Any:
+        made = cls(*values)
+        made.held = tensors
+        return made
 
 
-def attend(
-    query_RHD: Tensor, keys: Sequence[Keys], key_heads: int, partial: Partial, scaling: float, softcap: float | None
-) -> Tensor:
-    """As `kernels.attend`."""
-    rows, heads, size = query_RHD.shape
-    value_size = partial.output.shape[3]
-    output = query_RHD.new_empty(rows, heads * value_size)
-    memories = [pointer for held in keys for pointer in (held.memory.data_ptr(), *(x.data_ptr() for x in held.reach))]
-    shapes = [length for held in keys for length in (*held.reach.rows_XG.shape, held.memory.shape[1])]
-    COMPILED.attend(
-        query_RHD.data_ptr(),
-        *memories,
-        partial.output.data_ptr(),
-        partial.lse.data_ptr(),
-        output.data_ptr(),
-        scaling,
-        softcap or 0.0,
-        rows,
-        *shapes,
-        key_heads,
-        heads // key_heads,
-        size,
-        value_size,
+class Norm(Struct):
+    """Of a weight, or none."""
+
+    _fields_ = (("weight", POINTER), ("eps", _FLOAT))
+
+    @classmethod
+    def of(cls, norm: norms.Norm | None) -> "Norm":
+        return cls(None, 0.0) if norm is None else cls.holding(norm, norm.weight.data_ptr(), norm.eps)
+
+
+class Linear(Struct):
+    """Of a weight of shape (outputs, inputs), and perhaps a bias."""
+
+    _fields_ = (("weight", POINTER), ("bias", POINTER), ("outputs", SIZE))
+
+    @classmethod
+    def of(cls, parameters: tuple[Tensor, Tensor | None]) -> "Linear":
+        weight, bias = parameters[0].contiguous(), parameters[1]
+        return cls.holding((weight, bias), weight.data_ptr(), None if bias is None else bias.data_ptr(), len(weight))
+
+
+class Weights(Struct):
+    """Of a decoder layer."""
+
+    _fields_ = (
+        *((f"norm_{part}", Norm) for part in ("before_attention", "query", "key", "after_attention")),
+        *((f"norm_{part}", Norm) for part in ("before_mlp", "after_mlp")),
+        *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
+        *((name, SIZE) for name in ("heads", "whole_norms", "activation")),
+        ("residual", _FLOAT),
     )
+
+    def __init__(self, *parts: Any):
+        super().__init__(*parts)
+        self.held = parts
+
+
+class Memory(Struct):
+    """Of an attention layer."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("own", "prompts")),
+        *((name, SIZE) for name in ("own_columns", "prompt_columns", "key_heads", "size", "value_size")),
+        *((name, _FLOAT) for name in ("scaling", "softcap")),
+    )
+
+    @classmethod
+    def of(cls, layer: step.LayerMemory) -> "Memory":
+        memories = layer.own, layer.prompts
+        columns = [memory.shape[1] for memory in memories]
+        sizes = *columns, layer.key_heads, layer.key_size, layer.value_size
+        return cls(*(x.data_ptr() for x in memories), *sizes, layer.scaling, layer.softcap or 0.0)
+
+
+class Reach(Struct):
+    """Which keys each row sees."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("rows", "first", "stop")),
+        *((name, SIZE) for name in ("slots", "group")),
+    )
+
+    @classmethod
+    def of(cls, reach: step.Reach) -> "Reach":
+        return cls.holding(reach, *(x.data_ptr() for x in reach), *reach.rows_XG.shape)
+
+
+class Step(Struct):
+    """What layers with the same window and rotation have in common."""
+
+    _fields_ = (
+        *((name, Reach) for name in ("own", "prompts")),
+        *((name, POINTER) for name in ("lines", "cos", "sin")),
+        *((name, SIZE) for name in ("rows", "turned")),
+    )
+
+    @classmethod
+    def of(cls, now: step.Step, layer: step.LayerMemory, rotation: tuple[Tensor, Tensor] | None = None) -> "Step":
+        def make() -> Step:
+            reaches = [Reach.of(reach) for reach in now.reaches(layer.window)]
+            lines = now.lines(layer.own.shape[1])
+            turning = [None, None] if rotation is None else [x.data_ptr() for x in rotation]
+            turned = 0 if rotation is None else rotation[0].shape[-1]
+            held = reaches, lines, rotation
+            return cls.holding(held, *reaches, lines.data_ptr(), *turning, len(lines), turned)
+
+        made: Step = now.shared(("compiled", layer.window, layer.own.shape[1], id(rotation)), make)
+        return made
+
+
+# ---- The kernels ----
+def attend(query_RHD: Tensor, layer: step.LayerMemory, now: step.Step) -> Tensor:
+    """As `kernels.attend`."""
+    rows, heads, _ = query_RHD.shape
+    output = query_RHD.new_empty(rows, heads * layer.value_size)
+    memory, common = _memory(layer), Step.of(now, layer)
+    compiled().attend(query_RHD.data_ptr(), ctypes.byref(memory), ctypes.byref(common), output.data_ptr(), heads)
     return output
 
 
-def add_and_norm(
-    hidden_RC: Tensor,
-    change_RC: Tensor | None,
-    after: Norm | None,
-    before: Norm | None,
-    scale: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """As `kernels.add_and_norm`."""
-    rows, size = hidden_RC.shape
-    added_RC = hidden_RC if change_RC is None else torch.empty_like(hidden_RC)
-    normed_RC = torch.empty_like(hidden_RC)
-    COMPILED.add_and_norm(
-        hidden_RC.data_ptr(),
-        None if change_RC is None else change_RC.data_ptr(),
-        after and after.weight.data_ptr(),
-        before and before.weight.data_ptr(),
-        added_RC.data_ptr(),
-        normed_RC.data_ptr(),
-        after.eps if after else 0.0,
-        before.eps if before else 0.0,
-        scale,
-        rows,
-        size,
-    )
-    return added_RC, normed_RC
-
-
-def rotate_and_store(
-    product_RE: Tensor,
-    memory: Tensor,
-    lines_R: Tensor,
-    heads: int,
-    size: int,
-    rotation: tuple[Tensor, Tensor],
-    norms: HeadNorms | None,
+def layer(
+    hidden_RC: Tensor, weights: Weights, held: step.LayerMemory, now: step.Step, rotation: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """As `kernels.rotate_and_store`."""
-    rows, width = product_RE.shape
-    cos, sin = rotation
-    query_RHD = product_RE.new_empty(rows, heads, size)
-    COMPILED.rotate_and_store(
-        product_RE.data_ptr(),
-        cos.data_ptr(),
-        sin.data_ptr(),
-        norms and norms.query.weight.data_ptr(),
-        norms and norms.key.weight.data_ptr(),
-        query_RHD.data_ptr(),
-        memory.data_ptr(),
-        lines_R.data_ptr(),
-        norms.query.eps if norms else 0.0,
-        rows,
-        heads,
-        (width // size - heads) // 2,
-        size,
-        cos.shape[-1],
-    )
-    return query_RHD
+    """A decoder layer's output, of shape (R, C)."""
+    hidden_RC = hidden_RC.contiguous()
+    output_RC = hidden_RC.new_empty(hidden_RC.shape)
+    structs = weights, _memory(held), Step.of(now, held, rotation)
+    compiled().layer(hidden_RC.data_ptr(), *map(ctypes.byref, structs), output_RC.data_ptr(), hidden_RC.shape[1])
+    return output_RC
 
 
-def gated(gate_up_RI: Tensor, activation: int) -> Tensor:
-    """As `kernels.gated`."""
-    rows, size = gate_up_RI.shape[0], gate_up_RI.shape[1] // 2
-    output_RI = gate_up_RI.new_empty(rows, size)
-    COMPILED.gate(gate_up_RI.data_ptr(), output_RI.data_ptr(), rows, size, activation)
-    return output_RI
+def product(x: Tensor, linear: Linear) -> Tensor:
+    """Of `x`, of shape (..., inputs)."""
+    rows = x.contiguous()
+    output = x.new_empty(*x.shape[:-1], linear.outputs)
+    inputs = x.shape[-1]
+    compiled().product(rows.data_ptr(), ctypes.byref(linear), output.data_ptr(), rows.numel() // inputs, inputs)
+    return output
+
+
+def _memory(layer: step.LayerMemory) -> Memory:
+    """Made once per layer."""
+    if layer.compiled is None:
+        layer.compiled = Memory.of(layer)
+    return layer.compiled

@@ -3,8 +3,8 @@
 Under `TRITON_INTERPRET=1` they run on a CPU.
 """
 
-from .attention import Partial, attend
+from .attention import attend
 from .layer import ACTIVATIONS, add_and_norm, gated, rotate_and_store
 
 
-__all__ = ["ACTIVATIONS", "Partial", "add_and_norm", "attend", "gated", "rotate_and_store"]
+__all__ = ["ACTIVATIONS", "add_and_norm", "attend", "gated", "rotate_and_store"]

@@ -8,7 +8,6 @@ Axes: R running rows, X slots of keys, G most rows of a slot, H query heads, K k
 queries, J keys, C chunks.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..step import Keys
+from ..step import LayerMemory, Reach, Step
 
 
 CHUNK = 512
@@ -32,61 +31,52 @@ class Partial(NamedTuple):
     lse: Tensor  # (chunks, R, H), float32; -inf where a row sees no key of the chunk
 
     @classmethod
-    def empty(cls, keys: Sequence[Keys], query_RHD: Tensor, value_size: int) -> "Partial":
+    def empty(cls, chunks: int, query_RHD: Tensor, value_size: int) -> "Partial":
         rows, heads, _ = query_RHD.shape
-        chunks = sum(_chunks(held) for held in keys)
         output = query_RHD.new_empty(chunks, rows, heads, value_size, dtype=torch.float32)
         return cls(output, query_RHD.new_full((chunks, rows, heads), -torch.inf, dtype=torch.float32))
 
 
-def attend(
-    query_RHD: Tensor, keys: Sequence[Keys], key_heads: int, partial: Partial, scaling: float, softcap: float | None
-) -> Tensor:
+def attend(query_RHD: Tensor, layer: LayerMemory, step: Step) -> Tensor:
     """Attend to what each row sees of its own keys and of those of its prompt.
 
     Args:
         query_RHD: Contiguous.
-        keys: Of prompts, and of rows; each row has a slot in both.
-        key_heads: K.
-        partial: Written to; of `Partial.empty` for such arguments, which calls one after the other may share.
-        scaling: What products are multiplied by.
-        softcap: Products x become `softcap * tanh(x / softcap)`.
+        layer: What it attends to, and how.
+        step: Which slots and keys each row has.
 
     Returns:
         Of shape (R, H*D of the values).
     """
-    first = 0
-    for held in keys:
-        _attend_to(query_RHD, held, key_heads, partial, first, scaling, softcap)
-        first += _chunks(held)
+    own, prompt = step.reaches(layer.window)
+    first = _chunks(layer.prompts)
+    partial: Partial = step.shared(
+        ("partial", query_RHD.shape, layer.value_size),
+        lambda: Partial.empty(first + _chunks(layer.own), query_RHD, layer.value_size),
+    )
+    _attend_to(query_RHD, layer.prompts, prompt, layer, partial, 0)
+    _attend_to(query_RHD, layer.own, own, layer, partial, first)
     return _merged(partial, query_RHD.dtype)
 
 
-def _chunks(keys: Keys) -> int:
-    return -(-keys.memory.shape[1] // CHUNK)
+def _chunks(memory: Tensor) -> int:
+    return -(-memory.shape[1] // CHUNK)
 
 
 def _attend_to(
-    query_RHD: Tensor,
-    keys: Keys,
-    key_heads: int,
-    partial: Partial,
-    first_chunk: int,
-    scaling: float,
-    softcap: float | None,
+    query_RHD: Tensor, memory: Tensor, reach: Reach, layer: LayerMemory, partial: Partial, first_chunk: int
 ) -> None:
-    """Leave what the chunks of `keys` give in `partial`, from `first_chunk` on."""
+    """Leave what the chunks of a memory give in `partial`, from `first_chunk` on."""
     _, heads, size = query_RHD.shape
-    memory, reach = keys
-    value_size = partial.output.shape[3]
+    key_heads, value_size = layer.key_heads, layer.value_size
     slots, group = reach.rows_XG.shape
     queries = heads // key_heads
     lines = min(MOST_LINES, max(16, triton.next_power_of_2(group * queries)))
     blocks = triton.cdiv(group * queries, lines)
     padded = max(16, triton.next_power_of_2(max(size, value_size)))
-    _attend[slots * blocks, key_heads, _chunks(keys)](
+    _attend[slots * blocks, key_heads, _chunks(memory)](
         *(query_RHD, memory, *reach, *partial),
-        *(scaling, softcap or 1.0, len(query_RHD), group, memory.shape[1], first_chunk, blocks),
+        *(layer.scaling, layer.softcap or 1.0, len(query_RHD), group, memory.shape[1], first_chunk, blocks),
         KEY_HEADS=key_heads,
         QUERIES=queries,
         SIZE=size,
@@ -94,7 +84,7 @@ def _attend_to(
         PADDED=padded,
         LINES=lines,
         CHUNK_KEYS=CHUNK,
-        CAPPED=softcap is not None,
+        CAPPED=layer.softcap is not None,
         num_warps=4 if lines > 16 or padded > 64 else 2,
         **_tile(padded * memory.element_size()),
     )

@@ -2,22 +2,26 @@ import pytest
 import torch
 from torch import nn
 
-from grpo_trl.rollout.group.cpu_linear import lay_out, packed_linears
+from grpo_trl.rollout.group.cpu_kernels import compiled
+from grpo_trl.rollout.group.cpu_kernels.linears import served
 from tests.helpers.models import make_model
+
+
+pytestmark = pytest.mark.skipif(compiled() is None, reason="needs g++")
 
 
 def forwards(model):
     return {name: "forward" in vars(m) for name, m in model.named_modules() if isinstance(m, nn.Linear)}
 
 
-@pytest.mark.parametrize("rows", [1, 2, 7, 9, 300])
+@pytest.mark.parametrize("rows", [1, 2, 5, 6, 11, 300])
+@pytest.mark.parametrize("inputs, outputs", [(24, 40), (16, 3), (37, 9)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_packed_layers_compute_the_same(rows, bias):
+def test_served_layers_compute_the_same(rows, inputs, outputs, bias):
     torch.manual_seed(0)
-    layer = nn.Linear(24, 40, bias=bias).requires_grad_(False)
-    x = torch.randn(rows, 3, 24)
-    assert torch.allclose(lay_out(layer.weight, layer.bias)(x), layer(x), atol=1e-5)
-    with packed_linears([layer]):
+    layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+    x = torch.randn(rows, 3, inputs)
+    with served([layer]):
         assert forwards(layer) == {"": True}
         assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
     assert forwards(layer) == {"": False}
@@ -25,7 +29,7 @@ def test_packed_layers_compute_the_same(rows, bias):
 
 def test_layers_are_as_they_were_after_an_exception():
     model = make_model()
-    with pytest.raises(RuntimeError, match="stop"), packed_linears(model.modules()):
+    with pytest.raises(RuntimeError, match="stop"), served(model.modules()):
         raise RuntimeError("stop")
     assert not any(forwards(model).values())
 
@@ -34,7 +38,7 @@ def test_weights_that_change_between_two_uses_are_read_again():
     layer = nn.Linear(8, 8).requires_grad_(False)
     x = torch.randn(2, 8)
     for _ in range(2):
-        with packed_linears([layer]):
+        with served([layer]):
             assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
         layer.weight.add_(1.0)
 
@@ -44,19 +48,19 @@ class OwnLinear(nn.Linear):
         return super().forward(x) + 1
 
 
-def test_only_plain_layers_in_float32_are_packed():
+def test_only_plain_layers_in_float32_are_served():
     own, hooked = OwnLinear(4, 4), nn.Linear(4, 4)
     hooked.forward = lambda x: x  # as accelerate's hooks set it
     layers = [nn.Linear(4, 4).double(), nn.Linear(4, 4).bfloat16(), own, hooked]
     before = [layer.forward for layer in layers]
     plain = nn.Linear(4, 4)
-    with packed_linears([*layers, plain]):
+    with served([*layers, plain]):
         assert [layer.forward for layer in layers] == before
         assert forwards(plain) == {"": True}
     assert hooked.forward is before[3]
 
 
-def test_nothing_is_packed_under_autocast():
+def test_nothing_is_served_under_autocast():
     layer = nn.Linear(64, 64)
-    with torch.autocast("cpu", dtype=torch.bfloat16), packed_linears([layer]):
+    with torch.autocast("cpu", dtype=torch.bfloat16), served([layer]):
         assert forwards(layer) == {"": False}
