@@ -30,6 +30,7 @@ LAYOUTS = {
     "branches that are all empty": Layout.of([(3, [0, 0]), (2, [0])]),
     "one token": Layout.of([(1, [])]),
     "branches longer than prompts": Layout.of([(1, [13, 17]), (2, [11])]),
+    "more than a block of keys": Layout.of([(70, [65, 1, 130]), (129, [17])]),
     "sixteen branches": Layout.of([(7, [2, 5, 0, 1, 3, 8, 4, 4, 1, 0, 6, 2, 9, 3, 1, 5])]),
 }
 HEADS = {
@@ -38,6 +39,8 @@ HEADS = {
     "one key head": (4, 1, 3, 3),
     "smaller values": (4, 2, 6, 3),
     "larger values": (2, 1, 3, 5),
+    "sixteen lanes": (4, 2, 16, 16),
+    "more lanes, smaller values": (3, 1, 48, 32),
 }
 """Query heads, key heads, head size, and that of the values."""
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

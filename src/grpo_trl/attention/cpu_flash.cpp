@@ -36,7 +36,7 @@ void attend(const Row &row, const Segment &segment, int32_t start, long head) {
         block.seen[0][block.count] = {0, token + 1 - segment.start};
         block.seen[1][block.count++] = {0, segment.prompt_stop - segment.prompt_start};
     }
-    Held held[2];
+    KeysValues held[2];
     const int32_t starts[2] = {segment.start, segment.prompt_start};
     for (int part = 0; part < 2; part++)
         held[part] = {row.key(row.key_head(head), starts[part]), row.value(row.key_head(head), starts[part]),
@@ -84,12 +84,12 @@ struct Gradients {
 };
 
 // Adds what the keys from `begin` to `end` give; token i of the block sees those before `begin + seen + i`.
-void add_gradients(const Row &row, const Gradients &grads, long head, int32_t start, int count, int32_t begin,
+__attribute__((noinline)) void add_gradients(const Row &row, const Gradients &grads, long head, int32_t start, int count, int32_t begin,
                    int32_t end, int32_t seen) {
     const long size = row.size, key_head = row.key_head(head);
-    Vector *q = (Vector *)__builtin_alloca_with_align((3 * size + 2 * (KEYS + SUMS)) * sizeof(Vector), 512);
-    Vector *grad = q + size, *share = grad + size, *change = share + KEYS + SUMS;
-    float *grad_query = (float *)(change + KEYS + SUMS);  // (16, size)
+    Vector *q = (Vector *)__builtin_alloca_with_align((3 * size + 2 * (KEY_BLOCK + SUMS)) * sizeof(Vector), 512);
+    Vector *grad = q + size, *share = grad + size, *change = share + KEY_BLOCK + SUMS;
+    float *grad_query = (float *)(change + KEY_BLOCK + SUMS);  // (16, size)
     Vector lse{}, inner{};
     Integers stop;
     for (int lane = 0; lane < LANES; lane++) {
@@ -104,8 +104,8 @@ void add_gradients(const Row &row, const Gradients &grads, long head, int32_t st
         stop[lane] = begin + seen + lane;
     }
     std::fill(grad_query, grad_query + count * size, 0.0f);
-    for (int32_t at = begin; at < std::min(end, begin + seen + count - 1); at += KEYS) {
-        const int here = std::min(std::min(KEYS, end - at), begin + seen + count - 1 - at);
+    for (int32_t at = begin; at < std::min(end, begin + seen + count - 1); at += KEY_BLOCK) {
+        const int here = std::min(std::min(KEY_BLOCK, end - at), begin + seen + count - 1 - at);
         const float *keys = row.key(key_head, at), *values = row.value(key_head, at);
         Block<1>::multiply(q, keys, here, size, row.key.token, share);
         Block<1>::multiply(grad, values, here, size, row.value.token, change);
@@ -154,8 +154,8 @@ void flash_backward(float *query, float *key, float *value, float *output, float
                     long tokens, long heads, long key_heads, long size) {
     const Row row = {{query, strides[0], strides[1]}, {key, strides[2], strides[3]}, {value, strides[4], strides[5]},
                      {output, strides[6], strides[7]}, lse, tokens, heads, key_heads, size, scaling};
-    const Gradients grads = {{grad_output, strides[8], strides[9]}, {grad_query, strides[0], strides[1]},
-                             {grad_key, strides[2], strides[3]}, {grad_value, strides[4], strides[5]}};
+    const Gradients grads = {{grad_output, strides[8], strides[9]}, {grad_query, strides[10], strides[11]},
+                             {grad_key, strides[12], strides[13]}, {grad_value, strides[14], strides[15]}};
     const Segment *all = (const Segment *)spans, *crossing = (const Segment *)crossings;
     const long shared = heads / key_heads;
 #pragma omp parallel

@@ -16,10 +16,11 @@ from .layout import Layout
 
 
 LANES = 16
-"""Of which heads have a multiple."""
+"""Head sizes must be a multiple of this."""
 
 
 def serves(query: Tensor) -> bool:
+    """Whether there is a kernel for the device, the dtype and the head size."""
     return (
         query.device.type == "cpu"
         and query.dtype == torch.float32
@@ -42,7 +43,7 @@ def _kernels() -> Any:
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> tuple[Tensor, Tensor]:
     """The output, of shape (1, H, S, D), and the log-sum-exp, of shape (1, H, S); arguments as in `flash_attention`."""
     query, key, value = (_rows(x) for x in (query, key, value))
-    output, lse = torch.empty_like(query), query.new_empty(query.shape[:3])
+    output, lse = _rows(torch.empty_like(query)), query.new_empty(query.shape[:3])
     segments, strides = _segments(layout), _strides(query, key, value, output)
     _kernels().flash_forward(
         *(x.data_ptr() for x in (query, key, value, output, lse, segments, strides)),
@@ -56,16 +57,18 @@ def backward(grad: Tensor, saved: Sequence[Tensor], layout: Layout, scaling: flo
     """The gradients of query, key and value, from what `forward` was given and gave."""
     grad, query, key, value, output = (_rows(x) for x in (grad, *saved[:4]))
     lse = saved[4]
-    grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    grads = tuple(
+        _rows(torch.zeros_like(x)) for x in (query, key, value)
+    )  # of other strides than a view that is not dense
     segments, crossings = _segments(layout), _crossings(layout)
     tensors = query, key, value, output, lse, grad, *grads, segments, crossings
-    strides = _strides(query, key, value, output, grad)
+    strides = _strides(query, key, value, output, grad, *grads)
     _kernels().flash_backward(
         *(x.data_ptr() for x in (*tensors, strides)),
         scaling,
         *(len(segments), len(crossings), query.shape[2], query.shape[1], key.shape[1], query.shape[3]),
     )
-    return grads
+    return grads[0], grads[1], grads[2]
 
 
 def _rows(x: Tensor) -> Tensor:

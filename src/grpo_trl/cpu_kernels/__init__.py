@@ -3,16 +3,14 @@
 GCC is needed; where it is missing, or what it builds cannot be loaded, torch's own operations serve.
 """
 
-import contextlib
 import ctypes
 import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,8 @@ from ..logging import get_logger
 logger = get_logger(__name__)
 
 HEADERS = Path(__file__).parent
+COMPILER = "g++"
+"""Others have no `__builtin_shuffle`."""
 FLAGS = (
     "-O3",
     "-std=c++17",
@@ -34,10 +34,13 @@ FLAGS = (
     "-fno-trapping-math",
     "-fno-signed-zeros",
 )
-PROCESSORS = {"AVX2": ["-march=x86-64-v3"], "AVX512": ["-march=x86-64-v4"]}
-"""By what torch says of the processor; others get what all of their kind can do."""
+PROCESSORS = {
+    "AVX2": ["-mavx2", "-mfma"],
+    "AVX512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+"""Flags by `torch.backends.cpu.get_cpu_capability()`; other processors get the compiler's baseline."""
 POINTER, SIZE, FLOAT, DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_double
-"""Arguments of kernels; sizes are `long` in C++."""
+"""Arguments of kernels; sizes are `long` in C++, of 8 bytes."""
 
 
 def library(source: Path, signatures: Mapping[str, Sequence[Any]]) -> Any:
@@ -53,42 +56,36 @@ def library(source: Path, signatures: Mapping[str, Sequence[Any]]) -> Any:
 @functools.cache
 def _load(source: Path) -> Any:
     try:
-        with _folder() as folder:
-            return ctypes.CDLL(str(_built(source, folder)))
+        try:
+            return ctypes.CDLL(str(_built(source, _cache())))
+        except (OSError, RuntimeError):  # a home that is missing, full, read-only or mounted noexec
+            with tempfile.TemporaryDirectory() as folder:
+                return ctypes.CDLL(str(_built(source, Path(folder))))
     except (OSError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        logger.info("Kernels for sampling on a CPU cannot be compiled here, and it takes longer: %s", reason)
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in said if "error" in line), *said[:1])
+        logger.info("%s cannot be compiled (%s); PyTorch's operations serve, which are slower.", source.name, reason)
         return None
 
 
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    """The user's cache; a temporary folder where that cannot be written to."""
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_trl"
-        cache.mkdir(parents=True, exist_ok=True)
-        writable = os.access(cache, os.W_OK)
-    except (OSError, RuntimeError):  # the latter: there is no home
-        writable = False
-    if writable:
-        yield cache
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        yield Path(temporary)
+def _cache() -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "grpo_trl"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache
 
 
 def _built(source: Path, folder: Path) -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if compiler is None:
-        raise FileNotFoundError("there is no g++")
+    if ctypes.sizeof(SIZE) != 8:
+        raise OSError("a long has 4 bytes on this platform")
     flags = [*FLAGS, *PROCESSORS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    told = repr([flags, platform.machine(), *(x.read_text() for x in sorted(HEADERS.glob("*.h"))), source.read_text()])
-    target = folder / f"{source.stem}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.so"
+    headers = [header.read_text(encoding="utf-8") for header in sorted(HEADERS.glob("*.h"))]
+    fingerprint = repr([flags, platform.machine(), *headers, source.read_text(encoding="utf-8")])
+    target = folder / f"{source.stem}-{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.so"
     if not target.exists():
         # under another name, as other processes may load it
         with tempfile.TemporaryDirectory(dir=folder) as own:
             built = Path(own) / target.name
-            command = [compiler, *flags, f"-I{HEADERS}", str(source), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True)
+            command = [COMPILER, *flags, f"-I{HEADERS}", str(source), "-o", str(built)]
+            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
             built.replace(target)
     return target

@@ -11,7 +11,7 @@
 
 #include "vectors.h"
 
-constexpr int KEYS = 64;  // of a block, whose products with the queries stay in the cache
+constexpr int KEY_BLOCK = 64;  // of a block, whose products with the queries stay in the cache
 constexpr int SUMS = 8;   // that are kept in registers
 
 // Lanes of one query follow each other: lane = query * PLACES + place.
@@ -51,8 +51,8 @@ struct Lanes {
         }
     }
 
-    // What stands in a place of each query, in all of its places: `__builtin_shuffle(x, from(place))`.
-    static Integers from(int place) {
+    // What stands in a place of each query, in all of its places: `__builtin_shuffle(x, repeat(place))`.
+    static Integers repeat(int place) {
         Integers lane;
         for (int i = 0; i < LANES; i++) lane[i] = i / PLACES * PLACES + place;
         return lane;
@@ -60,7 +60,7 @@ struct Lanes {
 };
 
 // Keys and values of one head; those of a token stand `width` behind those of the one before.
-struct Held {
+struct KeysValues {
     const float *keys, *values;
     long key_width, value_width;
 };
@@ -84,9 +84,9 @@ struct Block {
     Seen seen[2][L::QUERIES];  // of each part of the keys
     int count = 0;
 
-    __attribute__((noinline)) void attend(const Held *parts, int num_parts, const Products &products) const {
+    __attribute__((noinline)) void attend(const KeysValues *parts, int num_parts, const Products &products) const {
         const long size = products.size / PLACES, value_size = products.value_size / PLACES;
-        Vector *q = (Vector *)__builtin_alloca_with_align((size + value_size + KEYS + SUMS) * sizeof(Vector), 512);
+        Vector *q = (Vector *)__builtin_alloca_with_align((size + value_size + KEY_BLOCK + SUMS) * sizeof(Vector), 512);
         Vector *out = q + size, *score = out + value_size;
         for (int lane = 0; lane < LANES; lane++) {
             const float *from = query[std::min(lane / PLACES, count - 1)] + lane % PLACES;
@@ -99,14 +99,14 @@ struct Block {
         for (int i = 0; i < count; i++) {
             float all = 0;
             for (int place = 0; place < PLACES; place++) all += sum[i * PLACES + place];
-            const float share = all > 0 ? 1 / all : 0;
+            const float share = all == 0 ? 0 : 1 / all;
             for (long d = 0; d < products.value_size; d++)
                 output[i][d] = out[d / PLACES][i * PLACES + d % PLACES] * share;
-            *lse[i] = all > 0 ? largest[i * PLACES] + std::log(all) : -INFINITY;
+            *lse[i] = all == 0 ? -INFINITY : largest[i * PLACES] + std::log(all);
         }
     }
 
-    void attend_to(const Held &held, const Seen *see, const Vector *q, const Products &products, Vector *score,
+    void attend_to(const KeysValues &held, const Seen *see, const Vector *q, const Products &products, Vector *score,
                    Vector *out, Vector &largest, Vector &sum) const {
         Integers first, stop;
         int32_t begin = INT32_MAX, all_from = 0, end = 0, all_to = INT32_MAX;
@@ -118,8 +118,8 @@ struct Block {
             first[lane] = see[std::min(lane / PLACES, count - 1)].first;
             stop[lane] = see[std::min(lane / PLACES, count - 1)].stop;
         }
-        for (int32_t start = std::max(begin, 0) / KEYS * KEYS; start < end; start += KEYS) {
-            const int here = std::min(KEYS, end - start);
+        for (int32_t start = std::max(begin, 0) / KEY_BLOCK * KEY_BLOCK; start < end; start += KEY_BLOCK) {
+            const int here = std::min(KEY_BLOCK, end - start);
             multiply(q, held.keys + start * held.key_width, here, products.size / PLACES, held.key_width, score);
             if (products.softcap > 0) cap(score, here, products.softcap);
             if (start < all_from || start + here > all_to || here % PLACES) hide(score, here, start, first, stop);
@@ -135,7 +135,7 @@ struct Block {
             largest = most;
             sum *= shrink;
             for (int j = 0; j * PLACES < here; j++) {
-                score[j] = score[j] > Vector{} - 1e30f ? exponential(score[j] - largest) : Vector{};
+                score[j] = score[j] == Vector{} - INFINITY ? Vector{} : exponential(score[j] - largest);
                 sum += score[j];
             }
             const float *values = held.values + start * held.value_width;
@@ -185,10 +185,10 @@ struct Block {
                                Vector *out) {
         Vector sum[COMPONENTS];
         for (int u = 0; u < COMPONENTS; u++) sum[u] = out[u] * shrink;
-        Integers from[PLACES];
-        for (int place = 0; place < PLACES; place++) from[place] = L::from(place);
+        Integers repeat[PLACES];
+        for (int place = 0; place < PLACES; place++) repeat[place] = L::repeat(place);
         for (int j = 0; j < count; j++) {
-            const Vector weight = PLACES == 1 ? share[j] : __builtin_shuffle(share[j / PLACES], from[j % PLACES]);
+            const Vector weight = PLACES == 1 ? share[j] : __builtin_shuffle(share[j / PLACES], repeat[j % PLACES]);
             for (int u = 0; u < COMPONENTS; u++) sum[u] += weight * L::spread(values + j * width + u * PLACES);
         }
         for (int u = 0; u < COMPONENTS; u++) out[u] = sum[u];

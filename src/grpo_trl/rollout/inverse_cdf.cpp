@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <vector>
 
 #include "vectors.h"
@@ -130,7 +131,7 @@ extern "C" void sample(const float *logits, const double *noise, int64_t *tokens
             if (top_k > 0 && top_k < vocabulary) row.keep_top_k(top_k);
             int64_t least = 0;
             if (min_p > 0) least = (int64_t)std::ceil(min_p * *std::max_element(weights.begin(), weights.end()));
-            if (top_p < 1) least = std::max(least, row.least_of((int64_t)std::ceil(top_p * row.total())));
+            if (top_p < 1) least = std::max(least, row.least_of(std::max<int64_t>(1, (int64_t)std::ceil(top_p * row.total()))));
             if (least > 0) row.keep(least);
             if (least > 0 || top_k > 0) total = row.total();
             narrowed_lse[r] = row.logsumexp(total);

@@ -7,7 +7,7 @@ vocabularies of up to 2^18 tokens, which is below what float32 logits resolve.
 
 The scan has two levels: sums of blocks of the vocabulary, and one block. Top-k, top-p and min-p each leave the tokens that
 weigh at least so much; the others weigh nothing, and the scan is the same. Logits in float32 on a CPU are sampled from by a
-kernel in C++, which differs in the last bit of exp.
+kernel in C++, which rounds exp in its own way.
 
 Axes: R rows, V vocabulary, N blocks, K tokens of a block.
 """
@@ -115,7 +115,7 @@ def _kernel() -> Any:
 
 
 def _sample_by_kernel(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> tuple[Tensor, Tensor, Tensor]:
-    logits_RV, noise_R = logits_RV.contiguous(), noise_R.contiguous()
+    logits_RV, noise_R = logits_RV.contiguous(), noise_R.double().contiguous()
     rows, vocabulary = logits_RV.shape
     tokens_R = torch.empty(rows, dtype=torch.long)
     lse_R, narrowed_lse_R = torch.empty(2, rows, dtype=torch.float64)

@@ -27,6 +27,22 @@ def test_served_layers_compute_the_same(rows, inputs, outputs, bias):
     assert forwards(layer) == {"": False}
 
 
+def test_long_sums_are_as_good_as_torchs():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5000, 8, bias=False).requires_grad_(False), torch.randn(16, 5000)
+    exact = x.double() @ layer.weight.double().T
+    theirs = (layer(x).double() - exact).square().mean().sqrt()
+    with served([layer]):
+        mine = (layer(x).double() - exact).square().mean().sqrt()
+    assert mine < 2 * theirs
+
+
+def test_inputs_that_a_layer_does_not_take_are_torchs_error():
+    layer = nn.Linear(8, 4)
+    with served([layer]), pytest.raises(RuntimeError, match="shapes"):
+        layer(torch.randn(2, 6))
+
+
 def test_layers_are_as_they_were_after_an_exception():
     model = make_model()
     with pytest.raises(RuntimeError, match="stop"), served(model.modules()):

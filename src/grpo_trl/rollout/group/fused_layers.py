@@ -219,6 +219,8 @@ class CompiledLayer(FusedLayer):
 
     def _step(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
         assert isinstance(cache.now, Step)
+        if any(x.dtype != torch.float32 for x in (hidden_RC, *rotation)):  # of embeddings in another precision
+            return super()._step(hidden_RC, cache, rotation)
         return cpu_kernels.layer(hidden_RC, self._weights, cache.of_layer(self._attention), cache.now, rotation)
 
 

@@ -50,7 +50,7 @@ class LayerMemory:
     scaling: float
     window: int | None
     softcap: float | None
-    compiled: Any = None
+    cpu_struct: Any = None
     """What `cpu_kernels` reads of it."""
 
     @property

@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ....cpu_kernels import POINTER, SIZE, library
+from ....cpu_kernels import FLOAT, POINTER, SIZE, library
 from .. import norms, step
 
 
 ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "GELUTanh": 1}
 """Of gates, by the name of their module."""
-_FLOAT = ctypes.c_float
 
 
 @functools.cache
@@ -43,9 +42,9 @@ class Struct(ctypes.Structure):
 
 
 class Norm(Struct):
-    """Of a weight, or none."""
+    """An RMSNorm; without a weight where there is none."""
 
-    _fields_ = (("weight", POINTER), ("eps", _FLOAT))
+    _fields_ = (("weight", POINTER), ("eps", FLOAT))
 
     @classmethod
     def of(cls, norm: norms.Norm | None) -> "Norm":
@@ -53,7 +52,7 @@ class Norm(Struct):
 
 
 class Linear(Struct):
-    """Of a weight of shape (outputs, inputs), and perhaps a bias."""
+    """A weight of shape (outputs, inputs), and perhaps a bias."""
 
     _fields_ = (("weight", POINTER), ("bias", POINTER), ("outputs", SIZE))
 
@@ -71,7 +70,7 @@ class Weights(Struct):
         *((f"norm_{part}", Norm) for part in ("before_mlp", "after_mlp")),
         *((name, Linear) for name in ("qkv", "output", "gate_up", "down")),
         *((name, SIZE) for name in ("heads", "whole_norms", "activation")),
-        ("residual", _FLOAT),
+        ("residual", FLOAT),
     )
 
     def __init__(self, *parts: Any):
@@ -85,7 +84,7 @@ class Memory(Struct):
     _fields_ = (
         *((name, POINTER) for name in ("own", "prompts")),
         *((name, SIZE) for name in ("own_columns", "prompt_columns", "key_heads", "size", "value_size")),
-        *((name, _FLOAT) for name in ("scaling", "softcap")),
+        *((name, FLOAT) for name in ("scaling", "softcap")),
     )
 
     @classmethod
@@ -164,6 +163,6 @@ def product(x: Tensor, linear: Linear) -> Tensor:
 
 def _memory(layer: step.LayerMemory) -> Memory:
     """Made once per layer."""
-    if layer.compiled is None:
-        layer.compiled = Memory.of(layer)
-    return layer.compiled
+    if layer.cpu_struct is None:
+        layer.cpu_struct = Memory.of(layer)
+    return layer.cpu_struct

@@ -48,6 +48,7 @@ struct Step {
 namespace {
 
 constexpr long WORTH_THREADS = 1 << 14;  // elements
+constexpr long PIECE = 256;              // inputs that are summed by themselves, so that long sums round less
 
 // Memory that is kept from call to call, one for each use.
 template <int USE>
@@ -58,7 +59,7 @@ float *scratch(long floats) {
 }
 
 // ---- Attention ----
-struct Keys : Reach {
+struct Slots : Reach {
     const float *memory;
     long columns;
 };
@@ -68,50 +69,50 @@ struct Sizes : Products {
 };
 
 template <int PLACES>
-void attend_block(long slot, long head, long block_at, const float *query, const Keys &keys, const Sizes &sizes,
+void attend_block(long slot, long head, long block_at, const float *query, const Slots &slots, const Sizes &sizes,
                   float *output, float *lse) {
     Block<PLACES> block;
     long skipped = block_at * Lanes<PLACES>::QUERIES;  // of earlier blocks
-    for (long line = 0; line < keys.group * sizes.queries && block.count < Lanes<PLACES>::QUERIES; line++) {
-        const long row = keys.rows[slot * keys.group + line / sizes.queries];
+    for (long line = 0; line < slots.group * sizes.queries && block.count < Lanes<PLACES>::QUERIES; line++) {
+        const long row = slots.rows[slot * slots.group + line / sizes.queries];
         if (row < 0 || skipped-- > 0) continue;
         const long at = (row * sizes.key_heads + head) * sizes.queries + line % sizes.queries;
         block.query[block.count] = query + at * sizes.size;
         block.output[block.count] = output + at * sizes.value_size;
         block.lse[block.count] = lse + at;
-        block.seen[0][block.count++] = {keys.first[row], keys.stop[row]};
+        block.seen[0][block.count++] = {slots.first[row], slots.stop[row]};
     }
     if (!block.count) return;
     const long width = sizes.key_heads * (sizes.size + sizes.value_size);
-    const float *tokens = keys.memory + slot * keys.columns * width;
+    const float *tokens = slots.memory + slot * slots.columns * width;
     const float *values = tokens + sizes.key_heads * sizes.size + head * sizes.value_size;
-    const Held held = {tokens + head * sizes.size, values, width, width};
+    const KeysValues held = {tokens + head * sizes.size, values, width, width};
     block.attend(&held, 1, sizes);
 }
 
-long blocks_of(const Keys &keys, const Sizes &sizes) { return (keys.group * sizes.queries + LANES - 1) / LANES; }
+long blocks_of(const Slots &slots, const Sizes &sizes) { return (slots.group * sizes.queries + LANES - 1) / LANES; }
 
-void run_task(long task, const float *query, const Keys &keys, const Sizes &sizes, float *output, float *lse) {
-    const long blocks = blocks_of(keys, sizes), slot = task / (sizes.key_heads * blocks);
-    const int32_t *rows = keys.rows + slot * keys.group;
-    const long lines = sizes.queries * std::count_if(rows, rows + keys.group, [](int32_t row) { return row >= 0; });
+void run_task(long task, const float *query, const Slots &slots, const Sizes &sizes, float *output, float *lse) {
+    const long blocks = blocks_of(slots, sizes), slot = task / (sizes.key_heads * blocks);
+    const int32_t *rows = slots.rows + slot * slots.group;
+    const long lines = sizes.queries * std::count_if(rows, rows + slots.group, [](int32_t row) { return row >= 0; });
     long places = 1;
     while (places < 4 && 2 * places * lines <= LANES && sizes.size % (2 * places) == 0 &&
            sizes.value_size % (2 * places) == 0)
         places *= 2;
     const auto attend = places == 1 ? attend_block<1> : places == 2 ? attend_block<2> : attend_block<4>;
-    attend(slot, task / blocks % sizes.key_heads, task % blocks, query, keys, sizes, output, lse);
+    attend(slot, task / blocks % sizes.key_heads, task % blocks, query, slots, sizes, output, lse);
 }
 
 // To the keys of prompts and of rows; a row's parts are merged by their log-sum-exps.
 void attend_to_all(const float *query, long heads, const Memory &memory, const Step &step, float *output) {
     const Sizes sizes = {{memory.size, memory.value_size, memory.scaling, memory.softcap},
                          memory.key_heads, heads / memory.key_heads};
-    const Keys keys[2] = {{step.prompts, memory.prompts, memory.prompt_columns},
+    const Slots slots[2] = {{step.prompts, memory.prompts, memory.prompt_columns},
                           {step.own, memory.own, memory.own_columns}};
     const long lines = step.rows * heads, size = memory.value_size;
-    const long tasks = step.prompts.slots * memory.key_heads * blocks_of(keys[0], sizes);
-    const long own_tasks = step.own.slots * memory.key_heads * blocks_of(keys[1], sizes);
+    const long tasks = step.prompts.slots * memory.key_heads * blocks_of(slots[0], sizes);
+    const long own_tasks = step.own.slots * memory.key_heads * blocks_of(slots[1], sizes);
     float *partial = scratch<0>(2 * lines * (size + 1)), *lse = partial + 2 * lines * size;
     std::fill(lse, lse + 2 * lines, -INFINITY);
 #pragma omp parallel
@@ -119,15 +120,19 @@ void attend_to_all(const float *query, long heads, const Memory &memory, const S
 #pragma omp for schedule(dynamic)
         for (long task = 0; task < tasks + own_tasks; task++) {
             const bool own = task >= tasks;
-            run_task(own ? task - tasks : task, query, keys[own], sizes, partial + own * lines * size,
+            run_task(own ? task - tasks : task, query, slots[own], sizes, partial + own * lines * size,
                      lse + own * lines);
         }
 #pragma omp for
         for (long line = 0; line < lines; line++) {
-            const float share = 1 / (1 + std::exp(lse[line] - lse[line + lines]));  // of own keys
             const float *a = partial + line * size, *b = a + lines * size;
-            for (long d = 0; d < size; d++)
-                output[line * size + d] = (share < 1 ? (1 - share) * a[d] : 0) + (share > 0 ? share * b[d] : 0);
+            float *to = output + line * size;
+            if (lse[line] == -INFINITY) {  // nothing was written
+                std::copy(b, b + size, to);
+                continue;
+            }
+            const float share = 1 / (1 + std::exp(lse[line] - lse[line + lines]));  // of own keys, which every row has
+            for (long d = 0; d < size; d++) to[d] = (1 - share) * a[d] + share * b[d];
         }
     }
 }
@@ -145,14 +150,19 @@ void turn(const float *x, long first, long rows, long inputs, Vector *to) {
 template <int COUNT>
 inline void multiply_by(const Vector *x, const float *weight, long inputs, long ahead, Vector *sum) {
     for (int u = 0; u < COUNT; u++) sum[u] = Vector{};
-    long i = 0;
-    for (; i + LANES <= inputs; i += LANES) {
-        for (int u = 0; u < COUNT; u++) __builtin_prefetch(weight + u * inputs + i + ahead);
-        for (int k = 0; k < LANES; k++)
-            for (int u = 0; u < COUNT; u++) sum[u] += x[i + k] * weight[u * inputs + i + k];
+    for (long start = 0; start < inputs; start += PIECE) {
+        Vector piece[COUNT] = {};
+        const long end = std::min(start + PIECE, inputs);
+        long i = start;
+        for (; i + LANES <= end; i += LANES) {
+            for (int u = 0; u < COUNT; u++) __builtin_prefetch(weight + u * inputs + i + ahead);
+            for (int k = 0; k < LANES; k++)
+                for (int u = 0; u < COUNT; u++) piece[u] += x[i + k] * weight[u * inputs + i + k];
+        }
+        for (; i < end; i++)
+            for (int u = 0; u < COUNT; u++) piece[u] += x[i] * weight[u * inputs + i];
+        for (int u = 0; u < COUNT; u++) sum[u] += piece[u];
     }
-    for (; i < inputs; i++)
-        for (int u = 0; u < COUNT; u++) sum[u] += x[i] * weight[u * inputs + i];
 }
 
 void multiply_rows(const float *x, const Linear &linear, long rows, long inputs, float *output) {

@@ -31,17 +31,17 @@ def served(modules: Iterable[nn.Module]) -> Iterator[None]:
 def _is_served(module: nn.Module) -> bool:
     if type(module) is not nn.Linear or "forward" in vars(module) or torch.is_autocast_enabled("cpu"):
         return False
-    on_cpu = module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+    parameters = [*module.parameters()]
+    on_cpu = all(x.device.type == "cpu" and x.dtype == torch.float32 for x in parameters)
     return on_cpu and compiled() is not None
 
 
 def _forward(layer: Any) -> Callable[[Tensor], Tensor]:
     weight, bias = layer.weight.detach(), layer.bias
-    compiled = Linear.of((weight, bias))
+    parameters = Linear.of((weight, bias))
 
     def forward(x: Tensor) -> Tensor:
-        if x.numel() > MOST_ROWS * x.shape[-1] or x.dtype != torch.float32:
-            return linear(x, weight, bias)
-        return product(x, compiled)
+        fits = x.dtype == torch.float32 and x.shape[-1] == weight.shape[1] and x.numel() <= MOST_ROWS * x.shape[-1]
+        return product(x, parameters) if fits else linear(x, weight, bias)
 
     return forward
