@@ -67,7 +67,7 @@ class Peaks(TrainerCallback):
         self.update = self.allocated.peak_since()
 
     def counted(self):
-        """Both, above what is left when the run is gone: code that oneDNN compiles, for the most part."""
+        """Both, above what is left when the run is gone: what libraries keep, for the most part."""
         gc.collect()
         left = self.allocated.now()
         return self.sampling - left, self.update - left
