@@ -210,6 +210,19 @@ def test_no_float_is_summed_in_a_scan_and_no_vocabulary_sorted(settings):
     assert all(shape[-1] < 200 for name, _, shape in calls if name in ("sort", "argsort", "multinomial"))
 
 
+@pytest.mark.parametrize("way", ["kernel"], indirect=True)
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 17, 63, 64, 65, 1000])
+@pytest.mark.parametrize("narrowing", [(), (9, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.05), (20, 0.9, 0.02)], ids=str)
+def test_the_kernel_samples_what_torch_does(vocabulary, narrowing, monkeypatch):
+    logits, noise = random_logits(50, vocabulary=vocabulary), torch.rand(50, dtype=torch.float64)
+    found = [inversion.sample_tokens(logits, noise, inversion.Narrowing(*narrowing))]
+    monkeypatch.setattr(inversion, "_kernel", lambda: None)
+    found.append(inversion.sample_tokens(logits, noise, inversion.Narrowing(*narrowing)))
+    (tokens, *sums), (expected, *others) = found
+    assert torch.equal(tokens, expected)
+    assert torch.allclose(torch.stack(sums), torch.stack(others), atol=1e-6)
+
+
 def test_a_sampler_that_cannot_be_compiled_samples_all_the_same(monkeypatch, caplog):
     def broken(*args):
         raise RuntimeError("no compiler")

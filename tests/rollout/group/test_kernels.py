@@ -113,18 +113,12 @@ def make_keys(slots, group, columns, first, stop, width):
     return Keys(memory, reach)
 
 
-@pytest.mark.parametrize("chunk", [64, 512])
-@pytest.mark.parametrize("window, softcap", [(None, None), (7, None), (None, 1.5)], ids=str)
+@pytest.mark.parametrize("window, softcap", [(None, None), (7, None), (None, 1.5), (80, 1.5)], ids=str)
 @pytest.mark.parametrize("group", [1, 2, 30])
 @pytest.mark.parametrize("size, value_size", [(16, 16), (20, 9), (8, 6), (130, 130)])
-def test_attention_is_that_of_plain_products(kernels, chunk, window, softcap, group, size, value_size, monkeypatch):
-    if kernels.__name__.endswith(".cpu_kernels"):
-        if chunk == 64:
-            pytest.skip("they read keys in chunks of one size")
-    elif group == 2:
-        pytest.skip("they compute as for one row")
-    else:
-        monkeypatch.setattr(importlib.import_module(f"{kernels.__name__}.attention"), "CHUNK", chunk)
+def test_attention_is_that_of_plain_products(kernels, window, softcap, group, size, value_size, monkeypatch):
+    if hasattr(kernels, "attention"):  # Triton's, by several programs
+        monkeypatch.setattr(kernels.attention, "CHUNK", 64)
     stops = [1, 150, 64, 65, 63, 128, 5, 70, 149], [9, 1, 17, 64, 70, 2, 65, 3, 16]
     starts = [[0 if window is None else last - window for last in stop] for stop in stops]
     starts[0][3] = 200  # has left its prompt behind
