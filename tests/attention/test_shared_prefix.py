@@ -39,8 +39,6 @@ HEADS = {
     "one key head": (4, 1, 3, 3),
     "smaller values": (4, 2, 6, 3),
     "larger values": (2, 1, 3, 5),
-    "sixteen lanes": (4, 2, 16, 16),
-    "more lanes, smaller values": (3, 1, 48, 32),
 }
 """Query heads, key heads, head size, and that of the values."""
 LAYOUT = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
