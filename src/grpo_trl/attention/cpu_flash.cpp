@@ -158,24 +158,21 @@ void flash_backward(float *query, float *key, float *value, float *output, float
                              {grad_key, strides[12], strides[13]}, {grad_value, strides[14], strides[15]}};
     const Segment *all = (const Segment *)spans, *crossing = (const Segment *)crossings;
     const long shared = heads / key_heads;
+    // Of the tokens of a span, in all heads that share one key head: to their own keys so far, or to their prompt's.
+    const auto add = [&](const Segment &span, long key_head, bool own) {
+        for (long head = key_head * shared; head < (key_head + 1) * shared; head++)
+            for (int32_t start = span.start; start < span.stop; start += LANES) {
+                const int32_t begin = own ? span.start : span.prompt_start, end = own ? span.stop : span.prompt_stop;
+                const int32_t seen = own ? start - begin + 1 : end - begin;
+                add_gradients(row, grads, head, start, std::min(LANES, span.stop - start), begin, end, seen);
+            }
+    };
 #pragma omp parallel
     {
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < segments * key_heads; task++) {
-            const Segment segment = all[task / key_heads];
-            for (long head = task % key_heads * shared; head < (task % key_heads + 1) * shared; head++)
-                for (int32_t start = segment.start; start < segment.stop; start += LANES)
-                    add_gradients(row, grads, head, start, std::min(LANES, segment.stop - start), segment.start,
-                                  segment.stop, start - segment.start + 1);
-        }
+        for (long task = 0; task < segments * key_heads; task++) add(all[task / key_heads], task % key_heads, true);
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < groups * key_heads; task++) {
-            const Segment group = crossing[task / key_heads];
-            for (long head = task % key_heads * shared; head < (task % key_heads + 1) * shared; head++)
-                for (int32_t start = group.start; start < group.stop; start += LANES)
-                    add_gradients(row, grads, head, start, std::min(LANES, group.stop - start), group.prompt_start,
-                                  group.prompt_stop, group.prompt_stop - group.prompt_start);
-        }
+        for (long task = 0; task < groups * key_heads; task++) add(crossing[task / key_heads], task % key_heads, false);
     }
 }
 }

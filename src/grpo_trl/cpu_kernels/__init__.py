@@ -1,6 +1,6 @@
 """Kernels for CPUs in C++, compiled when they are first needed, once for each user and kind of processor.
 
-GCC is needed; where it is missing, or what it builds cannot be loaded, torch's own operations serve.
+They need GCC; where it is missing, or what it builds cannot be loaded, callers fall back to torch's own operations.
 """
 
 import ctypes
@@ -62,9 +62,11 @@ def _load(source: Path) -> Any:
             with tempfile.TemporaryDirectory() as folder:
                 return ctypes.CDLL(str(_built(source, Path(folder))))
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = next((line for line in said if "error" in line), *said[:1])
-        logger.info("%s cannot be compiled (%s); PyTorch's operations serve, which are slower.", source.name, reason)
+        said = (getattr(error, "stderr", None) or repr(error)).strip().splitlines()
+        reason = next((line for line in said if "error" in line.lower()), said[0])
+        logger.info(
+            "%s falls back to PyTorch's operations, which are slower: it does not compile (%s).", source.name, reason
+        )
         return None
 
 

@@ -2,7 +2,7 @@
 
 A layer of transformers takes about fifty launches for one token of each row. Here one product gives query, key and value
 and one gate and up, and kernels compute all that stands between two products, in Triton on a GPU; on a CPU a layer is one
-call, in C++. Where there are neither, torch's operations serve. Weights are joined once per rollout, with adapters merged
+call, in C++. Where there are neither, torch computes it. Weights are joined once per rollout, with adapters merged
 into them. Prompts are prefilled by transformers' own forwards, from which the cache knows the scale, window and soft cap
 of their attention.
 

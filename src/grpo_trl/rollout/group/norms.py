@@ -3,7 +3,6 @@
 Axes: R running rows, H query heads, K key-value heads, D head size.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,22 +31,9 @@ class Norm:
 
     def __call__(self, x: Tensor) -> Tensor:
         weight = self.weight
-        if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
-            return self._on_cpu(x)
         if self.widens:
             return rms_norm(x.to(weight.dtype), tuple(weight.shape), weight, self.eps).to(x.dtype)
         return rms_norm(x, tuple(weight.shape), weight.to(x.dtype), self.eps)
-
-    def _on_cpu(self, x: Tensor) -> Tensor:
-        """In half of the launches that torch's composite takes."""
-        wide = x.to(self.weight.dtype)
-        length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = torch.addcmul(self._added, length, length, value=1 / len(self.weight)).rsqrt_()
-        return scale.mul(wide).mul_(self.weight).to(x.dtype)
-
-    @functools.cached_property
-    def _added(self) -> Tensor:
-        return self.weight.new_tensor(self.eps)
 
 
 @dataclass(frozen=True)

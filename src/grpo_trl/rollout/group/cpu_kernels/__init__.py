@@ -1,6 +1,6 @@
 """Decoding steps on a CPU, in C++ and in float32: the layers of the Llama family, attention for others, and products.
 
-Where `compiled()` is None, torch's operations serve.
+Where `compiled()` is None, callers fall back to torch's operations.
 
 Axes: R running rows, H query heads, D head size, C hidden size.
 """
