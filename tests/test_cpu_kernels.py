@@ -5,6 +5,7 @@ import logging
 import shutil
 
 import pytest
+import torch
 
 from grpo_trl import cpu_kernels
 from grpo_trl.cpu_kernels import FLOAT, POINTER, SIZE, library
@@ -33,9 +34,13 @@ def source(tmp_path, monkeypatch):
 def commands(monkeypatch):
     """The commands that compile."""
     commands, run = [], cpu_kernels.subprocess.run
-    monkeypatch.setattr(
-        cpu_kernels.subprocess, "run", lambda *args, **options: commands.append(1) or run(*args, **options)
-    )
+
+    def note(command, **options):
+        if "-c" in command:
+            commands.append(command)
+        return run(command, **options)
+
+    monkeypatch.setattr(cpu_kernels.subprocess, "run", note)
     return commands
 
 
@@ -52,6 +57,26 @@ def test_a_kernel_computes_with_the_memory_that_it_is_given(source):
     numbers, sums = (ctypes.c_float * 3)(1, 2, 3), (ctypes.c_float * 3)()
     library(source, SIGNATURES).add(numbers, sums, 0.5, 2)
     assert list(sums) == [1.5, 2.5, 0.0]
+
+
+@needs_compiler
+def test_kernels_run_on_the_threads_of_torch(source, monkeypatch):
+    source.write_text(
+        """
+extern "C" void threads(long *count) {
+#pragma omp parallel
+#pragma omp atomic
+    *count += 1;
+}
+"""
+    )
+    before, count = torch.get_num_threads(), ctypes.c_long(0)
+    try:
+        torch.set_num_threads(3)
+        library(source, {"threads": [POINTER]}).threads(ctypes.addressof(count))
+    finally:
+        torch.set_num_threads(before)
+    assert count.value == 3
 
 
 @needs_compiler

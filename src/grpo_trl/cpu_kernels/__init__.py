@@ -28,7 +28,6 @@ FLAGS = (
     "-O3",
     "-std=c++17",
     "-fopenmp",
-    "-shared",
     "-fPIC",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -87,7 +86,12 @@ def _built(source: Path, folder: Path) -> Path:
         # under another name, as other processes may load it
         with tempfile.TemporaryDirectory(dir=folder) as own:
             built = Path(own) / target.name
-            command = [COMPILER, *flags, f"-I{HEADERS}", str(source), "-o", str(built)]
-            subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+            compiled = str(built.with_suffix(".o"))
+            # linked to no OpenMP, so that it finds torch's, whose threads must not wait beside others
+            for command in (
+                ["-c", *flags, f"-I{HEADERS}", str(source), "-o", compiled],
+                ["-shared", compiled, "-o", str(built)],
+            ):
+                subprocess.run([COMPILER, *command], check=True, capture_output=True, text=True, errors="replace")
             built.replace(target)
     return target
