@@ -22,6 +22,7 @@ ACTIVATIONS = {"SiLU": 0, "SiLUActivation": 0, "GELUTanh": 1}
 
 @functools.cache
 def compiled() -> Any:
+    """The functions of `kernels.cpp`; None where they do not compile."""
     return library(
         Path(__file__).with_name("kernels.cpp"),
         {"attend": [POINTER] * 4 + [SIZE], "product": [POINTER] * 3 + [SIZE] * 2, "layer": [POINTER] * 5 + [SIZE]},
@@ -153,7 +154,7 @@ def layer(
 
 
 def product(x: Tensor, linear: Linear) -> Tensor:
-    """Of `x`, of shape (..., inputs)."""
+    """The outputs for `x` of shape (..., inputs), of shape (..., outputs)."""
     rows = x.contiguous()
     output = x.new_empty(*x.shape[:-1], linear.outputs)
     inputs = x.shape[-1]
