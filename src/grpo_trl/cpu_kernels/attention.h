@@ -12,7 +12,8 @@
 #include "vectors.h"
 
 constexpr int KEY_BLOCK = 64;  // of a block, whose products with the queries stay in the cache
-constexpr int SUMS = 8;   // that are kept in registers
+constexpr int SUMS = 8;        // that are kept in registers
+constexpr int AHEAD = 16;      // tokens whose keys and values are on their way from memory meanwhile
 
 // Lanes of one query follow each other: lane = query * PLACES + place.
 template <int PLACES>
@@ -148,6 +149,8 @@ struct Block {
         for (int j = 0; j < count; j += SUMS) {
             const float *key[SUMS];
             for (int u = 0; u < SUMS; u++) key[u] = keys + std::min(j + u, count - 1) * width;
+            for (int u = 0; u < SUMS; u++)
+                for (long d = 0; d < size * PLACES; d += LANES) __builtin_prefetch(key[u] + AHEAD * width + d);
             Vector sum[SUMS] = {};
             for (long d = 0; d < size; d++)
                 for (int u = 0; u < SUMS; u++) sum[u] += q[d] * L::spread(key[u] + d * PLACES);
@@ -188,6 +191,7 @@ struct Block {
         Integers repeat[PLACES];
         for (int place = 0; place < PLACES; place++) repeat[place] = L::repeat(place);
         for (int j = 0; j < count; j++) {
+            __builtin_prefetch(values + (j + AHEAD) * width);
             const Vector weight = PLACES == 1 ? share[j] : __builtin_shuffle(share[j / PLACES], repeat[j % PLACES]);
             for (int u = 0; u < COMPONENTS; u++) sum[u] += weight * L::spread(values + j * width + u * PLACES);
         }

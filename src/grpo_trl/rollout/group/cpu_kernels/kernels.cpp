@@ -72,7 +72,7 @@ template <int PLACES>
 void attend_block(long slot, long head, long block_at, const float *query, const Slots &slots, const Sizes &sizes,
                   float *output, float *lse) {
     Block<PLACES> block;
-    long skipped = block_at * Lanes<PLACES>::QUERIES;  // of earlier blocks
+    long skipped = block_at * LANES;  // of earlier blocks
     for (long line = 0; line < slots.group * sizes.queries && block.count < Lanes<PLACES>::QUERIES; line++) {
         const long row = slots.rows[slot * slots.group + line / sizes.queries];
         if (row < 0 || skipped-- > 0) continue;
@@ -93,15 +93,16 @@ void attend_block(long slot, long head, long block_at, const float *query, const
 long blocks_of(const Slots &slots, const Sizes &sizes) { return (slots.group * sizes.queries + LANES - 1) / LANES; }
 
 void run_task(long task, const float *query, const Slots &slots, const Sizes &sizes, float *output, float *lse) {
-    const long blocks = blocks_of(slots, sizes), slot = task / (sizes.key_heads * blocks);
+    const long blocks = blocks_of(slots, sizes), slot = task / (sizes.key_heads * blocks), block = task % blocks;
     const int32_t *rows = slots.rows + slot * slots.group;
-    const long lines = sizes.queries * std::count_if(rows, rows + slots.group, [](int32_t row) { return row >= 0; });
+    const long members = std::count_if(rows, rows + slots.group, [](int32_t row) { return row >= 0; });
+    const long lines = sizes.queries * members - block * LANES;  // from this block on
     long places = 1;
     while (places < 4 && 2 * places * lines <= LANES && sizes.size % (2 * places) == 0 &&
            sizes.value_size % (2 * places) == 0)
         places *= 2;
     const auto attend = places == 1 ? attend_block<1> : places == 2 ? attend_block<2> : attend_block<4>;
-    attend(slot, task / blocks % sizes.key_heads, task % blocks, query, slots, sizes, output, lse);
+    attend(slot, task / blocks % sizes.key_heads, block, query, slots, sizes, output, lse);
 }
 
 // To the keys of prompts and of rows; a row's parts are merged by their log-sum-exps.
@@ -111,13 +112,13 @@ void attend_to_all(const float *query, long heads, const Memory &memory, const S
     const Slots slots[2] = {{step.prompts, memory.prompts, memory.prompt_columns},
                           {step.own, memory.own, memory.own_columns}};
     const long lines = step.rows * heads, size = memory.value_size;
-    const long tasks = step.prompts.slots * memory.key_heads * blocks_of(slots[0], sizes);
+    const long blocks = blocks_of(slots[0], sizes), tasks = step.prompts.slots * memory.key_heads * blocks;
     const long own_tasks = step.own.slots * memory.key_heads * blocks_of(slots[1], sizes);
     float *partial = scratch<0>(2 * lines * (size + 1)), *lse = partial + 2 * lines * size;
     std::fill(lse, lse + 2 * lines, -INFINITY);
 #pragma omp parallel
     {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic, blocks)  // those of one slot and head read the same keys
         for (long task = 0; task < tasks + own_tasks; task++) {
             const bool own = task >= tasks;
             run_task(own ? task - tasks : task, query, slots[own], sizes, partial + own * lines * size,
