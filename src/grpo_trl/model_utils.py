@@ -2,13 +2,23 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+
+LLAMA_FAMILIES = ("Gemma2", "Gemma3", "Granite", "Llama", "Mistral", "Olmo2", "Phi3", "Qwen2", "Qwen3")
+"""Whose decoder layers are norms, attention, and a gated feed-forward."""
+
+
+def llama_layers(model: nn.Module) -> list[Any]:
+    """The decoder layers of a model of `LLAMA_FAMILIES`, in order; none of another one."""
+    names = {f"{family}DecoderLayer" for family in LLAMA_FAMILIES}
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def causal_lm(model: Any) -> PreTrainedModel:
@@ -58,6 +68,37 @@ def attending_by(model: nn.Module, name: str) -> Iterator[None]:
     finally:
         for config, implementation in before:
             config._attn_implementation = implementation
+
+
+class StandIn(nn.Module):
+    """A function in place of a module: without its hooks, with its attributes."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]):
+        super().__init__()
+        self.__dict__["stood_in_for"] = module
+        self.function = function
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.__dict__["stood_in_for"], name)
+        return StandIn(value, self.function) if isinstance(value, nn.Module) else value  # OPT calls its model.decoder
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def replaced(entries: Any, name: str | None, value: Any) -> Iterator[None]:
+    """Another entry inside, what was there after."""
+    missing = object()
+    before = entries.get(name, missing)
+    try:
+        entries[name] = value
+        yield
+    finally:
+        if before is missing:
+            del entries[name]
+        else:
+            entries[name] = before
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

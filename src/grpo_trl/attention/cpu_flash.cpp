@@ -92,6 +92,7 @@ __attribute__((noinline)) void add_gradients(const Row &row, const Gradients &gr
     float *grad_query = (float *)(change + KEY_BLOCK + SUMS);  // (16, size)
     Vector lse{}, inner{};
     Integers stop;
+    bool unread = true;
     for (int lane = 0; lane < LANES; lane++) {
         const long token = start + std::min(lane, count - 1);
         const float *from = row.query(head, token), *given = grads.output(head, token), *out = row.output(head, token);
@@ -99,10 +100,12 @@ __attribute__((noinline)) void add_gradients(const Row &row, const Gradients &gr
             q[d][lane] = from[d] * row.scaling;
             grad[d][lane] = given[d];
             inner[lane] += given[d] * out[d];
+            unread &= given[d] == 0;
         }
         lse[lane] = row.lse[head * row.tokens + token];
         stop[lane] = begin + seen + lane;
     }
+    if (unread) return;
     std::fill(grad_query, grad_query + count * size, 0.0f);
     for (int32_t at = begin; at < std::min(end, begin + seen + count - 1); at += KEY_BLOCK) {
         const int here = std::min(std::min(KEY_BLOCK, end - at), begin + seen + count - 1 - at);

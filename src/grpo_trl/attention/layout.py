@@ -87,6 +87,15 @@ class Layout:
         """(branches, prompt) of every group with branches: all of the first see all of the second."""
         return [(g.all_branches, g.prompt) for g in self.groups if g.all_branches.length]
 
+    @cached_property
+    def unread_and_read(self) -> list[int]:
+        """In turn: how many of a prompt's tokens predict nothing of a completion, all but its last, and how many follow.
+
+        >>> Layout.of([(3, [2, 0]), (1, [4])]).unread_and_read
+        [2, 3, 0, 5]
+        """
+        return [n for g in self.groups for n in (g.prompt.length - 1, 1 + g.all_branches.length)]
+
     def _segments(self) -> Iterator[Span]:
         for group in self.groups:
             yield group.prompt

@@ -13,8 +13,8 @@ Axes: H query heads, K key-value heads, S packed tokens, D head size; R query he
 keys of a block. Tensors have a leading axis of one row, as the interface has it.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers import AttentionInterface
 
 from ..model_utils import attending_by
 from .flash import flash_attention, has_flash
+from .last_layer import reading_completions
 from .layout import Layout, PackedGroup, Span
 
 
@@ -89,12 +90,14 @@ def shared_prefix_attention(
 AttentionInterface.register(NAME, shared_prefix_attention)
 
 
-def serve_shared_prefix(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, the layers of `model` attend by `shared_prefix_attention`.
+@contextlib.contextmanager
+def serve_shared_prefix(model: nn.Module) -> Iterator[None]:
+    """Inside, the layers of `model` attend by `shared_prefix_attention`, and the last one leaves out what nobody reads.
 
     A backward pass that recomputes activations must run inside too.
     """
-    return attending_by(model, NAME)
+    with attending_by(model, NAME), reading_completions(model):
+        yield
 
 
 def dense_attention(

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from ..gpu_kernels import triton_works
-from ..model_utils import causal_lm
+from ..model_utils import StandIn, causal_lm, replaced
 from ..plan.activations import slice_tokens
 from .head_weight import SummedInFloat32
 
@@ -106,7 +106,7 @@ def _compute(lm: Any, request: LogprobRequest, *args: Any, **kwargs: Any) -> tup
         return torch.cat(logps), torch.cat(entropies)
 
     # One call of the head for all slices: ZeRO-3 gathers its weights once, and as often on every rank
-    with _replaced(head.__dict__, "forward", logprobs_by_slice):
+    with replaced(head.__dict__, "forward", logprobs_by_slice):
         logps_M, entropy_M = head(hidden_MD)
     return logps_M, entropy_M, *([] if weights_N is None else [_router_load(lm, output.router_logits, weights_N)])
 
@@ -171,43 +171,12 @@ def _logits(lm: Any, head_forward: Callable[[Tensor], Tensor], output: ModelOutp
     unread_1K = torch.zeros(1, len(hidden_KD), dtype=torch.long, device=hidden_KD.device)  # some ask for its shape
     backbone, head = lm.base_model, lm.get_output_embeddings()
     with (
-        _replaced(lm._modules, lm.base_model_prefix, _StandIn(backbone, lambda *args, **kwargs: given)),
-        _replaced(lm._modules, _name_of(lm, head), _StandIn(head, head_forward)),
+        replaced(lm._modules, lm.base_model_prefix, StandIn(backbone, lambda *args, **kwargs: given)),
+        replaced(lm._modules, _name_of(lm, head), StandIn(head, head_forward)),
     ):
         logits_KV: Tensor = lm._plain_forward(input_ids=unread_1K, return_dict=True).logits.squeeze(0)
     return logits_KV
 
 
-class _StandIn(nn.Module):
-    """A function in place of a module: without its hooks, with its attributes."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any]):
-        super().__init__()
-        self.__dict__["stood_in_for"] = module
-        self.function = function
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self.__dict__["stood_in_for"], name)
-        return _StandIn(value, self.function) if isinstance(value, nn.Module) else value  # OPT calls its model.decoder
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*args, **kwargs)
-
-
 def _name_of(lm: nn.Module, module: nn.Module | None) -> str | None:
     return next((name for name, child in lm.named_children() if child is module), None)
-
-
-@contextlib.contextmanager
-def _replaced(entries: Any, name: str | None, value: Any) -> Iterator[None]:
-    """Another entry inside, what was there after."""
-    missing = object()
-    before = entries.get(name, missing)
-    try:
-        entries[name] = value
-        yield
-    finally:
-        if before is missing:
-            del entries[name]
-        else:
-            entries[name] = before

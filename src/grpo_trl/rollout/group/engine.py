@@ -4,8 +4,9 @@ A prompt is computed once, and one copy of its keys and values serves all of its
 once; memory is allocated before the first token is sampled.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import StopStringCriteria
 
 from ...attention.compatibility import ignored_window, incompatibility
+from ...attention.last_layer import reading_completions
 from ...free_memory import free_memory
 from ...logging import EVERY_RANK, get_logger
 from ...logprobs.comparison import Comparison
@@ -86,9 +88,19 @@ class GroupEngine(GenerateEngine):
                 if not self._bytes_per_token:
                     self._decide_together(request)
                 if not self._reason:
-                    with laid_out(self.model, free_memory(self.model.device)):
+                    with self._served():
                         return self._sample_what_fits(request)
         return super().rollout(request)
+
+    @contextlib.contextmanager
+    def _served(self) -> Iterator[None]:
+        """Inside, the model computes prompts and decoding steps in ways of its own."""
+        with (
+            attending_by(self.model, NAME),
+            reading_completions(self.model),
+            laid_out(self.model, free_memory(self.model.device)),
+        ):
+            yield
 
     def _sample_what_fits(self, request: RolloutRequest) -> Rollout:
         """Sample; where memory runs out, once more with half of the rows, which gives the same completions."""
@@ -130,8 +142,7 @@ class GroupEngine(GenerateEngine):
             scheduler: Scheduler = SpeculativeScheduler(*parts, ngrams=self.speculative_ngrams)
         else:
             scheduler = Scheduler(*parts, lag=1 if on_gpu and stop is None and not self._sampler.reads_tokens else 0)
-        with attending_by(self.model, NAME):
-            completions = scheduler.run()
+        completions = scheduler.run()
         if recorded is not None:
             self._records = not recorded.refused
         return Rollout(completions, computed_tokens=scheduler.computed)
@@ -243,7 +254,7 @@ class GroupEngine(GenerateEngine):
         options = sample_options(self.model, self.options, tokens)
         longest = max(map(len, sample.prompt_ids))
         cache = GroupCache(3, prompts, _columns(longest), _columns(options.max_completion_length))
-        with laid_out(self.model, free_memory(self.model.device)):
+        with self._served():
             completions = self._sample(sample, options, None, cache).completions
         self._bytes_per_token = cache.bytes_per_token
         if not self._bytes_per_token:

@@ -6,8 +6,8 @@ call, in C++. Where there are neither, torch computes it. Weights are joined onc
 into them. Prompts are prefilled by transformers' own forwards, from which the cache knows the scale, window and soft cap
 of their attention.
 
-Served are the layers of `FAMILIES`; every other one computes as it does. The engine compares with plain forwards before its
-first rollout, whichever way its layers take.
+Served are the layers of `LLAMA_FAMILIES`; every other one computes as it does. The engine compares with plain forwards
+before its first rollout, whichever way its layers take.
 
 Axes: R running rows, H query heads, K key-value heads, D head size, C hidden size.
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ...model_utils import product_dtype
+from ...model_utils import llama_layers, product_dtype, replaced
 from ...plan import LAID_OUT_SHARE
 from . import cpu_kernels
 from .cache import GroupCache, kernels_for
@@ -29,7 +29,6 @@ from .norms import HeadNorms, Norm
 from .step import Step
 
 
-FAMILIES = ("Gemma2", "Gemma3", "Granite", "Llama", "Mistral", "Olmo2", "Phi3", "Qwen2", "Qwen3")
 PARTS = {
     "self_attn": ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"),
     "mlp": ("gate_proj", "up_proj", "gate_up_proj", "down_proj"),
@@ -43,20 +42,16 @@ def laid_out(model: nn.Module, free_bytes: float) -> Iterator[None]:
     if size > LAID_OUT_SHARE * free_bytes:
         yield
         return
-    layers = [module for module in model.modules() if _is_served(module)]
+    layers = [layer for layer in llama_layers(model) if _is_served(layer)]
     fused = {inner for layer in layers for inner in layer.modules()}
-    with linears.served(module for module in model.modules() if module not in fused):
-        try:
-            for layer in layers:
-                layer.forward = _fused(layer)
-            yield
-        finally:
-            for layer in layers:
-                vars(layer).pop("forward", None)
+    with linears.served(module for module in model.modules() if module not in fused), contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced(vars(layer), "forward", _fused(layer)))
+        yield
 
 
 def _is_served(layer: nn.Module) -> bool:
-    if type(layer).__name__ not in {f"{family}DecoderLayer" for family in FAMILIES} or "forward" in vars(layer):
+    if "forward" in vars(layer):
         return False
     inner = [module for module in layer.modules() if module is not layer]
     if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in inner):

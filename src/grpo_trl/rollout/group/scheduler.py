@@ -126,6 +126,7 @@ class Scheduler:
             logits_to_keep=self._tensor([group.prompt.stop - 1 for group in layout.groups]),
             use_cache=False,
             group_cache=self.cache,
+            shared_prefix=layout,  # for the last layer
         ).logits[0]
         for prompt, logits_V in zip(chosen, logits_NV.unbind(), strict=True):
             prompt.logits_V = logits_V
