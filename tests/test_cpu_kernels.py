@@ -131,9 +131,9 @@ def test_a_cache_that_is_no_folder_is_left_alone(source, commands, tmp_path):
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_a_compiler_that_is_missing_or_fails_is_said_once(source, monkeypatch, caplog, compiler):
+def test_a_compiler_that_is_missing_or_fails_is_warned_of_once(source, monkeypatch, caplog, compiler):
     monkeypatch.setattr(cpu_kernels, "COMPILER", compiler)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         assert load_again(source) is None
         assert library(source, SIGNATURES) is None
     (line,) = caplog.messages

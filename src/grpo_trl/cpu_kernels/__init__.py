@@ -43,7 +43,7 @@ POINTER, SIZE, FLOAT, DOUBLE = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, c
 
 
 def library(source: Path, signatures: Mapping[str, Sequence[Any]]) -> Any:
-    """The functions of a C++ file, by the types of their arguments; None, and a line in the log, if it does not compile."""
+    """The functions of a C++ file, by the types of their arguments; None, and a warning, if it does not compile."""
     loaded = _load(source)
     if loaded is not None:
         for name, types in signatures.items():
@@ -63,7 +63,7 @@ def _load(source: Path) -> Any:
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or repr(error)).strip().splitlines()
         reason = next((line for line in said if "error" in line.lower()), said[0])
-        logger.info(
+        logger.warning(
             "%s falls back to PyTorch's operations, which are slower: it does not compile (%s).", source.name, reason
         )
         return None
