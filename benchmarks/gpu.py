@@ -292,11 +292,11 @@ def completions_of(args) -> list:
 
 
 def trainers(args) -> dict:
-    """Seconds of an optimizer step on the same completions, of `scoring.py`."""
-    import scoring
+    """Seconds of an optimizer step on the same completions, of `update.py`."""
+    import update
 
     case = Case(args.trainer_prompts, args.prompt, GROUP)
-    measured = scoring.measure(args.system, args.model, case, 3, checkpointing=False)
+    measured = update.measure(args.system, args.model, case, 3, checkpointing=False)
     seconds = statistics.median(measured["seconds"])
     return {"seconds": seconds, "bytes": measured["bytes"], "completion_tokens_per_s": sum(case.lengths(0)) / seconds}
 

@@ -20,9 +20,9 @@ def run(script, *options):
 
 
 @pytest.mark.slow
-def test_the_scoring_benchmark_prints_its_table():
+def test_the_update_benchmark_prints_its_table():
     options = ["--group_sizes", "2", "--rounds", "1", "--steps", "1"]
-    done = run("scoring.py", "--models", "5m", "--systems", "padded", "packed", *options)
+    done = run("update.py", "--models", "5m", "--systems", "padded", "packed", *options)
     assert re.search(r"^padded +\d+\.\d+ .*\n^packed +\d+\.\d+ .* 1\.00 +1\.00$", done, re.MULTILINE)
     assert "machine's matrix rate" in done
 

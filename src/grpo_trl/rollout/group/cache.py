@@ -2,7 +2,7 @@
 
 A prompt's keys and values are held once and serve all of its completions: the rows of a prompt are the queries of one
 product with them. A row's own keys and values stand in a slot of preallocated memory. The two parts' outputs are merged
-by their log-sum-exps, as in packed scoring.
+by their log-sum-exps, as in packed rows of the update.
 
 Axes: R rows in flight, N prompts in flight, G most rows of a prompt, H query heads, K key-value heads, Q query heads per
 key-value head, D head size, S prompt tokens, T completion tokens, L queries of a part.

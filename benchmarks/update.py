@@ -1,14 +1,14 @@
 """What an optimizer step costs: packed with shared prompts, padded, and in TRL, on the same completions.
 
-    python benchmarks/scoring.py                       # both cases, both models, all systems: about an hour on two cores
-    python benchmarks/scoring.py --models 5m --cases zero-shot --rounds 1
-    python benchmarks/scoring.py --models 5m --systems packed --group_sizes 2 4 8 16 32
-    python benchmarks/scoring.py --models 0.5b         # on a GPU, in bf16
+    python benchmarks/update.py                        # both cases, both models, all systems: about an hour on two cores
+    python benchmarks/update.py --models 5m --cases zero-shot --rounds 1
+    python benchmarks/update.py --models 5m --systems packed --group_sizes 2 4 8 16 32
+    python benchmarks/update.py --models 0.5b          # on a GPU, in bf16
 
 A step is forward, backward and optimizer: from the first call of `compute_loss` to the end of the optimizer step. Writing
 and rewarding completions is left out; all systems get the same ones from `rollout_func`. Each system runs in a process of
 its own, in turns; the first steps are left out; figures are medians. Memory is the peak of a last step, which is not timed,
- above what the process holds before it (weights, optimizer state): resident pages on a CPU, the allocator's on a GPU.
+above what the process holds before it (weights, optimizer state): resident pages on a CPU, the allocator's on a GPU.
 """
 
 import argparse
