@@ -1,4 +1,4 @@
-"""Draws the rooms of the package and their imports as a Mermaid graph into docs/code_map.md.
+"""Draws the packages of grpo_trl and their imports as a Mermaid graph into docs/code_map.md.
 
 python docs/draw_code_map.py
 """
@@ -13,12 +13,12 @@ GROUND = {"errors", "seeds", "logging", "types", "metrics", "model_utils", "free
 """Imported nearly everywhere, so that their arrows would hide the others."""
 
 
-def room(path: Path) -> str:
+def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms that a file imports by relative imports."""
+def imported_packages(path: Path) -> set[str]:
+    """Packages and modules of grpo_trl that a file imports by relative imports."""
     parents = path.relative_to(PACKAGE).parts[:-1]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -30,19 +30,19 @@ def imported_rooms(path: Path) -> set[str]:
 
 
 def arrows() -> set[tuple[str, str]]:
-    """Pairs of rooms, the first of which imports the second."""
-    pairs = {(room(path), other) for path in PACKAGE.rglob("*.py") for other in imported_rooms(path)}
+    """Pairs of packages, the first of which imports the second."""
+    pairs = {(package_of(path), other) for path in PACKAGE.rglob("*.py") for other in imported_packages(path)}
     return {(a, b) for a, b in pairs if a != b and "__init__" not in (a, b) and not {a, b} & GROUND}
 
 
 def graph() -> str:
-    """The rooms in Mermaid, which GitHub renders."""
+    """The packages in Mermaid, which GitHub renders."""
     lines = [f"    {a} --> {b}" for a, b in sorted(arrows())]
     ground = f"    ground[{', '.join(sorted(GROUND))}]"
     return "\n".join(["```mermaid", "flowchart TD", *lines, ground, "```"])
 
 
 if __name__ == "__main__":
-    before, rest = PAGE.read_text().split("<!-- rooms -->")
-    after = rest.split("<!-- /rooms -->")[1]
-    PAGE.write_text(f"{before}<!-- rooms -->\n{graph()}\n<!-- /rooms -->{after}")
+    before, rest = PAGE.read_text().split("<!-- packages -->")
+    after = rest.split("<!-- /packages -->")[1]
+    PAGE.write_text(f"{before}<!-- packages -->\n{graph()}\n<!-- /packages -->{after}")
