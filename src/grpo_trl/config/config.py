@@ -1,6 +1,6 @@
 """`GRPOConfig`: the options of `transformers.TrainingArguments` and those of this folder.
 
-Options keep the names, meanings and defaults of TRL 1.16's `GRPOConfig`; `docs/options.md` lists the differences.
+Options keep the names, meanings and defaults of TRL 1.16's `GRPOConfig`; `docs/from-trl.md` lists the differences.
 """
 
 import os
