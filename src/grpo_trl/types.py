@@ -1,4 +1,4 @@
-"""What travels between the rooms: prompts, completions, and the batches they are collected in. No logic.
+"""What travels between packages: prompts, completions, and the batches they are collected in. No logic.
 
 Axes: B completions, T completion tokens, M trained tokens, R rows of S tokens.
 """

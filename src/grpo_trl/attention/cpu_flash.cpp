@@ -150,7 +150,7 @@ void flash_forward(float *query, float *key, float *value, float *output, float 
     }
 }
 
-// Those of query, key and value are added to. Which task adds to what first does not depend on the threads.
+// Adds to grad_query, grad_key and grad_value. The order of additions does not depend on the number of threads.
 void flash_backward(float *query, float *key, float *value, float *output, float *lse, float *grad_output,
                     float *grad_query, float *grad_key, float *grad_value, const int32_t *spans,
                     const int32_t *crossings, const long *strides, float scaling, long segments, long groups,

@@ -7,7 +7,8 @@ that asks the interface for its attention is served; `serve_shared_prefix` switc
 Three ways behind one signature:
 - `dense_attention`, the reference: one mask over the whole row;
 - `blocked_attention`: the same sums, a block of queries against the keys that it sees; for whatever has no kernel;
-- `flash.flash_attention`: torch's flash kernels over prompt and completion, merged; the fast one.
+- `flash.flash_attention`: flash kernels (torch's, or on a CPU in float32 those of `cpu_flash`) over prompt and completion,
+  merged; the fast one.
 
 Axes: H query heads, K key-value heads, S packed tokens, D head size; R query heads per key-value head, L queries and N
 keys of a block. Tensors have a leading axis of one row, as the interface has it.

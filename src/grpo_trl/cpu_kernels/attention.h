@@ -11,9 +11,9 @@
 
 #include "vectors.h"
 
-constexpr int KEY_BLOCK = 64;  // of a block, whose products with the queries stay in the cache
-constexpr int SUMS = 8;        // that are kept in registers
-constexpr int AHEAD = 16;      // tokens whose keys and values are on their way from memory meanwhile
+constexpr int KEY_BLOCK = 64;  // keys of a block; their products with the queries stay in the cache
+constexpr int SUMS = 8;        // partial sums kept in registers
+constexpr int AHEAD = 16;      // tokens whose keys and values are prefetched
 
 // Lanes of one query follow each other: lane = query * PLACES + place.
 template <int PLACES>
@@ -37,7 +37,7 @@ struct Lanes {
 #endif
     }
 
-    // Of PLACES vectors, the sum over places of the i-th one in place i.
+    // Sums the places of each of PLACES vectors; the sum of vector i goes to place i.
     static Vector fold(const Vector *x) {
         if constexpr (PLACES == 1) return x[0];
         else {

@@ -139,7 +139,7 @@ void attend_to_all(const float *query, long heads, const Memory &memory, const S
 }
 
 // ---- Products ----
-// The rows from `first` on as lanes; the last one in those that are too many.
+// Writes the rows from `first` on as lanes; surplus lanes repeat the last row.
 void turn(const float *x, long first, long rows, long inputs, Vector *to) {
     for (long lane = 0; lane < LANES; lane++) {
         const float *from = x + std::min(first + lane, rows - 1) * inputs;
@@ -147,7 +147,7 @@ void turn(const float *x, long first, long rows, long inputs, Vector *to) {
     }
 }
 
-// Of 16 rows with COUNT lines of a weight; those `ahead` of them are on their way from memory meanwhile.
+// Products of 16 rows with COUNT lines of a weight; prefetches what is `ahead` numbers further on.
 template <int COUNT>
 inline void multiply_by(const Vector *x, const float *weight, long inputs, long ahead, Vector *sum) {
     for (int u = 0; u < COUNT; u++) sum[u] = Vector{};
