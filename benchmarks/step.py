@@ -7,7 +7,7 @@
 Both trainers get the same model, prompts, rewards and options, and write completions of the same lengths, those of GSM8K's
 answers: each completion ends where the benchmark says. A step lasts from the end of the one before to its own end. Each
 trainer runs in a process of its own, in turns; its first step is left out; figures are medians. Memory is the peak of a
-step above what the process holds before it.
+last step, which is not timed, above what the process holds before it.
 """
 
 import argparse
@@ -28,12 +28,12 @@ WARM_UP = 1
 
 # ---- One trainer, in a process of its own ----
 def measure(system: str, model_name: str, case: Case, steps: int) -> dict:
-    """Seconds of each timed step, those of its phases, and its bytes."""
+    """Seconds of each timed step, those of its phases, and the bytes of a last one."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    total = WARM_UP + steps
+    total = WARM_UP + steps + 1
     prompts = [" ".join(f"t{token}" for token in ids) for step in range(total) for ids in case.prompts(step)]
     options = {
         "output_dir": tempfile.mkdtemp(),
@@ -50,7 +50,7 @@ def measure(system: str, model_name: str, case: Case, steps: int) -> dict:
         "logging_steps": 1,
         "disable_tqdm": True,
     }
-    meter = _Meter()
+    meter = _Meter(timed_steps=steps)
 
     class MeterCallback(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -78,7 +78,7 @@ def measure(system: str, model_name: str, case: Case, steps: int) -> dict:
         {"sampling": seconds} | {phase: entry[f"time/{phase}"] for phase in PHASES if f"time/{phase}" in entry}
         for seconds, entry in zip(sampling, logged, strict=True)
     ]
-    return {"seconds": meter.seconds, "phases": phases[WARM_UP:], "bytes": meter.bytes}
+    return {"seconds": meter.seconds, "phases": phases[WARM_UP:-1], "bytes": meter.bytes}
 
 
 def _trainer_of(system: str, options: dict):
@@ -136,20 +136,24 @@ def _end_completions(system: str, model, trainer, case: Case) -> list[float]:
 
 
 class _Meter:
-    """Seconds and peak memory of each step but the first ones."""
+    """Seconds of each step but the first ones, and the peak memory of the one after: to give memory back costs time."""
 
-    def __init__(self):
+    def __init__(self, timed_steps: int):
+        self.timed_steps = timed_steps
         self.seconds: list[float] = []
-        self.bytes: list[int] = []
         self.memory = PeakMemory()
+        self.bytes = 0
         self.steps, self.last = 0, 0.0
 
     def step_end(self) -> None:
         self.steps += 1
+        if len(self.seconds) == self.timed_steps:
+            self.bytes = self.memory.stop()
+            return
         if self.steps > WARM_UP:
             self.seconds.append(now() - self.last)
-            self.bytes.append(self.memory.stop())
-        self.memory.start()
+        if len(self.seconds) == self.timed_steps:
+            self.memory.start()
         self.last = now()
 
 
@@ -165,7 +169,7 @@ def compare(model: str, name: str, case: Case, args) -> None:
             measured = in_child(__file__, system, "--models", model, "--steps", args.steps, "--case_sizes", *sizes)
             seconds[system] += measured["seconds"]
             phases[system] += measured["phases"]
-            peaks[system] += measured["bytes"]
+            peaks[system].append(measured["bytes"])
     time_of = {system: statistics.median(values) for system, values in seconds.items()}
     peak_of = {system: statistics.median(values) for system, values in peaks.items()}
     print(f"{'':10} {'s/step':>8} {'range':>17} {'GiB':>6} {'time':>6} {'memory':>6}  of grpo_trl; shares of a step")
