@@ -52,6 +52,25 @@ def test_output_and_gradients_are_those_of_dense_attention(layout, heads, calls)
     assert calls == ["forward", "backward"]
 
 
+@LAYOUT
+@HEAD
+def test_tokens_that_nobody_reads_are_left_0_and_the_others_stay_as_they_are(layout, heads, calls):
+    inputs, grad = tensors(layout, heads, torch.float32)
+    unread = torch.zeros(layout.num_tokens, dtype=torch.bool)
+    for group in layout.groups:
+        unread[group.prompt.start : group.prompt.stop - 1] = True
+    grad[:, :, unread] = 0
+    results = []
+    for one in (layout, layout.read):
+        given = [x.detach().requires_grad_() for x in inputs]
+        output = flash_attention(*given, one, 0.3)
+        output.backward(grad)
+        results.append([output[:, :, ~unread], *(x.grad for x in given)])
+    assert not output[:, :, unread].any()
+    for mine, theirs in zip(*results, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("factor", [1e-3, 30.0])
 def test_scores_far_apart_are_as_good(factor, calls):
     layout = LAYOUTS["more than a block of keys"]

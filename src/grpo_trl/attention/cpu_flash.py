@@ -43,8 +43,9 @@ def _kernels() -> Any:
 def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float) -> tuple[Tensor, Tensor]:
     """The output, of shape (1, H, S, D), and the log-sum-exp, of shape (1, H, S); arguments as in `flash_attention`."""
     query, key, value = (_rows(x) for x in (query, key, value))
-    output, lse = _rows(torch.empty_like(query)), query.new_empty(query.shape[:3])
-    segments, strides = _segments(layout), _strides(query, key, value, output)
+    output = _rows(torch.zeros_like(query) if layout.only_read else torch.empty_like(query))
+    lse = query.new_empty(query.shape[:3])
+    segments, strides = _segments(layout, layout.only_read), _strides(query, key, value, output)
     _kernels().flash_forward(
         *(x.data_ptr() for x in (query, key, value, output, lse, segments, strides)),
         scaling,
@@ -80,14 +81,16 @@ def _strides(*tensors: Tensor) -> Tensor:
     return torch.tensor([x.stride(axis) for x in tensors for axis in (1, 2)])
 
 
-def _segments(layout: Layout) -> Tensor:
-    """Where each prompt and completion starts and stops, and the prompt of the latter."""
-    spans = [
-        (span.start, span.stop, *((0, 0) if span == group.prompt else (group.prompt.start, group.prompt.stop)))
-        for group in layout.groups
-        for span in (group.prompt, *group.branches)
-        if span.length
-    ]
+def _segments(layout: Layout, only_read: bool = False) -> Tensor:
+    """Where each prompt and completion starts and stops, and the prompt of the latter.
+
+    With `only_read` of each prompt its last token alone, like a completion of the others.
+    """
+    spans = []
+    for group in layout.groups:
+        start, stop = group.prompt.start, group.prompt.stop
+        spans.append((stop - 1, stop, start, stop - 1) if only_read else (start, stop, 0, 0))
+        spans += [(branch.start, branch.stop, start, stop) for branch in group.branches if branch.length]
     return torch.tensor(spans, dtype=torch.int32)
 
 

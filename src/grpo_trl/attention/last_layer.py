@@ -58,7 +58,7 @@ def _attending_to_all(layer: Any, hidden: Tensor, layout: Layout) -> Iterator[No
     normed = hidden if norm is None else norm(hidden)
 
     def attend(hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Any]:
-        attended, weights = attention(hidden_states=normed, shared_prefix=layout, **kwargs)
+        attended, weights = attention(hidden_states=normed, shared_prefix=layout.read, **kwargs)
         return _read(attended, layout.unread_and_read), weights
 
     with contextlib.ExitStack() as stack:

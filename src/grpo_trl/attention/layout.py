@@ -1,7 +1,7 @@
 """Where the prompts and completions of a packed row stand."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 
@@ -47,6 +47,8 @@ class Layout:
     """
 
     groups: tuple[PackedGroup, ...]
+    only_read: bool = False
+    """Whether the outputs of prompts' tokens before the last are not read: attention may leave them 0."""
 
     @classmethod
     def of(cls, groups: list[tuple[int, list[int]]]) -> "Layout":
@@ -95,6 +97,11 @@ class Layout:
         [2, 3, 0, 5]
         """
         return [n for g in self.groups for n in (g.prompt.length - 1, 1 + g.all_branches.length)]
+
+    @cached_property
+    def read(self) -> "Layout":
+        """The same with `only_read`."""
+        return replace(self, only_read=True)
 
     def _segments(self) -> Iterator[Span]:
         for group in self.groups:
