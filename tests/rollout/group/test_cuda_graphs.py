@@ -1,5 +1,4 @@
 import contextlib
-import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +16,8 @@ from grpo_trl.rollout.group.engine import GroupEngine
 from grpo_trl.rollout.group.scheduler import Scheduler
 from grpo_trl.rollout.sampling import Sampler
 from tests.helpers.families import WINDOWED, make_family
+
+from .test_engine import warnings
 
 
 ENDS = (1, 7, 12, 20, 33, 41)
@@ -244,7 +245,7 @@ def test_steps_go_on_without_recording_where_it_fails(monkeypatch, caplog, fails
         rollout = engine.rollout(make_request())
     assert [c.ids for c in rollout.completions] == [c.ids for c in expected.completions]
     assert len(tried) == fails_at
-    (line,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    (line,) = warnings(caplog)
     assert "cannot be recorded" in line
     assert "operation not permitted when stream is capturing" in line
 
