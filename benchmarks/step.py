@@ -1,4 +1,4 @@
-"""What a whole GRPO step costs, here and in TRL: writing completions, rewards, scoring, update.
+"""What a whole GRPO step costs, here and in TRL: sampling, rewards, logprobs and update.
 
     python benchmarks/step.py                          # both cases, both models
     python benchmarks/step.py --models 5m --cases zero-shot --rounds 1
@@ -88,7 +88,7 @@ def _trainer_of(system: str, options: dict):
 
 
 def _end_completions(system: str, model, trainer, case: Case) -> list[float]:
-    """Let the completions of step i have the lengths `case.lengths(i)`; the seconds that writing them took."""
+    """Let the completions of step i have the lengths `case.lengths(i)`; the seconds that sampling them took."""
     seconds: list[float] = []
     if system == "grpo_trl":
         from grpo_trl.rollout.base import RolloutRequest

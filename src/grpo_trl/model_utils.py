@@ -1,4 +1,4 @@
-"""What every room asks of a model: the language model under its wrappers, its mode, its attention function, its errors."""
+"""What every package asks of a model: what is under its wrappers, its mode, its attention function, its errors."""
 
 import contextlib
 import errno
