@@ -39,13 +39,15 @@ def _reading(kind: Any) -> type:
     if hasattr(kind, "reads_completions"):
         return kind
 
-    def forward(self: Any, hidden: Tensor, *args: Any, shared_prefix: Layout | None = None, **kwargs: Any) -> Tensor:
+    def forward(
+        self: Any, hidden_states: Tensor, *args: Any, shared_prefix: Layout | None = None, **kwargs: Any
+    ) -> Tensor:
         if shared_prefix is None:
-            return kind.forward(self, hidden, *args, **kwargs)
+            return kind.forward(self, hidden_states, *args, **kwargs)
         sizes = shared_prefix.unread_and_read
-        with _attending_to_all(self, hidden, shared_prefix):
-            output = kind.forward(self, _read(hidden, sizes), *args, **kwargs)
-        unread, read = hidden.split(sizes, dim=1)[::2], output.split(sizes[1::2], dim=1)
+        with _attending_to_all(self, hidden_states, shared_prefix):
+            output = kind.forward(self, _read(hidden_states, sizes), *args, **kwargs)
+        unread, read = hidden_states.split(sizes, dim=1)[::2], output.split(sizes[1::2], dim=1)
         return torch.cat([x for pair in zip(unread, read, strict=True) for x in pair], dim=1)
 
     return type(kind.__name__, (kind,), {"forward": forward, "reads_completions": True})
