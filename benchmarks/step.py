@@ -17,7 +17,7 @@ import statistics
 import tempfile
 from typing import Any
 
-from workload import ANSWER_LENGTHS, MODELS, Case, PeakMemory, ended_at, in_child, make_model, make_tokenizer, now
+from workload import ANSWER_LENGTHS, MODELS, Case, Meter, ended_at, in_child, make_model, make_tokenizer, now
 
 
 SYSTEMS = ("trl", "grpo_trl")
@@ -50,11 +50,12 @@ def measure(system: str, model_name: str, case: Case, steps: int) -> dict:
         "logging_steps": 1,
         "disable_tqdm": True,
     }
-    meter = _Meter(timed_steps=steps)
+    meter = Meter(timed_steps=steps)
 
     class MeterCallback(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            meter.step_end()
+            meter.stop()  # nothing at the end of the first one
+            meter.start()
 
     def reward(completions, **kwargs):
         return [float(i % 4) for i in range(len(completions))]
@@ -133,28 +134,6 @@ def _end_completions(system: str, model, trainer, case: Case) -> list[float]:
 
     model.generate = timed_generate
     return seconds
-
-
-class _Meter:
-    """Seconds of each step but the first ones, and the peak memory of the one after: to give memory back costs time."""
-
-    def __init__(self, timed_steps: int):
-        self.timed_steps = timed_steps
-        self.seconds: list[float] = []
-        self.memory = PeakMemory()
-        self.bytes = 0
-        self.steps, self.last = 0, 0.0
-
-    def step_end(self) -> None:
-        self.steps += 1
-        if len(self.seconds) == self.timed_steps:
-            self.bytes = self.memory.stop()
-            return
-        if self.steps > WARM_UP:
-            self.seconds.append(now() - self.last)
-        if len(self.seconds) == self.timed_steps:
-            self.memory.start()
-        self.last = now()
 
 
 # ---- The table ----

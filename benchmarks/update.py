@@ -25,11 +25,10 @@ from workload import (
     MODELS,
     VOCABULARY,
     Case,
-    PeakMemory,
+    Meter,
     in_child,
     make_model,
     make_tokenizer,
-    now,
 )
 
 
@@ -74,7 +73,7 @@ def measure(system: str, model_name: str, case: Case, steps: int, checkpointing:
         processing_class=make_tokenizer(),
         rollout_func=rollout_func,
     )
-    meter = _Meter(timed_steps=total - 1)
+    meter = Meter(timed_steps=total - 1)
     compute_loss = trainer.compute_loss
 
     def metered_loss(*args, **kwargs):
@@ -110,33 +109,6 @@ def _trainer_of(system: str, case: Case, total: int, checkpointing: bool, on_gpu
     library: Any = importlib.import_module("trl" if system == "trl" else "grpo_trl")
     own = {"loss_type": "grpo"} if system == "trl" else {"shared_prefix": system == "packed"}
     return library.GRPOTrainer, library.GRPOConfig(**options, **own)
-
-
-class _Meter:
-    """From `start` (its first call) to `stop`: the time of each of the first steps, the peak memory of the one after."""
-
-    def __init__(self, timed_steps: int):
-        self.timed_steps = timed_steps
-        self.seconds: list[float] = []
-        self.memory = PeakMemory()
-        self.bytes = 0
-        self.started: float | None = None
-
-    def start(self) -> None:
-        if self.started is not None:
-            return
-        if len(self.seconds) == self.timed_steps:
-            self.memory.start()
-        self.started = now()
-
-    def stop(self) -> None:
-        stopped = now()
-        if len(self.seconds) == self.timed_steps:
-            self.bytes = self.memory.stop()
-        else:
-            assert self.started is not None
-            self.seconds.append(stopped - self.started)
-        self.started = None
 
 
 # ---- The table ----

@@ -144,6 +144,37 @@ class PeakMemory:
         return (torch.cuda.max_memory_allocated() if self.on_gpu else _status("VmHWM")) - self.before
 
 
+class Meter:
+    """From `start` (its first call) to `stop`: the time of each of the first steps, the peak memory of the one after.
+
+    Memory is not that of a timed step, since giving free memory back before it costs the step time.
+    """
+
+    def __init__(self, timed_steps: int):
+        self.timed_steps = timed_steps
+        self.seconds: list[float] = []
+        self.memory = PeakMemory()
+        self.bytes = 0
+        self.started: float | None = None
+
+    def start(self) -> None:
+        if self.started is not None:
+            return
+        if len(self.seconds) == self.timed_steps:
+            self.memory.start()
+        self.started = now()
+
+    def stop(self) -> None:
+        if self.started is None:
+            return
+        stopped = now()
+        if len(self.seconds) == self.timed_steps:
+            self.bytes = self.memory.stop()
+        else:
+            self.seconds.append(stopped - self.started)
+        self.started = None
+
+
 def _status(name: str) -> int:
     """Bytes that Linux reports for this process."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
