@@ -16,13 +16,13 @@ READ = [4, 5, 6, 7, 8, 9, 10, 11, 15]
 """The last token of each prompt, and completions."""
 
 
-def run(model, layout=LAYOUT, seed=0):
+def run(model):
     """The hidden states behind the last layer, and its gated feed-forward's inputs."""
     seen = []
-    ids = torch.randint(2, 40, (1, layout.num_tokens), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(2, 40, (1, LAYOUT.num_tokens), generator=torch.Generator().manual_seed(0))
     with model.model.layers[-1].mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0])):
         output = model.model(
-            input_ids=ids, position_ids=torch.tensor([layout.positions]), shared_prefix=layout, use_cache=False
+            input_ids=ids, position_ids=torch.tensor([LAYOUT.positions]), shared_prefix=LAYOUT, use_cache=False
         )
     return output.last_hidden_state[0], seen[0][0]
 
@@ -33,8 +33,8 @@ def test_the_last_layer_computes_the_tokens_that_predict_something_and_no_others
     with serve_shared_prefix(model):
         hidden, computed = run(model)
     with serve_shared_prefix(model), pytest.MonkeyPatch.context() as patch:
-        for layer in model.model.layers[-1:]:
-            patch.setattr(layer, "__class__", type(layer).__mro__[1])
+        layer = model.model.layers[-1]
+        patch.setattr(layer, "__class__", type(layer).__mro__[1])
         expected, all_tokens = run(model)
     assert len(computed) == len(READ)
     assert len(all_tokens) == LAYOUT.num_tokens

@@ -197,13 +197,13 @@ def start(cache, module, heads, prompt_lengths, seed=50):
     num_heads, key_heads, size, value_size = heads
     slots = list(range(len(prompt_lengths)))[::-1]
     layout = Layout.of([(prompt_lengths[slot], []) for slot in slots])
-    cache.now = Prefill(layout, slots)
+    cache.now = Prefill(slots)
     total = sum(prompt_lengths)
     query, key, value = (
         draw(1, n, total, d, seed=seed + i)
         for i, (n, d) in enumerate([(num_heads, size), (key_heads, size), (key_heads, value_size)])
     )
-    output = cache.attend(module, query, key, value, SCALING, None, None)
+    output = cache.attend(module, query, key, value, SCALING, None, None, layout)
     prompts = {}
     for slot, packed in zip(slots, layout.groups, strict=True):
         places = range(packed.prompt.start, packed.prompt.stop)
@@ -347,9 +347,9 @@ def test_bytes_are_those_of_keys_and_values_of_all_layers(dtype):
     cache = GroupCache(5, 3, 16, 32)
     assert cache.bytes_per_token == 0
     for module in (torch.nn.Identity(), torch.nn.Identity()):
-        cache.now = Prefill(Layout.of([(4, [])]), [1])
+        cache.now = Prefill([1])
         query, key, value = draw(1, 4, 4, 6, dtype=dtype), draw(1, 2, 4, 6, dtype=dtype), draw(1, 2, 4, 3, dtype=dtype)
-        cache.attend(module, query, key, value, SCALING, None, None)
+        cache.attend(module, query, key, value, SCALING, None, None, Layout.of([(4, [])]))
     size = torch.finfo(dtype).bits // 8
     assert cache.bytes_per_token == 2 * 2 * (6 + 3) * size
     held = sum(part.nbytes for x in cache._layers.values() for part in (x.prompts, x.own))
@@ -375,7 +375,10 @@ def test_attention_sinks_are_refused():
 def test_the_scaling_is_that_of_the_head_size_by_default(scaling, expected):
     outputs = []
     for given in (scaling, expected):
-        cache = GroupCache(1, 1, 16, 16, now=Prefill(Layout.of([(3, [])]), [0]))
-        outputs.append(group_cache_attention(*attention_inputs(), scaling=given, group_cache=cache)[0])
+        cache = GroupCache(1, 1, 16, 16, now=Prefill([0]))
+        layout = Layout.of([(3, [])])
+        outputs.append(
+            group_cache_attention(*attention_inputs(), scaling=given, group_cache=cache, shared_prefix=layout)[0]
+        )
     assert torch.equal(*outputs)
     assert outputs[0].shape == (1, 3, 2, 4)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from ...attention.flash import merge_parts
+from ...attention.layout import Layout
 from ...attention.shared_prefix import shared_prefix_attention
 from ...gpu_kernels import triton_works
 from . import cpu_kernels
@@ -70,8 +71,9 @@ class GroupCache:
         scaling: float,
         window: int | None,
         softcap: float | None,
+        layout: Layout | None = None,
     ) -> Tensor:
-        """Store keys and values, and attend over all that each query sees.
+        """Store keys and values, and attend over all that each query sees; `layout` is that of prompts.
 
         Returns:
             Of shape (as the query's rows, tokens, H, D of the values).
@@ -79,17 +81,18 @@ class GroupCache:
         if isinstance(self.now, Prefill):
             if module not in self._layers:
                 self._layers[module] = self._allocate(key, value, scaling, window, softcap)
-            self._store_prompts(self._layers[module], self.now, key, value)
+            assert layout is not None
+            self._store_prompts(self._layers[module], self.now.slots, layout, key, value)
             output, _ = shared_prefix_attention(
-                module, query, key, value, None, scaling, 0.0, window, softcap, shared_prefix=self.now.layout
+                module, query, key, value, None, scaling, 0.0, window, softcap, shared_prefix=layout
             )
             return output
         stored = torch.cat([key[:, :, 0].flatten(1), value[:, :, 0].flatten(1)], dim=-1)
         return self.attend_step(module, query[:, :, 0], stored).unflatten(-1, (query.shape[1], -1)).unsqueeze(1)
 
-    def _store_prompts(self, layer: LayerMemory, prefill: Prefill, key: Tensor, value: Tensor) -> None:
+    def _store_prompts(self, layer: LayerMemory, slots: list[int], layout: Layout, key: Tensor, value: Tensor) -> None:
         lines_SE = torch.cat([x[0].transpose(0, 1).flatten(1) for x in (key, value)], dim=-1)
-        for slot, group in zip(prefill.slots, prefill.layout.groups, strict=True):
+        for slot, group in zip(slots, layout.groups, strict=True):
             layer.prompts[slot, : group.prompt.length] = lines_SE[group.prompt.slice]
 
     def _allocate(
@@ -238,6 +241,7 @@ def group_cache_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    shared_prefix: Layout | None = None,
     group_cache: GroupCache | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
@@ -256,7 +260,7 @@ def group_cache_attention(
         raise NotImplementedError("attention sinks and a model's own masks are not served")
     query, key = query.to(value.dtype), key.to(value.dtype)  # a norm of queries may leave autocast's precision
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return group_cache.attend(module, query, key, value, scaling, sliding_window, softcap), None
+    return group_cache.attend(module, query, key, value, scaling, sliding_window, softcap, shared_prefix), None
 
 
 AttentionInterface.register(NAME, group_cache_attention)

@@ -119,14 +119,14 @@ class Scheduler:
         for slot, prompt in enumerate(chosen, start=len(self._prefilled)):
             prompt.slot = slot
         self._prefilled += chosen
-        self.cache.now = Prefill(layout, [prompt.slot for prompt in chosen])
+        self.cache.now = Prefill([prompt.slot for prompt in chosen])
         logits_NV = self.model(
             input_ids=self._tensor([[token for prompt in chosen for token in prompt.ids]]),
             position_ids=self._tensor([layout.positions]),
             logits_to_keep=self._tensor([group.prompt.stop - 1 for group in layout.groups]),
             use_cache=False,
             group_cache=self.cache,
-            shared_prefix=layout,  # for the last layer
+            shared_prefix=layout,
         ).logits[0]
         for prompt, logits_V in zip(chosen, logits_NV.unbind(), strict=True):
             prompt.logits_V = logits_V

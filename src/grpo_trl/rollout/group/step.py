@@ -15,14 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...attention.layout import Layout
-
 
 @dataclass(frozen=True)
 class Prefill:
     """A forward over prompts, one behind the other in one row, and the slots that their keys and values go to."""
 
-    layout: Layout
     slots: list[int]
 
 
