@@ -11,11 +11,12 @@
 namespace {
 
 typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
+typedef int64_t Register __attribute__((vector_size(4 * LANES)));  // as wide as a Vector
+typedef int64_t UnalignedRegister __attribute__((vector_size(4 * LANES), aligned(8)));
 
-constexpr long BLOCK = 64;    // weights whose sum is compared at once
-constexpr int BIN_BITS = 5;   // behind a weight's leading one, by which its bin is told
-constexpr int MANTISSA = 23;  // bits of a float's
-constexpr long BINS = 64 << BIN_BITS;
+constexpr int WIDTH = LANES / 2;  // longs of a register
+constexpr long BLOCK = 64;        // weights whose sum is compared at once
+constexpr long FEW = 64;          // weights that are sorted
 
 int64_t sum_of(const int64_t *from, const int64_t *to) {
     int64_t sum = 0;
@@ -82,25 +83,43 @@ struct Row {
         for (long i = 0; i < vocabulary; i++) weights[i] = weights[i] < least ? 0 : weights[i];
     }
 
-    static long bin_of(int64_t weight) {
-        const float x = (float)weight;
-        int32_t image;
-        std::memcpy(&image, &x, sizeof(x));
-        return std::max<long>(0, (image >> (MANTISSA - BIN_BITS)) - (127 << BIN_BITS));
+    struct Share {
+        int64_t sum, count;
+    };
+
+    // Of the weights that are at least so large.
+    Share at_least(int64_t least) const {
+        Register sums{}, counts{};
+        long i = 0;
+        for (; i + WIDTH <= vocabulary; i += WIDTH) {
+            const Register weight = *(const UnalignedRegister *)(weights.data() + i), kept = weight >= least;
+            sums += weight & kept;
+            counts -= kept;
+        }
+        Share share = {};
+        for (int lane = 0; lane < WIDTH; lane++) share = {share.sum + sums[lane], share.count + counts[lane]};
+        for (; i < vocabulary; i++)
+            if (weights[i] >= least) share = {share.sum + weights[i], share.count + 1};
+        return share;
     }
 
-    // The largest weight so that those of as much or more sum to `mass`: bins from the largest on, then one of them sorted.
+    // The largest weight so that those of as much or more sum to `mass`, by bisection until few are left to be sorted.
     int64_t least_of(int64_t mass) {
-        int64_t sums[BINS] = {}, above = 0;
-        for (long i = 0; i < vocabulary; i++) sums[bin_of(weights[i])] += weights[i];
-        long bin = BINS - 1;
-        while (bin > 0 && above + sums[bin] < mass) above += sums[bin--];
+        int64_t low = std::max<int64_t>(1, (total() - mass) / vocabulary);  // all that weigh less sum to total - mass at most
+        int64_t high = (int64_t{1} << bits) + 1;
+        Share from_low = at_least(low), from_high = {};
+        while (from_low.count - from_high.count > FEW && high - low > 1) {
+            const int64_t middle = std::clamp((int64_t)std::sqrt((double)low * high), low + 1, high - 1);
+            const Share share = at_least(middle);
+            if (share.sum >= mass) low = middle, from_low = share;
+            else high = middle, from_high = share;
+        }
         others.clear();
         for (long i = 0; i < vocabulary; i++)
-            if (bin_of(weights[i]) == bin) others.push_back(weights[i]);
+            if ((uint64_t)(weights[i] - low) < (uint64_t)(high - low)) others.push_back(weights[i]);
         std::sort(others.begin(), others.end(), std::greater<int64_t>());
         for (const int64_t weight : others)
-            if ((above += weight) >= mass) return weight;
+            if ((from_high.sum += weight) >= mass) return weight;
         return 0;
     }
 
@@ -130,7 +149,7 @@ extern "C" void sample(const float *logits, const double *noise, int64_t *tokens
             lse[r] = row.logsumexp(total);
             if (top_k > 0 && top_k < vocabulary) row.keep_top_k(top_k);
             int64_t least = 0;
-            if (min_p > 0) least = (int64_t)std::ceil(min_p * *std::max_element(weights.begin(), weights.end()));
+            if (min_p > 0) least = (int64_t)std::ceil(std::ldexp(min_p, bits));
             if (top_p < 1) least = std::max(least, row.least_of(std::max<int64_t>(1, (int64_t)std::ceil(top_p * row.total()))));
             if (least > 0) row.keep(least);
             if (least > 0 || top_k > 0) total = row.total();
