@@ -28,7 +28,7 @@ lint: $(VENV)/ready ## style and types
 	$(BIN)/mypy
 
 slow: $(VENV)/ready ## the tests that take minutes each: GSM8K with a real model
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/test_quickstart.py $(TWO) --durations=20 -rP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --ignore tests/test_quickstart.py $(TWO) --durations=20 -rPfE
 
 sandbox: $(VENV)/ready ## hostile programs and answers against the ready rewards
 	$(BIN)/python -m pytest -m sandbox tests/rewards
@@ -60,7 +60,7 @@ soak: $(VENV)/ready ## end a run 200 times and resume it: half an hour
 	$(BIN)/python -m tests.helpers.soak --kills 200
 
 quickstarts: $(VENV)/ready ## the quickstart for three seeds at both levels
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_quickstart.py $(TWO) -rP
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/test_quickstart.py $(TWO) -rPfE
 
 # torch first and by itself, so that a build that is already there for this machine is taken.
 $(VENV)/ready: pyproject.toml constraints.txt
