@@ -107,8 +107,7 @@ def make_step(prompt_lengths, rows, prompt_columns=None, columns=None) -> Step:
     """`rows` are pairs of a prompt's slot and the number of tokens that are held already."""
     members = [[slot for slot, (prompt, _) in enumerate(rows) if prompt == n] for n in range(len(prompt_lengths))]
     most = max(map(len, members))
-    # where a prompt has fewer rows, any row stands: the last one, to be different from what the engine takes
-    rows_NG = [slots + [len(rows) - 1] * (most - len(slots)) for slots in members]
+    rows_NG = [slots + [-1] * (most - len(slots)) for slots in members]
     return Step(
         tokens_R=torch.zeros(len(rows), dtype=torch.long),
         positions_R=torch.tensor([prompt_lengths[prompt] + held for prompt, held in rows]),

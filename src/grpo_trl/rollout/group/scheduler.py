@@ -203,7 +203,7 @@ class Scheduler:
         group = max(map(len, members))
         prompt_R, place_R, row_R = self._tensor([[row.prompt.slot for row in rows], places, [row.slot for row in rows]])
         return {
-            "rows_NG": self._tensor([slots + [0] * (group - len(slots)) for slots in members]),
+            "rows_NG": self._tensor([slots + [-1] * (group - len(slots)) for slots in members]),
             "prompt_R": prompt_R,
             "place_R": place_R,
             "row_R": row_R,

@@ -83,7 +83,7 @@ class Step:
     lengths_R: Tensor
     """How many tokens of the completion are held already: the column that this one goes to."""
     rows_NG: Tensor
-    """The rows of each prompt in flight; any row where it has fewer than G."""
+    """The rows of each prompt in flight; -1 where it has fewer than G."""
     prompt_R: Tensor
     """The prompt of each row, and its place in that prompt's line of `rows_NG`."""
     place_R: Tensor
@@ -144,7 +144,7 @@ class Step:
 
         def make() -> tuple[Tensor, Tensor]:
             head_K1 = torch.arange(key_heads, device=self.rows_NG.device)[:, None]
-            there = (self.rows_NG[:, None] * key_heads + head_K1).flatten()
+            there = (self._some_row_NG[:, None] * key_heads + head_K1).flatten()
             return there, self.prompt_R * self.rows_NG.shape[1] + self.place_R
 
         routes: tuple[Tensor, Tensor] = self.shared(("routes", key_heads), make)
@@ -162,9 +162,12 @@ class Step:
         places: Tensor = self.shared(("places", key_heads), make)
         return places
 
+    @property
+    def _some_row_NG(self) -> Tensor:
+        """The rows of each prompt, and any row where it has fewer than G."""
+        return self.rows_NG.clamp(min=0)
+
     def _reaches(self, window: int | None) -> tuple[Reach, Reach]:
-        slot_N, place_G = (torch.arange(size, device=self.tokens_R.device) for size in self.rows_NG.shape)
-        member_NG = (self.prompt_R[self.rows_NG] == slot_N[:, None]) & (self.place_R[self.rows_NG] == place_G)
         row_R = torch.arange(len(self.tokens_R), device=self.tokens_R.device)
         first = [
             torch.zeros_like(last) if window is None else last - window + 1
@@ -172,7 +175,7 @@ class Step:
         ]
         return (
             Reach.of(row_R.view(-1, 1 + self.guessed), first[0], self.lengths_R + 1),
-            Reach.of(self.rows_NG.where(member_NG, -1), first[1], self.prompt_lengths_N[self.prompt_R]),
+            Reach.of(self.rows_NG, first[1], self.prompt_lengths_N[self.prompt_R]),
         )
 
     def _own_mask(self, window: int | None, queries_per_row: int) -> Tensor:
@@ -189,7 +192,7 @@ class Step:
         column_S = torch.arange(self.prompt_columns, device=self.tokens_R.device)
         prompt_NGS = (column_S < self.prompt_lengths_N[:, None])[:, None]
         if window is not None:
-            distance_NGS = self.positions_R[self.rows_NG][:, :, None] - column_S
+            distance_NGS = self.positions_R[self._some_row_NG][:, :, None] - column_S
             prompt_NGS = (prompt_NGS & (distance_NGS < window)).repeat_interleave(queries_per_row, dim=1)
         return prompt_NGS[:, None]
 
