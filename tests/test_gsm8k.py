@@ -130,12 +130,12 @@ def test_without_a_hub_it_says_what_to_pass(shared, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("level", ["token", "sequence"])
-def test_the_share_of_right_arithmetic_rises_above_four_fifths(shared, tmp_path, level):
+@pytest.mark.parametrize("level, steps", [("token", 40), ("sequence", 30)])  # fewer do where rounding is kind
+def test_the_share_of_right_arithmetic_rises_above_four_fifths(shared, tmp_path, level, steps):
     log = run_here(
         shared,
         tmp_path,
-        *("--loss_level", level, "--rewards", "arithmetic", "--learning_rate", "3e-4", "--max_steps", "30"),
+        *("--loss_level", level, "--rewards", "arithmetic", "--learning_rate", "3e-4", "--max_steps", steps),
         *(
             "--lr_scheduler_type",
             "constant",
@@ -148,9 +148,9 @@ def test_the_share_of_right_arithmetic_rises_above_four_fifths(shared, tmp_path,
     )
     rewards = [entry["reward"] for entry in log]
     print(level, rewards)
-    assert len(rewards) == 30
+    assert len(rewards) == steps
     assert rewards[0] < 0.1
-    assert max(sum(rewards[i : i + 3]) / 3 for i in range(28)) > 0.8
+    assert max(sum(rewards[i : i + 3]) / 3 for i in range(steps - 2)) > 0.8
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert model.num_parameters() > 5e6
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")

@@ -10,7 +10,7 @@ from torch.nn.functional import gelu, silu
 
 from grpo_trl.gpu_kernels import triton_works
 from grpo_trl.rollout.group import cache, cpu_kernels, engine, fused_layers
-from grpo_trl.rollout.group.cpu_kernels import linears
+from grpo_trl.rollout.group.cpu_kernels import modules
 from grpo_trl.rollout.group.engine import GroupEngine
 from grpo_trl.rollout.group.norms import HeadNorms, Norm
 from grpo_trl.rollout.group.step import LayerMemory, Reach
@@ -237,7 +237,7 @@ def test_many_rows_of_odd_sizes_are_computed_as_by_torch(family, monkeypatch):
     wide = {"prompts": make_prompts(9, 2, 4, 7, 1), "num_generations": 8, "rows": 40, "max_completion_length": 5}
     mine = sample(model, **wide).completions
     use(monkeypatch, None)
-    monkeypatch.setattr(linears, "_is_served", lambda module: False)
+    monkeypatch.setattr(modules, "_forward_of", lambda module: None)
     for completion, other in zip(mine, sample(model, **wide).completions, strict=True):
         assert completion.ids == other.ids
         assert completion.sampler_logps == pytest.approx(other.sampler_logps, abs=1e-5)

@@ -153,6 +153,8 @@ class RecordedSteps:
         )
         self._group = max(self._group, _rounded(group))
 
+        missing = (0, self._group - group, 0, prompts - len(step.rows_NG))
+
         def pad(values: Tensor, size: int) -> Tensor:
             return torch.nn.functional.pad(values, (0, size - len(values)))
 
@@ -161,7 +163,7 @@ class RecordedSteps:
             tokens_R=pad(step.tokens_R, rows),
             positions_R=pad(step.positions_R, rows),
             lengths_R=pad(step.lengths_R, rows),
-            rows_NG=torch.nn.functional.pad(step.rows_NG, (0, self._group - group, 0, prompts - len(step.rows_NG)), value=-1),
+            rows_NG=torch.nn.functional.pad(step.rows_NG, missing, value=-1),
             prompt_R=pad(step.prompt_R, rows),
             place_R=pad(step.place_R, rows),
             row_R=torch.arange(rows, device=step.row_R.device),  # a further row writes where no row is

@@ -24,7 +24,7 @@ from ...model_utils import llama_layers, product_dtype, replaced
 from ...plan import LAID_OUT_SHARE
 from . import cpu_kernels
 from .cache import GroupCache, kernels_for
-from .cpu_kernels import linears
+from .cpu_kernels import modules
 from .norms import HeadNorms, Norm
 from .step import Step
 
@@ -44,7 +44,7 @@ def laid_out(model: nn.Module, free_bytes: float) -> Iterator[None]:
         return
     layers = [layer for layer in llama_layers(model) if _is_served(layer)]
     fused = {inner for layer in layers for inner in layer.modules()}
-    with linears.served(module for module in model.modules() if module not in fused), contextlib.ExitStack() as stack:
+    with modules.served(module for module in model.modules() if module not in fused), contextlib.ExitStack() as stack:
         for layer in layers:
             stack.enter_context(replaced(vars(layer), "forward", _fused(layer)))
         yield

@@ -1,4 +1,4 @@
-"""Decoding steps on a CPU, in C++ and in float32: the layers of the Llama family, attention for others, and products.
+"""Decoding steps on a CPU, in C++ and in float32: the layers of the Llama family, attention for others, products, norms.
 
 Where `compiled()` is None, callers fall back to torch's operations.
 
@@ -25,7 +25,12 @@ def compiled() -> Any:
     """The functions of `kernels.cpp`; None where they do not compile."""
     return library(
         Path(__file__).with_name("kernels.cpp"),
-        {"attend": [POINTER] * 4 + [SIZE], "product": [POINTER] * 3 + [SIZE] * 2, "layer": [POINTER] * 5 + [SIZE]},
+        {
+            "attend": [POINTER] * 4 + [SIZE],
+            "layer": [POINTER] * 5 + [SIZE],
+            "normalize": [POINTER] * 3 + [SIZE] * 2,
+            "product": [POINTER] * 3 + [SIZE] * 2,
+        },
     )
 
 
@@ -159,6 +164,14 @@ def product(x: Tensor, linear: Linear) -> Tensor:
     output = x.new_empty(*x.shape[:-1], linear.outputs)
     inputs = x.shape[-1]
     compiled().product(rows.data_ptr(), ctypes.byref(linear), output.data_ptr(), rows.numel() // inputs, inputs)
+    return output
+
+
+def normalize(x: Tensor, norm: Norm) -> Tensor:
+    """The RMSNorm of `x`."""
+    rows = x.contiguous()
+    output, size = rows.new_empty(rows.shape), x.shape[-1]
+    compiled().normalize(rows.data_ptr(), ctypes.byref(norm), output.data_ptr(), rows.numel() // size, size)
     return output
 
 

@@ -1,4 +1,4 @@
-// A decoding step on a CPU, in float32: the layers of the Llama family, attention for other ones, and products.
+// A decoding step on a CPU, in float32: the layers of the Llama family, attention for other ones, products, norms.
 //
 // In products lanes are 16 rows. In attention they are 16 queries, or 8 or 4 with 2 or 4 components of each.
 
@@ -285,6 +285,10 @@ void attend(const float *query, const Memory *memory, const Step *step, float *o
 
 void product(const float *x, const Linear *linear, float *output, long rows, long inputs) {
     multiply_rows(x, *linear, rows, inputs, output);
+}
+
+void normalize(const float *x, const Norm *norm, float *output, long rows, long size) {
+    add_and_norm(x, nullptr, {}, *norm, 1, nullptr, output, rows, size);
 }
 
 // A decoder layer, from `hidden` to `output`, both (rows, size).

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from grpo_trl.rollout.group.cpu_kernels import compiled
-from grpo_trl.rollout.group.cpu_kernels.linears import served
+from grpo_trl.rollout.group.cpu_kernels.modules import served
+from tests.helpers.families import make_family
 from tests.helpers.models import make_model
 
 
@@ -25,6 +26,19 @@ def test_served_layers_compute_the_same(rows, inputs, outputs, bias):
         assert forwards(layer) == {"": True}
         assert torch.allclose(layer(x), nn.functional.linear(x, layer.weight, layer.bias), atol=1e-5)
     assert forwards(layer) == {"": False}
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "olmo2"])
+@pytest.mark.parametrize("rows", [1, 3, 300])
+def test_the_last_norm_of_a_model_computes_the_same(family, rows):
+    norm = make_family(family, hidden_size=36).float().model.norm.requires_grad_(False)
+    x = 3 * torch.randn(rows, 2, 36, generator=torch.Generator().manual_seed(0))
+    expected, exact = norm(x), norm(x.double())
+    with served([norm]):
+        assert "forward" in vars(norm)
+        assert torch.allclose(norm(x), expected, atol=1e-5)
+        assert torch.equal(norm(x.double()), exact)
+    assert "forward" not in vars(norm)
 
 
 def test_long_sums_are_as_good_as_torchs():
