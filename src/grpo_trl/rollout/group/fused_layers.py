@@ -120,10 +120,12 @@ class FusedLayer:
         cache = kwargs.get("group_cache")
         if cache is None or not isinstance(cache.now, Step):
             return self._forward(hidden_states, *args, **kwargs)
-        rotation = cache.now.rotation(*kwargs["position_embeddings"])
-        return self._step(hidden_states[:, 0], cache, rotation)[:, None]
+        return self._step(hidden_states, cache, cache.now.rotation(*kwargs["position_embeddings"]))
 
-    def _step(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def _step(self, hidden_R1C: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        return self._computed(hidden_R1C[:, 0], cache, rotation)[:, None]
+
+    def _computed(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
         attended_RC = self._attend(_normed(self._before_attention, hidden_RC), cache, rotation)
         hidden_RC = self._added(hidden_RC, _normed(self._after_attention, attended_RC))
         gate, up = self._gate_up(_normed(self._before_mlp, hidden_RC)).chunk(2, dim=-1)
@@ -155,7 +157,7 @@ class KernelLayer(FusedLayer):
         self._dtype = product_dtype(layer.self_attn.o_proj.weight)
         self._gate = kernels.ACTIVATIONS[type(self._activation).__name__]
 
-    def _step(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def _computed(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
         _, normed_RC = self._add_and_norm(hidden_RC, None, None, self._before_attention)
         attended_RC = self._attend(normed_RC, cache, rotation)
         hidden_RC, normed_RC = self._add_and_norm(hidden_RC, attended_RC, self._after_attention, self._before_mlp)
@@ -212,11 +214,11 @@ class CompiledLayer(FusedLayer):
             self._after_mlp,
         ]
 
-    def _step(self, hidden_RC: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def _step(self, hidden_R1C: Tensor, cache: GroupCache, rotation: tuple[Tensor, Tensor]) -> Tensor:
         assert isinstance(cache.now, Step)
-        if any(x.dtype != torch.float32 for x in (hidden_RC, *rotation)):  # of embeddings in another precision
-            return super()._step(hidden_RC, cache, rotation)
-        return cpu_kernels.layer(hidden_RC, self._weights, cache.of_layer(self._attention), cache.now, rotation)
+        if not hidden_R1C.dtype == rotation[0].dtype == torch.float32:  # of embeddings in another precision
+            return super()._step(hidden_R1C, cache, rotation)
+        return cpu_kernels.layer(hidden_R1C, self._weights, cache.of_layer(self._attention), cache.now, rotation)
 
 
 def _fused(layer: Any) -> FusedLayer:

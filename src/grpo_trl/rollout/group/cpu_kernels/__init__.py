@@ -10,6 +10,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ....cpu_kernels import FLOAT, POINTER, SIZE, library
@@ -133,7 +134,7 @@ class Step(Struct):
             held = reaches, lines, rotation
             return cls.holding(held, *reaches, lines.data_ptr(), *turning, len(lines), turned)
 
-        made: Step = now.shared(("compiled", layer.window, layer.own.shape[1], id(rotation)), make)
+        made: Step = now.shared(("compiled", layer.window, id(rotation)), make)
         return made
 
 
@@ -148,14 +149,14 @@ def attend(query_RHD: Tensor, layer: step.LayerMemory, now: step.Step) -> Tensor
 
 
 def layer(
-    hidden_RC: Tensor, weights: Weights, held: step.LayerMemory, now: step.Step, rotation: tuple[Tensor, Tensor]
+    hidden_R1C: Tensor, weights: Weights, held: step.LayerMemory, now: step.Step, rotation: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """A decoder layer's output, of shape (R, C)."""
-    hidden_RC = hidden_RC.contiguous()
-    output_RC = hidden_RC.new_empty(hidden_RC.shape)
+    """A decoder layer's output, of shape (R, 1, C)."""
+    hidden_R1C = hidden_R1C.contiguous()
+    output_R1C = torch.empty_like(hidden_R1C)
     structs = weights, _memory(held), Step.of(now, held, rotation)
-    compiled().layer(hidden_RC.data_ptr(), *map(ctypes.byref, structs), output_RC.data_ptr(), hidden_RC.shape[1])
-    return output_RC
+    compiled().layer(hidden_R1C.data_ptr(), *map(ctypes.byref, structs), output_R1C.data_ptr(), hidden_R1C.shape[2])
+    return output_R1C
 
 
 def product(x: Tensor, linear: Linear) -> Tensor:
