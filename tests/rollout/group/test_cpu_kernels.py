@@ -35,7 +35,7 @@ def test_hidden_states_of_another_precision_are_left_to_torch():
         patch.setattr(cpu_kernels, "layer", lambda *args: calls.append("compiled"))
         layer._step(hidden, cache, rotation)
         layer._step(hidden.bfloat16(), cache, rotation)
-        layer._step(hidden, cache, (rotation[0], rotation[1].bfloat16()))
+        layer._step(hidden, cache, (rotation[0].bfloat16(),) * 2)
     assert calls == ["compiled", "torch", "torch"]
 
 
