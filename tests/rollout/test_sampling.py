@@ -299,6 +299,17 @@ def test_drawn_logprobs_are_those_of_the_distribution_that_transformers_samples_
     assert not sampler.samples_from_policy
 
 
+@pytest.mark.parametrize("vocabulary", [1, 15, 48, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_log_sum_exp_is_that_of_float64(vocabulary, dtype):
+    logits = (6 * torch.randn(20, vocabulary, generator=torch.Generator().manual_seed(0))).to(dtype)
+    logits[::2, 1:] = -math.inf
+    assert inversion.logsumexp(logits).tolist() == pytest.approx(logits.double().logsumexp(-1).tolist(), abs=2e-6)
+    logits[3] = -math.inf
+    logits[4, 0] = math.nan
+    assert inversion.logsumexp(logits).isfinite().tolist() == [row not in (3, 4) for row in range(20)]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_drawn_logprobs_are_the_policy_s_where_nothing_changes_its_distribution(temperature):
     sampler = make_sampler(temperature=temperature)

@@ -134,8 +134,23 @@ struct Row {
 
 }  // namespace
 
-extern "C" void sample(const float *logits, const double *noise, int64_t *tokens, double *lse, double *narrowed_lse,
-                       double top_p, double min_p, long top_k, long bits, long rows, long vocabulary) {
+extern "C" {
+
+// NaN where no token can be sampled.
+void logsumexp(const float *logits, double *lse, long bits, long rows, long vocabulary) {
+#pragma omp parallel
+    {
+        std::vector<int64_t> weights(vocabulary), others;
+#pragma omp for
+        for (long r = 0; r < rows; r++) {
+            Row row = {logits + r * vocabulary, vocabulary, (int)bits, weights, others, 0};
+            lse[r] = row.weigh() ? row.logsumexp(row.total()) : NAN;
+        }
+    }
+}
+
+void sample(const float *logits, const double *noise, int64_t *tokens, double *lse, double *narrowed_lse,
+            double top_p, double min_p, long top_k, long bits, long rows, long vocabulary) {
 #pragma omp parallel
     {
         std::vector<int64_t> weights(vocabulary), others;
@@ -157,4 +172,5 @@ extern "C" void sample(const float *logits, const double *noise, int64_t *tokens
             tokens[r] = row.token_at(std::min((int64_t)(noise[r] * total), total - 1));
         }
     }
+}
 }

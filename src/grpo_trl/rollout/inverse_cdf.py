@@ -97,7 +97,7 @@ def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> t
         The tokens; and the log-sum-exp of each row's logits before and after narrowing, in float64. They are not finite
         where the logits allow no sample.
     """
-    if logits_RV.device.type == "cpu" and logits_RV.dtype == torch.float32 and _kernel() is not None:
+    if _is_served(logits_RV):
         return _sample_by_kernel(logits_RV, noise_R, narrowing)
     if not narrowing.narrows:
         tokens_R, lse_R = _on_device(logits_RV.device.type)(logits_RV, noise_R)
@@ -111,7 +111,25 @@ def sample_tokens(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> t
 @functools.cache
 def _kernel() -> Any:
     """For float32 on a CPU; None where it cannot be compiled."""
-    return library(Path(__file__).with_suffix(".cpp"), {"sample": [POINTER] * 5 + [DOUBLE] * 2 + [SIZE] * 4})
+    return library(
+        Path(__file__).with_suffix(".cpp"),
+        {"logsumexp": [POINTER] * 2 + [SIZE] * 3, "sample": [POINTER] * 5 + [DOUBLE] * 2 + [SIZE] * 4},
+    )
+
+
+def logsumexp(logits_RV: Tensor) -> Tensor:
+    """Of each row's logits, in float64."""
+    if not _is_served(logits_RV):
+        return widened(logits_RV).logsumexp(-1).double()
+    logits_RV = logits_RV.contiguous()
+    lse_R = torch.empty(len(logits_RV), dtype=torch.float64)
+    _kernel().logsumexp(logits_RV.data_ptr(), lse_R.data_ptr(), _bits(logits_RV.shape[1]), *logits_RV.shape)
+    return lse_R
+
+
+def _is_served(logits_RV: Tensor) -> bool:
+    """Whether the kernel computes with them."""
+    return logits_RV.device.type == "cpu" and logits_RV.dtype == torch.float32 and _kernel() is not None
 
 
 def _sample_by_kernel(logits_RV: Tensor, noise_R: Tensor, narrowing: Narrowing) -> tuple[Tensor, Tensor, Tensor]:

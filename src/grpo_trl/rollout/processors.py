@@ -101,7 +101,7 @@ class Processors:
         if kind in _COUNTING:
             return _COUNTING[kind](processor, self._max_completion_length)
         if kind is logits_process.RepetitionPenaltyLogitsProcessor:
-            return lambda logits_RV, history: processor(history.tokens_RL, logits_RV)
+            return _penalize_repetition(processor.penalty)
         if isinstance(processor, LOGITS_ONLY):
             return lambda logits_RV, history: processor(None, logits_RV)
         return lambda logits_RV, history: self._by_length(kind, logits_RV, history)
@@ -150,6 +150,16 @@ def _is_warper(processor: Any) -> bool:
 
 def _reads_tokens(processor: Any) -> bool:
     return not isinstance(processor, LOGITS_ONLY)
+
+
+def _penalize_repetition(penalty: float) -> Process:
+    """As transformers' processor, which copies the logits three times."""
+
+    def process(logits_RV: Tensor, history: History) -> Tensor:
+        seen_RL = logits_RV.gather(1, history.tokens_RL)
+        return logits_RV.scatter(1, history.tokens_RL, torch.where(seen_RL < 0, seen_RL * penalty, seen_RL / penalty))
+
+    return process
 
 
 # ---- Processors that count ----

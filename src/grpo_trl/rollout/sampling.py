@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StopStringCr
 
 from ..model_utils import causal_lm
 from .base import SamplingOptions
-from .inverse_cdf import sample_tokens, widened
+from .inverse_cdf import logsumexp, sample_tokens, widened
 from .processors import History, Processors
 
 
@@ -143,13 +143,13 @@ class Sampler:
         scores_RV = policy_RV if as_they_are else self._processors(logits_RV, history)
         if self._greedy:
             tokens_R = scores_RV.argmax(-1)
-            lse_R = widened(policy_RV).logsumexp(-1).double()
+            lse_R = logsumexp(policy_RV)
             drawn_logps_R = torch.zeros_like(lse_R)
         else:
             tokens_R, lse_R, narrowed_lse_R = sample_tokens(scores_RV, noise_R, self._processors.narrowing)
             drawn_logps_R = _of(scores_RV, tokens_R) - narrowed_lse_R
             if not as_they_are:
-                lse_R = torch.where(lse_R.isfinite(), policy_RV.logsumexp(-1).double(), lse_R)
+                lse_R = torch.where(lse_R.isfinite(), logsumexp(policy_RV), lse_R)
         return tokens_R, _of(policy_RV, tokens_R) - lse_R, drawn_logps_R
 
 
