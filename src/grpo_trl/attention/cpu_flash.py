@@ -44,7 +44,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: 
     """The output, of shape (1, H, S, D), and the log-sum-exp, of shape (1, H, S); arguments as in `flash_attention`."""
     query, key, value = (_rows(x) for x in (query, key, value))
     output = _rows(torch.zeros_like(query) if layout.only_read else torch.empty_like(query))
-    lse = query.new_empty(query.shape[:3])
+    # not empty: backward reads that of tokens that are left out, and a gradient of 0 does not survive NaN
+    lse = query.new_zeros(query.shape[:3])
     segments, strides = _segments(layout, layout.only_read), _strides(query, key, value, output)
     _kernels().flash_forward(
         *(x.data_ptr() for x in (query, key, value, output, lse, segments, strides)),
